@@ -1,0 +1,1 @@
+"""A real-time push server for trading back ends, on trio."""

@@ -1,0 +1,1 @@
+"""Who numbers, keeps and hands on what is published."""

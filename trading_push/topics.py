@@ -1,0 +1,145 @@
+"""Channels that clients name, the topics behind them, and the log's room names.
+
+A *channel* is what a client names (`balance`, `ticker.BTCUSDT`); a *topic* is what is published to
+and subscribed (`balance` of user 4; `ticker.BTCUSDT` of everyone); a *room* is the log's old name
+for a user's membership (`balance_4`, `ticker_BTCUSDT_4`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import attrs
+
+from trading_push.errors import ConfigurationError, ErrorCode, RequestError
+
+__all__ = ["BUILTIN_CHANNELS", "Channel", "Channels", "Topic", "symbol_of", "ticker_topic"]
+
+TICKER_PREFIX = "ticker."
+_SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._:/-]{0,31}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_ASCII_UPPER = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
+
+Kind = Literal["state", "events"]
+
+
+class Topic(NamedTuple):
+    """What is published to and subscribed; `user` is None for a topic of everyone."""
+
+    channel: str
+    user: str | None = None
+
+
+@attrs.frozen
+class Channel:
+    """A channel that clients can name: a built-in one, or one an application adds.
+
+    Args:
+        name: Lower-case ASCII letter, then letters, digits, `_` or `-`; 32 characters at most.
+        kind: `state` (the latest value replaces the one before) or `events` (each is delivered).
+        per_user: Every user has their own topic behind it; otherwise all share one.
+        interval_s: Seconds between two polls of the source; None for a channel that is only
+            published to.
+    """
+
+    name: str
+    kind: Kind = "state"
+    per_user: bool = True
+    interval_s: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name == "ticker":
+            raise ConfigurationError(
+                f"{self.name!r} cannot name a channel: use a-z, then a-z, 0-9, _ or -, "
+                "32 characters at most, and not 'ticker'"
+            )
+        if self.interval_s is not None and not self.interval_s >= 0.1:
+            raise ConfigurationError(
+                f"the interval of {self.name} is {self.interval_s}: give 0.1 seconds or more"
+            )
+        if self.interval_s is not None and (self.kind == "events" or not self.per_user):
+            raise ConfigurationError(
+                f"{self.name} cannot be polled: only a per-user channel of kind 'state' can"
+            )
+
+
+BUILTIN_CHANNELS = ("balance", "positions", "pnl", "orders")
+
+
+def symbol_of(channel: str) -> str | None:
+    """The symbol of a ticker channel in its new spelling; None for any other channel."""
+    return channel[len(TICKER_PREFIX) :] if channel.startswith(TICKER_PREFIX) else None
+
+
+def ticker_topic(symbol: str) -> Topic:
+    """The topic of a symbol's ticker."""
+    return Topic(TICKER_PREFIX + symbol)
+
+
+def room_of(channel: str, user: str) -> str:
+    """The log's name for the membership of `user` in `channel`."""
+    return f"{channel.replace(TICKER_PREFIX, 'ticker_', 1)}_{user}"
+
+
+class Channels:
+    """The channels that a service knows, in the order in which the log names them.
+
+    Args:
+        channels: The user channels and an application's own.
+    """
+
+    def __init__(self, channels: Iterable[Channel]) -> None:
+        self._by_name: dict[str, Channel] = {}
+        for channel in channels:
+            if channel.name in self._by_name:
+                raise ConfigurationError(f"the channel {channel.name!r} is there twice")
+            self._by_name[channel.name] = channel
+        self._rank = {name: rank for rank, name in enumerate(self._by_name)}
+
+    def __iter__(self) -> Iterator[Channel]:
+        return iter(self._by_name.values())
+
+    def get(self, name: str) -> Channel | None:
+        """The channel of that name; None for a ticker and for what is not known."""
+        return self._by_name.get(name)
+
+    def kind_of(self, topic: Topic) -> Kind:
+        """Whether a topic holds a state or a sequence of events."""
+        channel = self._by_name.get(topic.channel)
+        return "state" if channel is None else channel.kind
+
+    def rank_of(self, name: str) -> int:
+        """Where a channel that is no ticker stands in the log's order."""
+        return self._rank.get(name, len(self._rank))
+
+    def resolve(self, name: str, user: str) -> Topic:
+        """The topic that `user` means by `name`, in the new spelling or as one of their own rooms.
+
+        Raises:
+            RequestError: `unknown_channel`, or `forbidden` for the room of another user.
+        """
+        topic = self._by_channel_name(name, user)
+        if topic is None and name.endswith("_" + user):
+            room = name[: -len(user) - 1]
+            if room.startswith("ticker_"):
+                room = TICKER_PREFIX + room[len("ticker_") :]
+            topic = self._by_channel_name(room, user)
+        if topic is None:
+            if any(c.per_user and name.startswith(c.name + "_") for c in self):
+                raise RequestError(
+                    ErrorCode.FORBIDDEN, "that is no room of yours: name the channel alone"
+                )
+            raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no channel of that name")
+        return topic
+
+    def _by_channel_name(self, name: str, user: str) -> Topic | None:
+        if name.startswith(TICKER_PREFIX):
+            # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
+            symbol = name[len(TICKER_PREFIX) :].translate(_ASCII_UPPER)
+            return ticker_topic(symbol) if _SYMBOL.fullmatch(symbol) else None
+        channel = self._by_name.get(name)
+        if channel is None:
+            return None
+        return Topic(name, user if channel.per_user else None)

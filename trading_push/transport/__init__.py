@@ -1,0 +1,1 @@
+"""How bytes reach a peer: the doors, and the stream under them."""
