@@ -1,22 +1,33 @@
-"""Every setting and every bound in one tree of frozen attrs classes.
+"""Every setting and every bound in one tree of frozen attrs classes, and how they are loaded.
 
 Units stand in the names: `_s` seconds, `_ms` milliseconds, `_bytes`, `_hz` times a second.
 Defaults are the ones of the wire protocol. Values are checked when an object is made, so that a
 setting from a file, the environment, a flag or an application's code meets the same check.
+
+`load_settings` puts them together: defaults < TOML file < environment < flags.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import difflib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
+import typed_settings
+from typed_settings.converters import TSConverter
+from typed_settings.dict_utils import set_path
+from typed_settings.exceptions import ConfigFileNotFoundError, TsError
+from typed_settings.loaders import EnvLoader, Loader, TomlFormat
+from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionList, SettingsDict
 
 from trading_push.errors import ConfigurationError
 
 __all__ = [
+    "ENVIRONMENT_PREFIX",
     "Auth",
     "Database",
     "Intervals",
@@ -26,22 +37,43 @@ __all__ = [
     "Query",
     "Server",
     "Settings",
+    "load_settings",
 ]
 
+ENVIRONMENT_PREFIX = "TRADING_PUSH_"
+_CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+# These begin like a setting and are none: which file to read, and the token of `watch`.
+_OTHER_VARIABLES = (_CONFIG_VARIABLE, ENVIRONMENT_PREFIX + "TOKEN")
+
+SECRET_BYTES = 32
+"""How long the secret of HS256 is at least (RFC 7518, section 3.2)."""
+
+optional = attrs.validators.optional
 Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
-def number(low: float, high: float = math.inf) -> Check:
+def _shown(attribute: attrs.Attribute[Any], value: object) -> str:
+    """A value for a message: short, and not at all where it is a secret."""
+    if attribute.repr is False:
+        return "not usable"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse(attribute: attrs.Attribute[Any], value: object, advice: str) -> ConfigurationError:
+    return ConfigurationError(f"{attribute.name} is {_shown(attribute, value)}: {advice}")
+
+
+def number(low: float, high: float = 1_000_000) -> Check:
     """A check for a finite number from `low` to `high`; no bool passes, nor a NaN."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not (low <= value <= high and math.isfinite(value))
+            or not low <= value <= high
         ):
-            upto = f" to {high:g}" if math.isfinite(high) else " or more"
-            raise ConfigurationError(f"{attribute.name} is {value!r}: give a number, {low:g}{upto}")
+            raise _refuse(attribute, value, f"give a number, {low} to {high}")
 
     return check
 
@@ -51,32 +83,96 @@ def whole(low: int, high: int = 2**53) -> Check:
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigurationError(
-                f"{attribute.name} is {value!r}: give a whole number, {low} to {high}"
-            )
+            raise _refuse(attribute, value, f"give a whole number, {low} to {high}")
 
     return check
 
 
-def one_of(*choices: object) -> Check:
-    """A check for one of a few values."""
+def one_of(*choices: str) -> Check:
+    """A check for one of a few words."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if value not in choices:
-            raise ConfigurationError(
-                f"{attribute.name} is {value!r}: give one of {', '.join(map(str, choices))}"
-            )
+        if not isinstance(value, str) or value not in choices:
+            raise _refuse(attribute, value, f"give one of {', '.join(choices)}")
 
     return check
+
+
+def text(advice: str, accepts: Callable[[str], bool] = bool) -> Check:
+    """A check for a text that `accepts` takes; by default one that is not empty."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, str) or not accepts(value):
+            raise _refuse(attribute, value, advice)
+
+    return check
+
+
+def switch(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """A check for true or false, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise _refuse(attribute, value, "give true or false")
+
+
+def file_path(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """A check for a path; whether something is there is for whoever opens it."""
+    if not isinstance(value, Path) or "\0" in str(value):
+        raise _refuse(attribute, value, "give the path of a file")
+
+
+def columns(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """A check for a tuple of names."""
+    if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
+        raise _refuse(attribute, value, "give the names of columns")
+
+
+def secret(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """A check for the secret of HS256, which no message shows."""
+    try:
+        enough = isinstance(value, str) and len(value.encode()) >= SECRET_BYTES
+    except UnicodeEncodeError:  # bytes of the environment that are no UTF-8
+        enough = False
+    if not enough:
+        raise ConfigurationError(
+            f"{attribute.name} is not usable: give a random text of {SECRET_BYTES} bytes or more"
+        )
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith("/") and value.isascii() and value.isprintable() and " " not in value
+
+
+def _is_url(value: str) -> bool:
+    return value.startswith(("https://", "http://")) and len(value.split()) == 1
+
+
+def _is_host(value: str) -> bool:
+    return len(value.split()) == 1 and value.isprintable() and "/" not in value
+
+
+def _is_query(value: str) -> bool:
+    return ":user_id" in value  # :user_ids too
+
+
+def _is_json(value: str) -> bool:
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 @attrs.frozen
 class Server:
     """Where the server listens."""
 
-    host: str = "127.0.0.1"
+    host: str = attrs.field(
+        default="127.0.0.1", validator=text("give an address or a host name", _is_host)
+    )
     port: int = attrs.field(default=8000, validator=whole(0, 65535))
-    path: str = "/ws"
+    path: str = attrs.field(
+        default="/ws", validator=text("give a path that begins with /", _is_path)
+    )
 
 
 @attrs.frozen
@@ -89,10 +185,16 @@ class Auth:
     algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = attrs.field(
         default="HS256", validator=one_of("HS256", "RS256", "ES256", "EdDSA")
     )
-    public_key_file: Path | None = None
-    jwks_url: str | None = None
-    audience: str | None = None
-    issuer: str | None = None
+    public_key_file: Path | None = attrs.field(default=None, validator=optional(file_path))
+    jwks_url: str | None = attrs.field(
+        default=None, validator=optional(text("give a URL that begins with https://", _is_url))
+    )
+    audience: str | None = attrs.field(
+        default=None, validator=optional(text("give the `aud` that tokens carry"))
+    )
+    issuer: str | None = attrs.field(
+        default=None, validator=optional(text("give the `iss` that tokens carry"))
+    )
     leeway_s: float = attrs.field(default=5.0, validator=number(0, 300))
 
 
@@ -145,9 +247,9 @@ class Market:
     """Where tickers come from: the simulation, or a recorded tape."""
 
     seed: int = attrs.field(default=1, validator=whole(0))
-    tape: Path | None = None
+    tape: Path | None = attrs.field(default=None, validator=optional(file_path))
     speed: float = attrs.field(default=1.0, validator=number(0.001, 100_000))
-    loop: bool = False
+    loop: bool = attrs.field(default=False, validator=switch)
     max_hz: float = attrs.field(default=10, validator=number(0.1, 1000))
     """How often a second a symbol's latest value is published at most."""
 
@@ -164,10 +266,10 @@ class Query:
         empty: The JSON of a user without rows; None is `[]`, or nothing to say where `single`.
     """
 
-    sql: str
-    single: bool = False
-    json_columns: tuple[str, ...] = ()
-    empty: str | None = None
+    sql: str = attrs.field(validator=text("it must select by :user_ids or :user_id", _is_query))
+    single: bool = attrs.field(default=False, validator=switch)
+    json_columns: tuple[str, ...] = attrs.field(default=(), validator=columns)
+    empty: str | None = attrs.field(default=None, validator=optional(text("give JSON", _is_json)))
 
 
 @attrs.frozen
@@ -179,8 +281,10 @@ class Database:
     user's data directory) and brings its own queries.
     """
 
-    url: str | None = attrs.field(default=None, repr=False)
-    path: Path | None = None
+    url: str | None = attrs.field(
+        default=None, repr=False, validator=optional(text("give a URL of SQLAlchemy"))
+    )
+    path: Path | None = attrs.field(default=None, validator=optional(file_path))
     queries: dict[str, Query] = attrs.field(factory=dict)
     threads: int = attrs.field(default=4, validator=whole(1, 100))
 
@@ -191,7 +295,7 @@ class Log:
 
     lang: Literal["zh", "en"] = attrs.field(default="zh", validator=one_of("zh", "en"))
     format: Literal["text", "json"] = attrs.field(default="text", validator=one_of("text", "json"))
-    file: Path | None = None
+    file: Path | None = attrs.field(default=None, validator=optional(file_path))
     queue_lines: int = attrs.field(default=100_000, validator=whole(100))
     """How many lines may wait for a slow reader before lines are dropped and counted."""
 
@@ -200,7 +304,7 @@ class Log:
 class Settings:
     """The whole tree. `jwt_secret` never shows in a `repr`."""
 
-    jwt_secret: str | None = attrs.field(default=None, repr=False)
+    jwt_secret: str | None = attrs.field(default=None, repr=False, validator=optional(secret))
     server: Server = attrs.field(factory=Server)
     auth: Auth = attrs.field(factory=Auth)
     intervals: Intervals = attrs.field(factory=Intervals)
@@ -208,3 +312,217 @@ class Settings:
     market: Market = attrs.field(factory=Market)
     database: Database = attrs.field(factory=Database)
     log: Log = attrs.field(factory=Log)
+
+
+_DATA_TYPES = tuple(field.name for field in attrs.fields(Intervals))
+
+
+def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
+    """Put the settings together: defaults < TOML file < environment < flags.
+
+    Args:
+        config: The TOML file; None reads the one that `TRADING_PUSH_CONFIG` names, if any.
+            Relative paths in it start at its own directory.
+        flags: Values by setting (`server.port`), as text or as they are; None is "not given".
+
+    Raises:
+        ConfigurationError: One line with where a value came from, what is wrong and what to do.
+    """
+    if config is None and os.environ.get(_CONFIG_VARIABLE):
+        config = Path(os.environ[_CONFIG_VARIABLE])
+    # click_options() would read the files while it decorates, and --config could not work: the
+    # flags are one more loader instead.
+    loaders: list[Loader] = [_load_environment, _FlagLoader(flags)]
+    if config is not None:
+        loaders.insert(0, _FileLoader(config))
+    try:
+        settings = typed_settings.load_settings(
+            Settings, loaders, converter=TSConverter(resolve_paths=False)
+        )
+    except TsError as error:  # pragma: no cover - what the loaders let through, nothing known
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    database = settings.database
+    if database.url is not None and database.path is not None:
+        raise ConfigurationError(
+            "database.url and database.path are both set: keep the one to read accounts from"
+        )
+    if database.url is not None and not database.queries:
+        raise ConfigurationError(
+            "database.url is set without queries: write a table [database.queries.NAME] with the "
+            f"sql of each data type ({', '.join(_DATA_TYPES)}) in the configuration file"
+        )
+    return settings
+
+
+class _FileLoader:
+    """The settings of one TOML file, which must be there and hold nothing unknown."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
+        path = self._path
+        try:
+            # Without a section: with one, a mistyped section would be passed over in silence.
+            raw = TomlFormat(None)(path, settings_cls, options)
+        except ConfigFileNotFoundError as error:
+            raise ConfigurationError(
+                f"there is no configuration file {str(path)!r}: `trading-push init` writes one"
+            ) from error
+        except (TsError, OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigurationError(
+                f"cannot read the configuration file {str(path)!r}: {why}"
+            ) from error
+        known = {option.path: option for option in options}
+        settings: SettingsDict = {}
+        for name, value in _flatten(raw, known, str(path)):
+            set_path(
+                settings, name, _checked(known[name], value, str(path), path.parent.absolute())
+            )
+        return LoadedSettings(settings, LoaderMeta(self))
+
+
+def _load_environment(settings_cls: type, options: OptionList) -> LoadedSettings:
+    """The settings from the environment, which must name nothing unknown with our prefix."""
+    loader = EnvLoader(ENVIRONMENT_PREFIX)
+    known = {loader.get_envvar(option): option for option in options}
+    settings: SettingsDict = {}
+    for name, value in os.environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _OTHER_VARIABLES:
+            continue
+        if name not in known:
+            hint = _hint(name, [*known, *_OTHER_VARIABLES])
+            raise ConfigurationError(
+                f"the environment variable {name} is no setting{hint or ': unset it'}"
+            )
+        if not value:
+            raise ConfigurationError(f"{name} is empty: give it a value, or unset it")
+        option = known[name]
+        set_path(settings, option.path, _checked(option, _parsed(option, value), name, Path.cwd()))
+    return LoadedSettings(settings, LoaderMeta("environment"))
+
+
+class _FlagLoader:
+    """The settings that the command line gave."""
+
+    def __init__(self, flags: Mapping[str, Any]) -> None:
+        self._flags = flags
+
+    def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
+        known = {option.path: option for option in options}
+        settings: SettingsDict = {}
+        for name, value in self._flags.items():
+            if value is None:
+                continue
+            if name not in known:
+                raise ConfigurationError(
+                    f"command line: there is no setting {name!r}{_hint(name, known)}"
+                )
+            option = known[name]
+            parsed = _parsed(option, value) if isinstance(value, str) else value
+            set_path(settings, name, _checked(option, parsed, "command line", Path.cwd()))
+        return LoadedSettings(settings, LoaderMeta(self))
+
+
+def _flatten(
+    raw: Mapping[str, Any], known: Collection[str], where: str, section: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The settings of a parsed file with their whole names; an unknown one is refused."""
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    for key, value in raw.items():
+        name = f"{section}{key}"
+        if name in known:
+            yield name, value
+        elif name not in sections:
+            raise ConfigurationError(
+                f"{where}: there is no setting {name!r}"
+                f"{_hint(name, [*known, *sections]) or ': remove it'}"
+            )
+        elif not isinstance(value, dict):
+            raise ConfigurationError(
+                f"{where}: {name} is a section: write [{name}] and its settings below"
+            )
+        else:
+            yield from _flatten(value, known, where, name + ".")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """`: did you mean ...?`, or nothing where nothing is alike."""
+    last = name.rpartition(".")[2]
+    alike = [other for other in known if other.rpartition(".")[2] == last]
+    alike = alike or difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {alike[0]}?" if alike else ""
+
+
+def _parsed(option: OptionInfo, value: str) -> Any:
+    """A text as the number or the switch it stands for; the text itself where it is none.
+
+    What stays a text here is refused by the setting's own check.
+    """
+    switches = {"true": True, "yes": True, "on": True, "1": True}
+    switches |= {"false": False, "no": False, "off": False, "0": False}
+    try:
+        if option.cls is bool:
+            return switches.get(value.lower(), value)
+        if option.cls is int:
+            return int(value)
+        if option.cls is float:
+            return float(value)
+    except ValueError:
+        pass
+    return value
+
+
+def _checked(option: OptionInfo, value: Any, where: str, base: Path) -> Any:
+    """The value in the type of its setting, after the check of that setting.
+
+    typed-settings would make 9.7 the port 9 and `true` the number 1, and would say a secret aloud
+    in its messages: so each value is checked before it gets there.
+    """
+    if Path in get_args(option.cls) and isinstance(value, str) and value:
+        try:
+            value = base / Path(value).expanduser()
+        except RuntimeError as error:
+            raise ConfigurationError(f"{where}: {option.path}: {error}") from error
+    attribute = getattr(attrs.fields(option.parent_cls), option.name)
+    try:
+        if option.path == "database.queries":
+            return _queries(value)
+        if attribute.validator is not None:
+            attribute.validator(None, attribute.evolve(name=option.path), value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+    return value
+
+
+def _queries(tables: object) -> dict[str, Query]:
+    """The tables [database.queries.NAME] as queries."""
+    if not isinstance(tables, dict):
+        raise ConfigurationError(
+            "database.queries: write a table [database.queries.NAME] for each data type, in the "
+            "configuration file"
+        )
+    queries: dict[str, Query] = {}
+    fields = [field.name for field in attrs.fields(Query)]
+    for name, table in tables.items():
+        path = f"database.queries.{name}"
+        if name not in _DATA_TYPES:
+            raise ConfigurationError(
+                f"{path}: there is no such data type: use {', '.join(_DATA_TYPES)}"
+            )
+        if not isinstance(table, dict) or "sql" not in table:
+            raise ConfigurationError(f"{path} has no query: write sql = ... below [{path}]")
+        for key in table:
+            if key not in fields:
+                raise ConfigurationError(
+                    f"there is no setting '{path}.{key}'{_hint(key, fields) or ': remove it'}"
+                )
+        names = table.get("json_columns", ())
+        try:
+            # TOML has lists and no tuples; anything else is left for the check to refuse.
+            table = {**table, "json_columns": tuple(names) if isinstance(names, list) else names}
+            queries[name] = Query(**table)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}.{error}") from None
+    return queries
