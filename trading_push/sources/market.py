@@ -1,0 +1,156 @@
+"""The simulated market: seeded random walks that return to their mean, for a handful of symbols.
+
+What it gives depends on its seed, the prices it starts from and the number of steps alone; only
+`source_ts` is the clock's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from decimal import Decimal
+
+import attrs
+import trio
+
+from trading_push.models import Ticker
+from trading_push.sources.base import MarketSink
+
+__all__ = ["SimulatedMarket"]
+
+STEP_S = 0.2
+MOVES = 0.7
+"""How likely a symbol is to move in one step."""
+SIGMA = 0.00025
+"""The standard deviation of one move, as a share of the price: about 1 % in ten minutes."""
+PULL = 0.0005
+"""Which share of its distance from the mean a price loses in one move."""
+FURTHEST = 0.15
+"""How far (of its logarithm) a price strays from its mean at most."""
+
+_ZERO = Decimal(0)
+_PERCENT = Decimal("0.0001")
+
+
+@attrs.define
+class _Symbol:
+    """The walk of one symbol; `mean` is in units of its tick, `away` the logarithm from there."""
+
+    name: str
+    tick: Decimal
+    lot: Decimal
+    typical_lots: float
+    mean: float
+    away: float = 0.0
+    last: Decimal = _ZERO
+    bid: Decimal = _ZERO
+    ask: Decimal = _ZERO
+    open: Decimal = _ZERO
+    high: Decimal = _ZERO
+    low: Decimal = _ZERO
+    volume: Decimal = _ZERO
+
+    def begin(self, price: Decimal) -> None:
+        """Open the window at `price`, which becomes the mean."""
+        ticks = max(2, round(price / self.tick))
+        self.mean, self.away, self.volume = float(ticks), 0.0, _ZERO
+        self.last = self.open = self.high = self.low = self.bid = ticks * self.tick
+        self.ask = self.bid + self.tick
+
+    def move(self, rng: random.Random) -> None:
+        """One move of the price, with the trade that made it."""
+        away = self.away * (1 - PULL) + rng.gauss(0, SIGMA)
+        self.away = max(-FURTHEST, min(FURTHEST, away))
+        bid = max(1, round(self.mean * math.exp(self.away)))
+        self.bid = bid * self.tick
+        self.ask = (bid + rng.choice((1, 1, 1, 2, 3))) * self.tick
+        self.last = rng.choice((self.bid, self.ask))
+        self.high = max(self.high, self.last)
+        self.low = min(self.low, self.last)
+        self.volume += max(1, round(rng.expovariate(1 / self.typical_lots))) * self.lot
+
+    def ticker(self, now_ms: int) -> Ticker:
+        change = self.last - self.open
+        return Ticker(
+            symbol=self.name,
+            last=self.last,
+            bid=self.bid,
+            ask=self.ask,
+            open=self.open,
+            high=self.high,
+            low=self.low,
+            volume=self.volume,
+            change=change,
+            change_pct=(change * 100 / self.open).quantize(_PERCENT),
+            source_ts=now_ms,
+        )
+
+
+# Symbol: first price, tick, lot, the size of a typical trade in lots.
+_SYMBOLS = {
+    "BTCUSDT": ("68000", "0.01", "0.00001", 4000.0),
+    "ETHUSDT": ("3500", "0.01", "0.0001", 8000.0),
+    "SOLUSDT": ("165", "0.01", "0.001", 12000.0),
+    "BNBUSDT": ("600", "0.1", "0.001", 3000.0),
+    "XRPUSDT": ("0.6", "0.0001", "0.1", 15000.0),
+}
+
+
+class SimulatedMarket:
+    """A market of five symbols that moves several times a second; a `TickerFeed`.
+
+    Args:
+        seed: The same seed gives the same market.
+    """
+
+    def __init__(self, seed: int = 1) -> None:
+        self._rng = random.Random(seed)
+        self._symbols = {
+            name: _Symbol(name, Decimal(tick), Decimal(lot), typical, 0.0)
+            for name, (_, tick, lot, typical) in _SYMBOLS.items()
+        }
+        for name, (price, *_) in _SYMBOLS.items():
+            self._symbols[name].begin(Decimal(price))
+
+    def resume(self, prices: Mapping[str, Decimal]) -> None:
+        """Go on from these last prices, by symbol; symbols that the market has not are ignored."""
+        for name, price in prices.items():
+            if name in self._symbols and price.is_finite() and price > 0:
+                self._symbols[name].begin(price)
+
+    def knows(self, symbol: str) -> bool:
+        """Whether `symbol` is one of the market's."""
+        return symbol in self._symbols
+
+    def tickers(self, now_ms: int) -> list[Ticker]:
+        """Every symbol as it stands."""
+        return [symbol.ticker(now_ms) for symbol in self._symbols.values()]
+
+    def step(self, now_ms: int) -> list[Ticker]:
+        """Move the market by one step; the symbols that moved, at the time `now_ms`."""
+        moved = []
+        for symbol in self._symbols.values():
+            if self._rng.random() < MOVES:
+                symbol.move(self._rng)
+                moved.append(symbol.ticker(now_ms))
+        return moved
+
+    async def run(self, sink: MarketSink) -> None:
+        """Feed the sink until cancelled: every symbol at once, then what each step moved.
+
+        Cancellation leaves the market between two steps.
+        """
+        sink.update(self.tickers(_now_ms()))
+        due = trio.current_time()
+        while True:
+            # From the time the step was due; after a long halt the steps missed are left out.
+            due = max(due + STEP_S, trio.current_time())
+            await trio.sleep_until(due)
+            if moved := self.step(_now_ms()):
+                sink.update(moved)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

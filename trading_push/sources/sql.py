@@ -1,0 +1,347 @@
+"""An SQL database as a source: configured queries, many users in one, read in worker threads.
+
+1. Every fetch is one call in a worker thread, which takes one connection, uses it and gives it back
+   before it ends; nothing is held between two calls. There are as many connections as threads.
+2. The event loop does no work on the rows: they leave the thread as encoded JSON.
+3. Decimals leave as plain decimal strings and times as integer milliseconds, UTC.
+4. No URL, password or parameter is in the text of an error.
+5. An SQLite file is opened read-only: a reader can neither make nor change it.
+
+User ids are bound as untyped strings, so that the database compares them with a column of its own
+type. A thread cannot be cancelled: where the driver knows a time-out, it belongs into the URL.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+import sqlalchemy
+import trio
+from sqlalchemy import Connection, Engine, TextClause, bindparam, create_engine, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.types import NullType
+
+from trading_push.errors import ConfigurationError, SourceError
+from trading_push.settings import Query
+
+__all__ = ["SqlSource"]
+
+# Databases bound the parameters of one statement (the lowest bound in use is about 2,000, and a
+# query may name the list twice); more users are read in several queries on the same connection.
+IDS_PER_QUERY = 500
+
+BUSY_TIMEOUT_S = 5.0
+
+# What may go into the JSON as it is; a row of nothing else needs no look at its values.
+_PLAIN = frozenset({str, int, bool, type(None)})
+_LIST_IN_BRACKETS = re.compile(r"\(\s*:user_ids\s*\)")
+
+_encode = msgspec.json.Encoder().encode
+_validate = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+@attrs.frozen
+class _Plan:
+    """A query made ready to run."""
+
+    data_type: str
+    statement: TextClause
+    many: bool
+    single: bool
+    json_columns: tuple[str, ...]
+    empty: msgspec.Raw | None
+
+
+class SqlSource:
+    """Reads each data type by its query; a `BatchSource`.
+
+    Args:
+        url: The database as SQLAlchemy names it, with a synchronous driver.
+        queries: A query for each data type. A type without one has nothing to say.
+        threads: How many fetches may run at the same time, each with a connection.
+
+    Raises:
+        ConfigurationError: The URL, its driver or a query's shape is wrong.
+    """
+
+    def __init__(self, url: str, queries: Mapping[str, Query], *, threads: int = 4) -> None:
+        self._plans = {name: _plan(name, query) for name, query in queries.items()}
+        self._limiter = trio.CapacityLimiter(threads)
+        self._url = _parse(url)
+        self._engine = _engine(self._url, threads)
+        self._closed = False
+
+    async def check(self) -> None:
+        """Run each query for nobody, in a worker thread, to find a mistake at the start.
+
+        Cancellation abandons the thread, which gives its connection back by itself.
+
+        Raises:
+            ConfigurationError: The database cannot be opened, or a query cannot be run or has not
+                the columns that it needs.
+        """
+        await trio.to_thread.run_sync(self._check, abandon_on_cancel=True, limiter=self._limiter)
+
+    async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | None:
+        """One user's current value; see `fetch_many`."""
+        return (await self.fetch_many((user_id,), data_type)).get(user_id)
+
+    async def fetch_many(
+        self, user_ids: Sequence[str], data_type: str
+    ) -> Mapping[str, msgspec.Raw | None]:
+        """The current values as encoded JSON, by user id, each user asked for among them.
+
+        Cancellation abandons the thread, which gives its connection back by itself; it counts as
+        one of the threads until then.
+
+        Returns:
+            An empty mapping for a data type without a query. None where the query is `single`, has
+            no `empty` and gave no row.
+
+        Raises:
+            SourceError: The database refused, or gave what cannot stand in JSON.
+        """
+        plan = self._plans.get(data_type)
+        if plan is None or not user_ids:
+            return {}
+        return await trio.to_thread.run_sync(
+            self._read, plan, user_ids, abandon_on_cancel=True, limiter=self._limiter
+        )
+
+    def close(self) -> None:
+        """Close the connections, at once those that are idle, the others when they come back."""
+        self._closed = True
+        self._engine.dispose()
+
+    def _read(self, plan: _Plan, user_ids: Sequence[str]) -> dict[str, msgspec.Raw | None]:
+        try:
+            with self._engine.connect() as connection:
+                rows = _rows(connection, plan, user_ids)
+                if self._closed:
+                    connection.detach()
+        except SQLAlchemyError as error:
+            raise SourceError(self._first_line(error)) from None
+        return {user: _value(plan, rows.get(user)) for user in user_ids}
+
+    def _check(self) -> None:
+        if _is_sqlite_file(self._url) and not Path(str(self._url.database)).is_file():
+            raise ConfigurationError(
+                f"there is no database file {self._url.database}: correct the database's url"
+            )
+        try:
+            with self._engine.connect() as connection:
+                for plan in self._plans.values():
+                    # NULL compares with a column of any type, and equals none.
+                    parameters = {"user_ids": [None]} if plan.many else {"user_id": None}
+                    try:
+                        result = connection.execute(plan.statement, parameters)
+                        _check_columns(plan, list(result.keys()))
+                    except SQLAlchemyError as error:
+                        raise ConfigurationError(
+                            f"the query of {plan.data_type} cannot be run "
+                            f"({self._first_line(error)}): correct the query or the database's url"
+                        ) from None
+        except SQLAlchemyError as error:
+            raise ConfigurationError(
+                f"the database cannot be opened ({self._first_line(error)}): "
+                "correct the database's url, or start the database"
+            ) from None
+
+    def _first_line(self, error: SQLAlchemyError) -> str:
+        """What the driver said, in one line. SQLAlchemy's own text holds the parameters."""
+        cause = error.orig if isinstance(error, DBAPIError) and error.orig else None
+        lines = str(cause or "").strip().splitlines()
+        line = lines[0] if lines else type(cause or error).__name__
+        password = self._url.password
+        return line.replace(str(password), "***") if password else line
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # The text itself may hold a password.
+        raise ConfigurationError(
+            "the database's url cannot be read: give one like "
+            "postgresql+psycopg://user:password@host/name or sqlite:////path/to/file"
+        ) from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigurationError(
+            "the database's url names no file: give one like sqlite:////path/to/file"
+        )
+    return parsed
+
+
+def _is_sqlite_file(url: URL) -> bool:
+    """Whether it is a file for Python's own SQLite driver, named by its path."""
+    return url.drivername in ("sqlite", "sqlite+pysqlite") and not str(url.database).startswith(
+        "file:"
+    )
+
+
+def _engine(url: URL, threads: int) -> Engine:
+    options: dict[str, Any] = {
+        "pool_size": threads,
+        "max_overflow": 0,
+        "poolclass": sqlalchemy.QueuePool,
+        # Every fetch is reading alone: no transaction to begin and roll back around it.
+        "isolation_level": "AUTOCOMMIT",
+    }
+    if _is_sqlite_file(url):
+        options["creator"] = lambda: _open_sqlite(str(url.database))
+    elif url.get_backend_name() != "sqlite":
+        options["pool_pre_ping"] = True
+    try:
+        return create_engine(url, **options)
+    except (NoSuchModuleError, ModuleNotFoundError):
+        raise ConfigurationError(
+            f"there is no driver {url.drivername!r} for the database's url: "
+            "install it, or name another (as in postgresql+psycopg://)"
+        ) from None
+    except (SQLAlchemyError, TypeError, ValueError):
+        raise ConfigurationError(
+            f"the database's url is not one for {url.drivername!r}: correct it"
+        ) from None
+
+
+def _open_sqlite(path: str) -> sqlite3.Connection:
+    # The pool hands a connection from thread to thread, but never to two at the same time.
+    return sqlite3.connect(
+        f"file:{urllib.parse.quote(path)}?mode=ro",
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        check_same_thread=False,
+    )
+
+
+def _plan(data_type: str, query: Query) -> _Plan:
+    statement = text(_LIST_IN_BRACKETS.sub(":user_ids", query.sql))
+    try:
+        parameters = set(statement.compile().params)
+    except SQLAlchemyError:
+        parameters = set()
+    if parameters not in ({"user_ids"}, {"user_id"}):
+        raise ConfigurationError(
+            f"the query of {data_type} must name :user_ids (many users, IN :user_ids) or :user_id "
+            "(one user), and no other parameter; a colon that is none is written \\:"
+        )
+    empty = query.empty if query.empty is not None else None if query.single else "[]"
+    try:
+        if empty is not None:
+            _validate(empty)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise ConfigurationError(
+            f"the query of {data_type} has an 'empty' that is not JSON: correct it"
+        ) from None
+    many = parameters == {"user_ids"}
+    # No type: the driver then casts nothing, and a column of integers finds "4" as well.
+    bind = bindparam("user_ids" if many else "user_id", expanding=many, type_=NullType())
+    return _Plan(
+        data_type=data_type,
+        statement=statement.bindparams(bind),
+        many=many,
+        single=query.single,
+        json_columns=tuple(query.json_columns),
+        empty=None if empty is None else msgspec.Raw(empty.encode()),
+    )
+
+
+def _check_columns(plan: _Plan, columns: list[str]) -> None:
+    needed = (*plan.json_columns, *(("user_id",) if plan.many else ()))
+    for column in needed:
+        if column not in columns:
+            raise ConfigurationError(
+                f"the query of {plan.data_type} gives no column {column}: correct the query"
+            )
+    if len(set(columns)) != len(columns):
+        raise ConfigurationError(
+            f"the query of {plan.data_type} gives two columns of one name: name them with AS"
+        )
+
+
+def _rows(
+    connection: Connection, plan: _Plan, user_ids: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each user as dictionaries that can be encoded, their user_id dropped."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if not plan.many:
+        for user in user_ids:
+            result = connection.execute(plan.statement, {"user_id": user})
+            records = list(_records(plan, list(result.keys()), result.all()))
+            for record in records:
+                record.pop("user_id", None)
+            if records:
+                found[user] = records
+        return found
+    for start in range(0, len(user_ids), IDS_PER_QUERY):
+        ids = user_ids[start : start + IDS_PER_QUERY]
+        result = connection.execute(plan.statement, {"user_ids": ids})
+        for record in _records(plan, list(result.keys()), result.all()):
+            user = str(record.pop("user_id", None))
+            if user in found:
+                found[user].append(record)
+            else:
+                found[user] = [record]
+    return found
+
+
+def _records(
+    plan: _Plan, columns: list[str], rows: Iterable[Sequence[Any]]
+) -> Iterable[dict[str, Any]]:
+    plain = _PLAIN.issuperset
+    for row in rows:
+        record = dict(zip(columns, row, strict=True))
+        if not plain(map(type, row)):
+            for column, value in record.items():
+                if type(value) not in _PLAIN and column != "user_id":
+                    record[column] = _convert(plan, column, value)
+        for column in plan.json_columns:
+            if isinstance(value := record.get(column), str):
+                record[column] = _splice(plan, column, value)
+        yield record
+
+
+def _convert(plan: _Plan, column: str, value: Any) -> Any:
+    if isinstance(value, Decimal | float) and not math.isfinite(value):
+        raise SourceError(f"{plan.data_type}: column {column} holds {value}, which is no amount")
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime):
+        moment = value if value.tzinfo else value.replace(tzinfo=UTC)
+        # From the parts: a float of seconds would round the last digit.
+        since = moment - datetime(1970, 1, 1, tzinfo=UTC)
+        return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
+    return value
+
+
+def _splice(plan: _Plan, column: str, value: str) -> msgspec.Raw:
+    try:
+        _validate(value)
+        return msgspec.Raw(value.encode())
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise SourceError(f"{plan.data_type}: column {column} is not JSON") from None
+
+
+def _value(plan: _Plan, records: list[dict[str, Any]] | None) -> msgspec.Raw | None:
+    if not records:
+        return plan.empty
+    if plan.single and len(records) > 1:
+        raise SourceError(
+            f"{plan.data_type}: the query gives several rows for one user, but is 'single'",
+            retryable=False,
+        )
+    try:
+        return msgspec.Raw(_encode(records[0] if plan.single else records))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise SourceError(f"{plan.data_type}: a row cannot be encoded: {error}") from None
