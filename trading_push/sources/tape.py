@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Context, Decimal, InvalidOperation
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, TypeAlias
+from typing import IO, Literal, NamedTuple, TypeAlias, cast
 
 import attrs
 import msgspec
@@ -134,11 +134,14 @@ class Tape:
         first_ns = now_ns = -1
 
         def give() -> None:
-            """Give what is due, and see how far the tape may have gone by now."""
-            nonlocal woke, now_ns
+            """Give what has changed."""
             if changed:
                 sink.update([market.ticker() for market in changed.values()])
                 changed.clear()
+
+        def look() -> None:
+            """See how far the tape may have gone by now."""
+            nonlocal woke, now_ns
             woke = trio.current_time()
             now_ns = max(now_ns, first_ns + round((woke - started) * self._speed * 1e9))
 
@@ -147,13 +150,15 @@ class Tape:
                 first_ns = now_ns = events[0].due_ns
             elif trio.current_time() >= woke + WAKE_S:
                 give()  # At a very high speed nothing has to be waited for within a chunk.
+                look()
             for event in events:
                 if event.due_ns > now_ns:
+                    give()
                     due = started + (event.due_ns - first_ns) / 1e9 / self._speed
                     await trio.sleep_until(max(woke + WAKE_S, due))
                     # A rounded clock must not wake again and again for the same frame.
                     now_ns = event.due_ns
-                    give()
+                    look()
                 market = markets.get(event.symbol)
                 if market is None:
                     market = markets[event.symbol] = _Market(event.symbol)
@@ -161,9 +166,9 @@ class Tape:
                 market.apply(event)
                 changed[event.symbol] = market
         self._complete = True
-        # What is left keeps its distance too, and a tape of one moment, looped, does not spin.
-        await trio.sleep_until(woke + WAKE_S)
         give()
+        # A tape of one moment, looped, must not spin.
+        await trio.sleep_until(woke + WAKE_S)
 
     def _scan(self) -> None:
         self._open = _opener(self.path, self._bad_line)
@@ -351,7 +356,7 @@ def _opener(path: Path, report: _Report) -> Callable[[], _Reader]:
 
     def unpack() -> IO[bytes]:
         if packed[:2] == b"\x1f\x8b":
-            return io.BufferedReader(gzip.GzipFile(path))
+            return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(path)))
         return path.open("rb")
 
     try:
