@@ -1,0 +1,123 @@
+"""The broker of one process: topics in memory."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from trading_push.broker.base import Message, Publication, State, Status, StatusChange
+from trading_push.topics import Channels, Topic
+
+__all__ = ["MemoryBroker"]
+
+_NO_DATA = Status("down", "no_data")
+_LIVE = Status("live")
+
+
+class _TopicState:
+    __slots__ = ("epoch", "history", "last", "seq", "status")
+
+    def __init__(self, history: int) -> None:
+        self.epoch = secrets.token_hex(8)
+        self.seq = 0
+        self.last: Publication | None = None
+        self.status = _NO_DATA
+        self.history: deque[Publication] | None = deque(maxlen=history) if history else None
+
+
+class MemoryBroker:
+    """A `Broker` that keeps everything in memory.
+
+    Args:
+        channels: Tells a topic's kind.
+        deliver: Takes each batch, in order; synchronous.
+        history: How many publications of a topic of kind `events` are kept for those who resume.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        deliver: Callable[[Sequence[Message]], None],
+        *,
+        history: int = 1000,
+    ) -> None:
+        self._channels = channels
+        self._deliver = deliver
+        self._history = history
+        self._topics: dict[Topic, _TopicState] = {}
+
+    def _state(self, topic: Topic) -> _TopicState:
+        state = self._topics.get(topic)
+        if state is None:
+            kept = self._history if self._channels.kind_of(topic) == "events" else 0
+            state = self._topics[topic] = _TopicState(kept)
+        return state
+
+    def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
+        """Publish one batch of encoded values; a topic that was not live is live then."""
+        now = _now_ms()
+        batch: list[Message] = []
+        for topic, data in values:
+            state = self._state(topic)
+            if state.status.state != "live":
+                state.status = _LIVE
+                batch.append(StatusChange(topic, _LIVE, now))
+            state.seq += 1
+            state.last = Publication(
+                topic, self._channels.kind_of(topic), state.epoch, state.seq, now, data
+            )
+            if state.history is not None:
+                state.history.append(state.last)
+            batch.append(state.last)
+        if batch:
+            self._deliver(batch)
+
+    def mark(self, topics: Sequence[Topic], status: Status) -> None:
+        """Set the status of some topics; only changes are handed on."""
+        now = _now_ms()
+        changes: list[Message] = []
+        for topic in topics:
+            state = self._state(topic)
+            changed = state.status.state != status.state
+            state.status = status
+            if changed:
+                changes.append(StatusChange(topic, status, now))
+        if changes:
+            self._deliver(changes)
+
+    def snapshot(self, topic: Topic) -> Publication | None:
+        """The last value of a topic; None where there is none."""
+        state = self._topics.get(topic)
+        return None if state is None else state.last
+
+    def status(self, topic: Topic) -> Status:
+        """The status of a topic; `down`, `no_data` where nothing was ever published."""
+        state = self._topics.get(topic)
+        return _NO_DATA if state is None else state.status
+
+    def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
+        """What was published after `seq`, oldest first; None where that is no longer known."""
+        state = self._topics.get(topic)
+        if state is None or state.epoch != epoch or state.last is None or seq > state.seq:
+            return None
+        if seq == state.seq:
+            return ()
+        if state.history is None:
+            return (state.last,)
+        if state.history[0].seq > seq + 1:
+            return None
+        return [publication for publication in state.history if publication.seq > seq]
+
+    def forget(self, topic: Topic) -> None:
+        """Drop all that is known of a topic; it comes back with a new epoch."""
+        self._topics.pop(topic, None)
+
+    def count(self, state: State) -> int:
+        """How many topics are in a state."""
+        return sum(each.status.state == state for each in self._topics.values())
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

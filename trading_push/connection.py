@@ -1,0 +1,399 @@
+"""One connection is one nursery: a task that receives, and a sender task for each subscription.
+
+Its end goes in this order, whatever began it: flagged closed (nothing is offered or written any
+more), every task of the nursery ended, the leave posted, the transport closed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from trading_push import logs, protocol
+from trading_push.auth import Authenticate, Principal
+from trading_push.broker.base import Broker, StatusChange
+from trading_push.errors import (
+    AuthenticationError,
+    CloseCode,
+    ErrorCode,
+    RequestError,
+    SendTimeout,
+    ServiceClosed,
+    TransportClosed,
+)
+from trading_push.registry import Departure, Member, Registry
+from trading_push.session import (
+    Action,
+    CheckToken,
+    End,
+    Reply,
+    Session,
+    Subscribe,
+    Unsubscribe,
+    Wanted,
+)
+from trading_push.settings import Limits
+from trading_push.subscription import Subscription
+from trading_push.topics import Channels, Topic
+from trading_push.transport.base import ABNORMAL, Close, Transport
+
+__all__ = ["Connection", "Hub"]
+
+
+@attrs.frozen(eq=False)
+class Hub:
+    """What all connections of a service share.
+
+    Args:
+        knows_symbol: Whether a symbol may exist.
+        awaits_source: Whether the source has yet to answer for a topic for the first time since it
+            is watched, so that the value there is may be old.
+        connections: Those whose stream has not ended.
+    """
+
+    channels: Channels
+    limits: Limits
+    registry: Registry
+    broker: Broker
+    authenticate: Authenticate
+    knows_symbol: Callable[[str], bool]
+    awaits_source: Callable[[Topic], bool]
+    connections: set[Connection] = attrs.field(factory=set)
+
+
+class Connection:
+    """One peer, from its handshake to the end of its stream.
+
+    Args:
+        hub: What it shares with the others.
+        transport: The peer.
+        principal: Whom the handshake has authenticated, where it has.
+    """
+
+    def __init__(self, hub: Hub, transport: Transport, principal: Principal | None = None) -> None:
+        self._hub = hub
+        self._transport = transport
+        self._principal = principal
+        self._subscriptions: dict[Topic, Subscription] = {}
+        self._member: Member
+        self._session: Session
+        self._nursery: trio.Nursery | None = None
+        self._receiving: trio.CancelScope | None = None
+        self._close: Close | None = None
+        self._farewell: list[bytes] = []
+        self._found_by_send = False
+        self._limit = trio.current_time() + hub.limits.authentication_timeout_s
+        self.closed = False
+
+    @property
+    def user(self) -> str | None:
+        """The authenticated user."""
+        return self._session.user
+
+    # --- the life of it --------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the peer until it is gone or `stop` is called.
+
+        No exception of the peer's or of a handler's making leaves it; a handler's is logged, once.
+        Cancelled, it still says good-bye to the peer, within `close_timeout_s`.
+
+        Raises:
+            ServiceClosed: The service runs no more; the peer has not been served.
+        """
+        hub = self._hub
+        self._member = hub.registry.connect(self._transport.peer)
+        self._session = Session(
+            hub.channels, hub.limits, self._member.id, knows_symbol=hub.knows_symbol
+        )
+        hub.connections.add(self)
+        try:
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    self._transport.start(nursery)
+                    if self.closed:  # stopped before it began
+                        nursery.cancel_scope.cancel()
+                    nursery.start_soon(self._receive_loop)
+            except* ServiceClosed:
+                self._decide(Close(CloseCode.SERVICE_RESTART, "service restart", ours=True))
+            except* Exception as errors:
+                self._fail(errors)
+        finally:
+            # No await stands before the leave is posted, so that no cancellation can lose it.
+            self._flag_closed()
+            close = self._close or Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
+            hub.registry.leave(self._member, Departure(close, self._found_by_send))
+            with trio.CancelScope(shield=True) as scope:
+                scope.deadline = trio.current_time() + hub.limits.close_timeout_s
+                await self._close_transport(close)
+            self._transport.abort()
+            hub.connections.discard(self)
+
+    def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
+        """End the connection with a close code; synchronous, and harmless when it has ended.
+
+        Args:
+            code: The close code.
+            reason: At most 123 bytes of UTF-8.
+            farewell: A last message that goes before the close frame.
+        """
+        if self.closed:
+            return
+        if farewell is not None:
+            self._farewell.append(protocol.frame(farewell))
+        self._decide(Close(code, reason, ours=True))
+        self._flag_closed()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def abort(self) -> None:
+        """Drop the peer without a close frame; synchronous."""
+        self.stop(CloseCode.SERVICE_RESTART, "service restart")
+        self._transport.abort()
+
+    def _decide(self, close: Close) -> None:
+        # The first close frame, sent or received, is the one that counts.
+        if self._close is None:
+            self._close = close
+
+    def _flag_closed(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        for subscription in self._subscriptions.values():
+            subscription.shut()
+        gone = self._close is not None and not self._close.ours
+        self._transport.hurry(0 if gone else self._hub.limits.close_timeout_s)
+
+    def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
+        # One trace, of the innermost group with something in it: a nursery wraps each exception.
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        logs.emit(
+            logs.line("internal_error", address=self._transport.peer, error=error)._replace(
+                exception=error
+            )
+        )
+        internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")
+        reply = protocol.encode(protocol.error_reply(self._session.request_id, internal))
+        self._farewell.append(protocol.frame(reply))
+        self._decide(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
+
+    async def _close_transport(self, close: Close) -> None:
+        try:
+            if not close.ours:
+                return
+            if self._farewell:
+                await self._transport.send(self._farewell)
+            await self._transport.close(close.code, close.reason)
+        except TransportClosed:
+            pass  # the peer went first: there is nobody left to be polite to
+        except Exception as error:
+            logs.emit(logs.line("cleanup_failed", error=error)._replace(exception=error))
+
+    # --- receiving -------------------------------------------------------------------------
+
+    async def _receive_loop(self) -> None:
+        try:
+            if self._principal is not None:
+                await self._authenticated(None, self._principal)
+            while True:
+                with trio.CancelScope(deadline=self._limit) as self._receiving:
+                    message = await self._transport.receive()
+                if self._receiving.cancelled_caught:
+                    self._time_is_up()
+                    return
+                for action in self._session.receive(message):
+                    await self._carry_out(action)
+        except TransportClosed as error:
+            self._gone(error)
+        finally:
+            self._decide_by_peer()
+            self._flag_closed()
+            assert self._nursery is not None
+            self._nursery.cancel_scope.cancel()
+
+    def _decide_by_peer(self) -> None:
+        close = self._transport.peer_close
+        if close is not None:
+            self._decide(close)
+
+    def _time_is_up(self) -> None:
+        if self._found_by_send:
+            self._gone(TransportClosed())
+        elif self._session.principal is None:
+            self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
+        else:
+            self.stop(CloseCode.TOKEN_EXPIRED, "token expired")
+
+    def _gone(self, error: TransportClosed) -> None:
+        self._decide_by_peer()
+        if isinstance(error, SendTimeout):
+            self._decide(Close(CloseCode.TOO_SLOW, "too slow", ours=True))
+        self._decide(ABNORMAL)
+
+    async def _carry_out(self, action: Action) -> None:
+        match action:
+            case Reply(message=message):
+                await self._send([protocol.frame(protocol.encode(message))])
+            case CheckToken(id=request_id, token=token):
+                await self._check(request_id, token)
+            case Subscribe():
+                await self._subscribe(action)
+            case Unsubscribe():
+                await self._unsubscribe(action)
+            case End(code=code, reason=reason):
+                self.stop(code, reason)
+
+    async def _send(self, frames: list[bytes]) -> None:
+        try:
+            await self._transport.send(frames)
+        except TransportClosed as error:
+            self._send_failed(error)
+            raise
+
+    def _send_failed(self, error: TransportClosed) -> None:
+        # The receive loop may still find the close frame that the peer sent before it went.
+        if not self.closed and self._transport.peer_close is None:
+            self._found_by_send = not isinstance(error, SendTimeout)
+            if isinstance(error, SendTimeout):
+                self._gone(error)
+            self._limit = min(self._limit, trio.current_time() + self._hub.limits.close_timeout_s)
+            if self._receiving is not None:
+                self._receiving.deadline = self._limit
+
+    # --- authentication --------------------------------------------------------------------
+
+    async def _check(self, request_id: protocol.Id, token: str) -> None:
+        limit = self._hub.limits.authentication_timeout_s
+        with trio.move_on_after(limit) as scope:
+            try:
+                principal = self._hub.authenticate(token)
+                if inspect.isawaitable(principal):
+                    principal = await principal
+            except AuthenticationError as error:
+                for action in self._session.refused(request_id, error):
+                    await self._carry_out(action)
+                return
+        if scope.cancelled_caught:
+            self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
+            return
+        assert isinstance(principal, Principal), "authenticate must return a Principal"
+        await self._authenticated(request_id, principal)
+
+    async def _authenticated(self, request_id: protocol.Id, principal: Principal) -> None:
+        first = self._session.principal is None
+        actions = self._session.authenticated(request_id, principal)
+        if first:
+            self._hub.registry.authenticate(self._member, principal.user)
+        assert self._session.principal is not None
+        expires_at = self._session.principal.expires_at
+        self._limit = (
+            math.inf if expires_at is None else trio.current_time() + expires_at - time.time()
+        )
+        for action in actions:
+            await self._carry_out(action)
+
+    # --- subscriptions ---------------------------------------------------------------------
+
+    async def _subscribe(self, action: Subscribe) -> None:
+        hub = self._hub
+        for topic, max_hz in action.throttled:
+            self._subscriptions[topic].throttle(max_hz)
+        begun: list[Subscription] = []
+        for wanted in action.wanted:
+            subscription = Subscription(
+                wanted.topic,
+                hub.channels.kind_of(wanted.topic),
+                self._transport,
+                max_hz=wanted.max_hz,
+                pending_bytes=hub.limits.pending_bytes,
+            )
+            self._subscriptions[wanted.topic] = subscription
+            begun.append(subscription)
+        # What is published from here on is offered to them, and waits behind the gate.
+        hub.registry.subscribe(self._member, begun)
+        frames: list[bytes] = []
+        ready: list[Subscription] = []
+        pushed: list[Topic] = []
+        for subscription, wanted in zip(begun, action.wanted, strict=True):
+            first = self._first_frames(subscription, wanted)
+            if first is not None:
+                ready.append(subscription)
+                frames += first
+                if first and wanted.topic.user is not None:
+                    pushed.append(wanted.topic)
+        await self._send([protocol.frame(protocol.encode(action.reply)), *frames])
+        for topic in pushed:
+            self._log_pushed(topic)
+        for subscription in ready:
+            subscription.open()
+        for subscription in begun:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._sender, subscription)
+
+    def _first_frames(self, subscription: Subscription, wanted: Wanted) -> list[bytes] | None:
+        # The frames that a subscription begins with; None where its value is yet to come.
+        broker, topic = self._hub.broker, wanted.topic
+        frames: list[bytes] = []
+        recovered = False
+        if wanted.since is not None:
+            missed = broker.since(topic, wanted.since.epoch, wanted.since.seq)
+            recovered = missed is not None
+            wanted.result.recovered = recovered
+            if missed is not None:
+                subscription.resume(wanted.since.epoch, wanted.since.seq)
+                frames = [subscription.frame_of(publication) for publication in missed]
+        if not recovered:
+            if self._hub.awaits_source(topic):
+                return None
+            snapshot = broker.snapshot(topic)
+            if snapshot is not None:
+                frames.append(subscription.frame_of(snapshot))
+        status = subscription.status_frame(self._status(topic))
+        if status is not None:
+            frames.append(status)
+        return frames
+
+    def _status(self, topic: Topic) -> StatusChange:
+        return StatusChange(topic, self._hub.broker.status(topic), round(time.time() * 1000))
+
+    def _begin(self, subscription: Subscription) -> None:
+        topic = subscription.topic
+        if subscription.begin(self._hub.broker.snapshot(topic), self._status(topic)):
+            self._log_pushed(topic)
+
+    def _log_pushed(self, topic: Topic) -> None:
+        if topic.user is not None and logs.enabled("pushed"):
+            logs.emit(logs.line("pushed", data_type=topic.channel, user=topic.user))
+
+    async def _sender(self, subscription: Subscription) -> None:
+        ledger = self._hub.registry.ledger
+        ledger.senders_started += 1
+        try:
+            with subscription.scope:
+                if not self._hub.awaits_source(subscription.topic):
+                    subscription.settle()
+                await subscription.run(self._hub.limits.first_value_wait_s, self._begin)
+        except TransportClosed as error:
+            self._send_failed(error)
+        finally:
+            if not subscription.scope.cancelled_caught:
+                self._flag_closed()  # it ends with its connection, which is flagged first
+            ledger.senders_ended += 1
+
+    async def _unsubscribe(self, action: Unsubscribe) -> None:
+        ended = [self._subscriptions.pop(topic) for topic in action.topics]
+        for subscription in ended:
+            subscription.shut()
+            subscription.scope.cancel()
+        if ended:
+            self._hub.registry.unsubscribe(self._member, ended)
+        await self._send([protocol.frame(protocol.encode(action.reply))])

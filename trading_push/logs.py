@@ -1,0 +1,514 @@
+"""The catalogue of log lines (zh, en), their formats, and the handlers behind a queue.
+
+The lines are part of the product: operators watch and grep them. One line is one record; the lines
+given to one `emit` stand together, with no other `trading_push` record between them, whichever
+thread it comes from. A record carries the event's name (`record.event`) and fields
+(`record.fields`). A library embedded in an application attaches no handler: `attached` is for
+programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+import msgspec
+
+from trading_push.errors import CloseCode, TradingPushError
+
+__all__ = ["Line", "attached", "close_line", "emit", "escape", "failure", "line", "set_language"]
+
+FIELD_LENGTH: Final = 64
+ERROR_LENGTH: Final = 300
+
+# event: (logger below trading_push, Chinese, English). The first character decides the level.
+CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
+    "service_started": (
+        "service",
+        "🚀 启动交易数据WebSocket推送服务",
+        "🚀 Starting the trading data WebSocket push service",
+    ),
+    "poller_started": (
+        "poller",
+        "🔄 启动{data_type}数据推送线程 - 推送间隔: {interval}秒",
+        "🔄 Starting the {data_type} push loop - interval: {interval} s",
+    ),
+    "connected": (
+        "registry",
+        "🔌 WebSocket客户端连接 - 来自: {address}",
+        "🔌 WebSocket client connected - from: {address}",
+    ),
+    "connection_count": (
+        "registry",
+        "🔌 当前连接数: {connections}",
+        "🔌 Connections: {connections}",
+    ),
+    "authenticated": ("registry", "✅ 用户{user}认证成功", "✅ User {user} authenticated"),
+    "subscribed": (
+        "registry",
+        "📋 用户{user}订阅{data_type}数据",
+        "📋 User {user} subscribed to {data_type} data",
+    ),
+    "subscribed_symbol": (
+        "registry",
+        "📊 用户{user}订阅{symbol}行情",
+        "📊 User {user} subscribed to the {symbol} ticker",
+    ),
+    "subscriber_count": (
+        "registry",
+        "   当前订阅者: {subscribers}",
+        "   Subscribers: {subscribers}",
+    ),
+    "pushed": (
+        "registry",
+        "📤 推送{data_type}数据给用户{user}",
+        "📤 Pushed {data_type} to user {user}",
+    ),
+    "disconnected": (
+        "registry",
+        "🔌 WebSocket客户端断开连接 - 来自: {address}",
+        "🔌 WebSocket client disconnected - from: {address}",
+    ),
+    "leaving_rooms": (
+        "registry",
+        "👤 用户{user}退出所有房间",
+        "👤 User {user} leaves every room",
+    ),
+    "left_room": ("registry", "   🚪 退出房间: {room}", "   🚪 Left room: {room}"),
+    "left_symbol_room": (
+        "registry",
+        "   🚪 退出行情房间: {room}",
+        "   🚪 Left ticker room: {room}",
+    ),
+    "unsubscribed": (
+        "registry",
+        "📋 用户{user}取消订阅{data_type}数据 - 剩余订阅者: {subscribers}",
+        "📋 User {user} unsubscribed from {data_type} data - subscribers left: {subscribers}",
+    ),
+    "unsubscribed_symbol": (
+        "registry",
+        "📊 用户{user}取消订阅{symbol}行情 - 剩余订阅者: {subscribers}",
+        "📊 User {user} unsubscribed from the {symbol} ticker - subscribers left: {subscribers}",
+    ),
+    "symbol_removed": (
+        "registry",
+        "   {symbol}无订阅者，移除",
+        "   {symbol} has no subscribers, removed",
+    ),
+    "left_all_rooms": (
+        "registry",
+        "✅ 用户{user}已退出所有房间并清理订阅",
+        "✅ User {user} has left every room, subscriptions cleaned up",
+    ),
+    "unauthenticated_left": (
+        "registry",
+        "⚠️ 未认证用户断开连接",
+        "⚠️ An unauthenticated user disconnected",
+    ),
+    "cleaned_up": (
+        "registry",
+        "用户{user}断开连接并清理所有订阅",
+        "User {user} disconnected, every subscription cleaned up",
+    ),
+    "online_count": (
+        "registry",
+        "👤 当前在线用户数: {users}",
+        "👤 Users online: {users}",
+    ),
+    "closed": (
+        "registry",
+        "🔌 连接关闭: code={code} reason='{reason}' ({meaning})",
+        "🔌 Connection closed: code={code} reason='{reason}' ({meaning})",
+    ),
+    "closed_oddly": (
+        "registry",
+        "⚠️ 连接关闭: code={code} reason='{reason}' ({meaning})",
+        "⚠️ Connection closed: code={code} reason='{reason}' ({meaning})",
+    ),
+    "peer_gone": (
+        "registry",
+        "✅ 用户{user}已断开连接（正常）",
+        "✅ User {user} has disconnected (normal)",
+    ),
+    "peer_gone_unauthenticated": (
+        "registry",
+        "✅ 客户端已断开连接（正常）",
+        "✅ The client has disconnected (normal)",
+    ),
+    "cleanup_failed": (
+        "registry",
+        "⚠️ 断开连接处理出错: {error}",
+        "⚠️ Error while handling a disconnect: {error}",
+    ),
+    "fetch_failed": (
+        "poller",
+        "❌ 获取用户{user}的{data_type}数据失败: {error}",
+        "❌ Fetching {data_type} of user {user} failed: {error}",
+    ),
+    "fetch_failed_again": (
+        "poller",
+        "❌ 获取用户{user}的{data_type}数据失败: {error}（另有{suppressed}次）",
+        "❌ Fetching {data_type} of user {user} failed: {error} ({suppressed} more times)",
+    ),
+    "fetch_recovered": (
+        "poller",
+        "✅ 用户{user}的{data_type}数据已恢复",
+        "✅ The {data_type} of user {user} has recovered",
+    ),
+    "symbol_stale": ("feed", "⚠️ {symbol}行情中断", "⚠️ The {symbol} ticker is interrupted"),
+    "symbol_recovered": ("feed", "✅ {symbol}行情已恢复", "✅ The {symbol} ticker has recovered"),
+    "feed_failed": (
+        "feed",
+        "❌ 行情源出错: {error} - {delay}秒后重试",
+        "❌ The market feed failed: {error} - next try in {delay} s",
+    ),
+    "tape_bad_lines": (
+        "feed",
+        "⚠️ 行情录像{path}有{count}行无法解析 - 第{line}行: {error}",
+        "⚠️ Tape {path}: {count} lines cannot be read - line {line}: {error}",
+    ),
+    "tape_ended": ("feed", "📼 行情录像{path}已播放完毕", "📼 Tape {path} has ended"),
+    "paper_read_only": (
+        "paper",
+        "⚠️ 模拟交易所{path}已由另一进程运行，本进程只读",
+        "⚠️ Another process trades on {path}, this one only reads",
+    ),
+    "paper_failed": (
+        "paper",
+        "❌ 模拟交易所出错: {error}",
+        "❌ The paper exchange failed: {error}",
+    ),
+    "internal_error": (
+        "connection",
+        "❌ 连接处理出错 - 来自: {address}: {error}",
+        "❌ Error while handling a connection - from: {address}: {error}",
+    ),
+    "registry_died": (
+        "registry",
+        "❌ 订阅登记任务意外终止: {error}",
+        "❌ The registry task died: {error}",
+    ),
+    "connection_stopped_by_firewall": (
+        "link",
+        "⚠️ 已拦截异常连接 - 来自: {address}: {error}",
+        "⚠️ Stopped a faulty connection - from: {address}: {error}",
+    ),
+    "plain_form": (
+        "link",
+        "⚠️ 未使用Hypercorn加固连接，以普通ASGI方式运行: {reason}",
+        "⚠️ Not on the guarded Hypercorn, running in plain ASGI form: {reason}",
+    ),
+    "shutting_down": (
+        "service",
+        "🔌 服务正在关闭 - 通知{connections}个连接",
+        "🔌 Shutting down - notifying {connections} connections",
+    ),
+    "lines_dropped": (
+        "logs",
+        "⚠️ 日志输出过慢，已丢弃{dropped}行",
+        "⚠️ The log's reader is too slow, {dropped} lines dropped",
+    ),
+}
+
+# How a close code reads: the few that the catalogue names, then the names of the wire protocol.
+_MEANINGS: Final[dict[int, tuple[str, str]]] = {
+    CloseCode.NORMAL: ("正常关闭", "normal closure"),
+    CloseCode.NO_STATUS: ("正常关闭", "normal closure"),
+    CloseCode.GOING_AWAY: ("客户端离开页面", "client left the page"),
+    CloseCode.ABNORMAL: ("异常断开", "abnormal closure"),
+}
+_RESTART: Final = ("服务重启", "service restart")
+_OTHER: Final = ("其他", "other")
+_NAMES: Final[dict[int, str]] = {
+    CloseCode.PROTOCOL_ERROR: "broken framing",
+    CloseCode.UNSUPPORTED_DATA: "binary message",
+    CloseCode.INVALID_DATA: "bad UTF-8",
+    CloseCode.TOO_BIG: "message over the limit",
+    CloseCode.INTERNAL_ERROR: "our own error",
+    CloseCode.SERVICE_RESTART: "server restarting",
+    CloseCode.TOO_SLOW: "too slow",
+    CloseCode.HEARTBEAT_TIMEOUT: "nothing heard within the heartbeat timeout",
+    CloseCode.TOKEN_EXPIRED: "token expired and not renewed",
+    CloseCode.BAD_TOKEN: "bad token",
+    CloseCode.TOO_MANY_BAD_REQUESTS: "too many bad requests",
+    CloseCode.AUTHENTICATION_TIMEOUT: "not authenticated in time",
+    CloseCode.KICKED: "kicked by an administrator",
+    CloseCode.CONNECTION_LIMIT: "over a connection limit",
+    CloseCode.REPLACED: "replaced by the user's newer connection",
+}
+_QUIET: Final = frozenset({CloseCode.NORMAL, CloseCode.NO_STATUS, CloseCode.GOING_AWAY})
+
+_language = 0  # index into a catalogue entry's texts: 0 Chinese, 1 English
+
+
+class Line(NamedTuple):
+    """One line of the catalogue with its values, not yet in any language."""
+
+    event: str
+    fields: dict[str, Any]
+    exception: BaseException | None = None
+
+
+def set_language(lang: str) -> None:
+    """Print the lines of the whole process in `zh` or `en`."""
+    global _language
+    _language = ("zh", "en").index(lang)
+
+
+def escape(text: str, limit: int = FIELD_LENGTH) -> str:
+    """`text` made safe for one line: nothing in it can end, hide or reorder the line.
+
+    Characters of the Unicode categories Cc, Cf, Cs, Zl and Zp, and the quote that surrounds a
+    value, appear as `\\xNN`, `\\uNNNN` or `\\'`; the result is cut at `limit` characters.
+    """
+    if text.isascii() and text.isprintable() and "'" not in text:
+        return text[:limit]
+    return "".join(map(_escape_character, text[:limit]))[:limit]
+
+
+def _escape_character(character: str) -> str:
+    if character == "'":
+        return "\\'"
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character
+    code = ord(character)
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def line(event: str, **fields: Any) -> Line:
+    """A line of the catalogue; text in its fields is escaped, a number prints at its shortest."""
+    for name, value in fields.items():
+        if isinstance(value, str | Path):
+            fields[name] = escape(str(value), ERROR_LENGTH if name in ("error", "path") else 64)
+        elif isinstance(value, BaseException):
+            fields[name] = failure(value)
+        elif isinstance(value, float):
+            fields[name] = float(f"{value:g}") if value % 1 else int(value)
+    return Line(event, fields)
+
+
+def failure(error: BaseException) -> str:
+    """An exception in one escaped line: its kind (unless it is ours) and its text's first line."""
+    text = str(error).strip().split("\n", 1)[0]
+    kind = type(error).__name__
+    if not text:
+        text = kind
+    elif not isinstance(error, TradingPushError):
+        text = f"{kind}: {text}"
+    return escape(text, ERROR_LENGTH)
+
+
+def close_line(code: int, reason: str, *, ours: bool) -> Line:
+    """The line that says with which code a connection was closed; `ours`: we closed it."""
+    if code == CloseCode.SERVICE_RESTART and ours:
+        event, meaning = "closed", _RESTART[_language]
+    elif code in _MEANINGS:
+        event = "closed" if code in _QUIET else "closed_oddly"
+        meaning = _MEANINGS[code][_language]
+    else:
+        event, meaning = "closed_oddly", _NAMES.get(code, _OTHER[_language])
+    return line(event, code=code, reason=reason, meaning=meaning)
+
+
+_LEVELS: Final = {
+    event: (
+        logging.WARNING
+        if texts[1].startswith("⚠️")
+        else logging.ERROR
+        if texts[1].startswith("❌")
+        else logging.INFO
+    )
+    for event, texts in CATALOGUE.items()
+}
+_LOGGERS: Final = {
+    event: logging.getLogger(f"trading_push.{texts[0]}") for event, texts in CATALOGUE.items()
+}
+
+
+def enabled(event: str) -> bool:
+    """Whether anybody would see a line of this event; for lines on hot paths."""
+    return _LOGGERS[event].isEnabledFor(_LEVELS[event])
+
+
+def emit(*lines: Line) -> None:
+    """Log some lines, with no other record of the package between them; never raises."""
+    if len(lines) == 1:
+        _emit(lines[0])
+    elif lines:
+        with _unbroken(_LOGGERS[lines[0].event]):
+            for each in lines:
+                _emit(each)
+
+
+def _emit(each: Line) -> None:
+    event, fields, exception = each
+    logger, level = _LOGGERS[event], _LEVELS[event]
+    if not logger.isEnabledFor(level):
+        return
+    text = CATALOGUE[event][1 + _language].format_map(fields)
+    info = None if exception is None else (type(exception), exception, exception.__traceback__)
+    logger.handle(
+        logger.makeRecord(
+            logger.name,
+            level,
+            "",
+            0,
+            text,
+            (),
+            info,
+            extra={"event": event, "fields": fields},
+        )
+    )
+
+
+@contextmanager
+def _unbroken(logger: logging.Logger | None) -> Iterator[None]:
+    # A record reaches its handlers one by one, each under the handler's own (re-entrant) lock:
+    # whoever holds those locks is alone until done, and other threads' records wait their turn.
+    with ExitStack() as held:
+        while logger is not None:
+            for handler in logger.handlers:
+                if handler.lock is not None:
+                    held.enter_context(handler.lock)
+            logger = logger.parent if logger.propagate else None
+        yield
+
+
+class SafeFormatter(logging.Formatter):
+    """A formatter whose stack traces cannot carry control characters of a peer's making."""
+
+    def formatException(self, ei: Any) -> str:
+        """The trace, each line of it escaped."""
+        return "\n".join(
+            escape(text, 2000).replace("\\'", "'")
+            for text in super().formatException(ei).split("\n")
+        )
+
+
+class JsonFormatter(SafeFormatter):
+    """One JSON object a line: `at` (ms), `level`, `logger`, `event`, `message`, `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON; a stack trace stands in `trace`."""
+        entry = {
+            "at": int(record.created * 1000),
+            "level": record.levelname,
+            "logger": record.name,
+            "event": getattr(record, "event", None),
+            "message": record.getMessage(),
+            "fields": getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(entry, enc_hook=str).decode()
+
+
+class _BoundedQueueHandler(logging.handlers.QueueHandler):
+    """Queues records without ever blocking; what finds no place is counted and said in a line."""
+
+    def __init__(self, lines: int) -> None:
+        self.records: queue.Queue[Any] = queue.Queue(lines)
+        self.dropped = 0
+        super().__init__(self.records)
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # The base class formats the exception away; our formatter, on the other side, needs it.
+        record.message = record.getMessage()
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self.dropped:
+                self.records.put_nowait(self._gap())
+                self.dropped = 0
+            self.records.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def _gap(self) -> logging.LogRecord:
+        text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self.dropped)
+        record = logging.LogRecord("trading_push.logs", logging.WARNING, "", 0, text, (), None)
+        record.event = "lines_dropped"
+        record.fields = {"dropped": self.dropped}
+        return record
+
+
+class _QuietStreamHandler(logging.StreamHandler[IO[str]]):
+    """Writes to a stream whose reader may go away: that must not print traces for ever."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError | ValueError):
+            super().handleError(record)
+
+
+@contextmanager
+def attached(
+    *,
+    lang: str = "zh",
+    json: bool = False,
+    file: Path | None = None,
+    queue_lines: int = 100_000,
+) -> Iterator[None]:
+    """Print the lines to standard error, and to `file` as well, while the context is open.
+
+    Writing is done by a thread behind a bounded queue, so that a full pipe that nobody reads never
+    stops the service. Leaving waits at most one second for what is still queued.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    set_language(lang)
+    console: logging.Handler = _QuietStreamHandler(sys.stderr)
+    handlers = [console]
+    console.setFormatter(JsonFormatter() if json else SafeFormatter("%(message)s"))
+    if file is not None:
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(
+            JsonFormatter()
+            if json
+            else SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+        )
+        handlers.append(to_file)
+    if hasattr(sys.stderr, "reconfigure"):
+        # The lines are UTF-8 whatever the locale; a character it lacks must not lose the line.
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    bounded = _BoundedQueueHandler(queue_lines)
+    writer = threading.Thread(target=_write, args=(bounded.records, handlers), daemon=True)
+    writer.start()
+    loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
+    kept = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+        logger.addHandler(bounded)
+        logger.propagate = False
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old_level, propagate in kept:
+            logger.removeHandler(bounded)
+            logger.setLevel(old_level)
+            logger.propagate = propagate
+        try:
+            bounded.records.put(None, timeout=1)
+        except queue.Full:
+            pass  # nobody reads: the thread is a daemon, and the process may end without it
+        else:
+            writer.join(timeout=1)
+        if file is not None and not writer.is_alive():
+            handlers[-1].close()
+
+
+def _write(records: queue.Queue[Any], handlers: list[logging.Handler]) -> None:
+    while (record := records.get()) is not None:
+        for handler in handlers:
+            handler.handle(record)

@@ -1,0 +1,344 @@
+"""The registry task: who is connected, who subscribes to what, and the lines that tell of it.
+
+One task owns the table and works through an inbox, one command after the other. Posting is
+synchronous, so that no cancellation can lose a leave; a connection's lines are emitted as one unit.
+What was posted before a publication is in force when the publication is handed out.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import trio
+
+from trading_push import fanout, logs
+from trading_push.broker.base import Message, Publication
+from trading_push.errors import ServiceClosed
+from trading_push.logs import Line, line
+from trading_push.subscription import Subscription
+from trading_push.topics import Channels, Topic, room_of, symbol_of
+from trading_push.transport.base import Close
+
+__all__ = ["Departure", "Ledger", "Member", "Registry"]
+
+
+@attrs.define
+class Ledger:
+    """What began and what ended since the start; the two sides meet when nobody is connected."""
+
+    connections_opened: int = 0
+    connections_closed: int = 0
+    subscriptions_opened: int = 0
+    subscriptions_closed: int = 0
+    senders_started: int = 0
+    senders_ended: int = 0
+
+    @property
+    def balanced(self) -> bool:
+        """Whether everything that began has ended."""
+        return (
+            self.connections_opened == self.connections_closed
+            and self.subscriptions_opened == self.subscriptions_closed
+            and self.senders_started == self.senders_ended
+        )
+
+
+@attrs.define(eq=False)
+class Member:
+    """One connection as the registry knows it; `user` is None until it has authenticated."""
+
+    id: str
+    address: str
+    user: str | None = None
+    subscriptions: dict[Topic, Subscription] = attrs.field(factory=dict)
+    present: bool = False
+
+
+@attrs.frozen
+class Departure:
+    """How a connection ended.
+
+    Args:
+        close: The close code and reason that decided.
+        found_by_send: It was a send that found the peer gone.
+        errors: What went wrong while cleaning up.
+    """
+
+    close: Close
+    found_by_send: bool = False
+    errors: tuple[BaseException, ...] = ()
+
+
+class Registry:
+    """Owns the table of subscribers. Every method but `run` is synchronous and never blocks.
+
+    Args:
+        channels: The order in which the log names them.
+        on_watched: Called, by the registry task, when the first subscriber of a topic comes (True)
+            and when its last one has gone (False).
+        on_leave: An application's own clean-up, called for each connection that has left; what it
+            raises is logged.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        *,
+        on_watched: Callable[[Topic, bool], None] = lambda topic, watched: None,
+        on_leave: Callable[[Member], None] = lambda member: None,
+    ) -> None:
+        self.ledger = Ledger()
+        self._channels = channels
+        self._on_watched = on_watched
+        self._on_leave = on_leave
+        self._post, self._inbox = trio.open_memory_channel[tuple[Callable[..., Any], Any]](math.inf)
+        self._table: dict[Topic, dict[Subscription, None]] = {}
+        self._watchers: dict[str, Counter[str]] = {}
+        self._online: Counter[str] = Counter()
+        self._connections = 0
+        self._ended = False
+
+    # --- what others see -----------------------------------------------------------------
+
+    @property
+    def connections(self) -> int:
+        """How many connections there are."""
+        return self._connections
+
+    def users_online(self) -> int:
+        """How many users have an authenticated connection."""
+        return len(self._online)
+
+    def watched(self, topic: Topic) -> bool:
+        """Whether a topic has a subscriber."""
+        return topic in self._table
+
+    def watchers(self, channel: str) -> Mapping[str, int]:
+        """The users subscribed to a channel, with the number of their subscriptions."""
+        return self._watchers.get(channel, {})
+
+    def counts(self) -> dict[str, int]:
+        """The number of subscribed users by channel, where there are any."""
+        return {channel: len(users) for channel, users in self._watchers.items()}
+
+    # --- commands ------------------------------------------------------------------------
+
+    def _command(self, command: Callable[..., Any], *args: Any) -> None:
+        if self._ended:
+            raise ServiceClosed("the registry runs no more")
+        self._post.send_nowait((command, args))
+
+    def connect(self, address: str) -> Member:
+        """A connection has come.
+
+        Raises:
+            ServiceClosed: The registry runs no more.
+        """
+        member = Member(secrets.token_hex(8), address)
+        self._command(self._connected, member)
+        return member
+
+    def authenticate(self, member: Member, user: str) -> None:
+        """A connection has authenticated. Raises ServiceClosed."""
+        self._command(self._authenticated, member, user)
+
+    def subscribe(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
+        """A connection subscribes. Raises ServiceClosed."""
+        self._command(self._subscribed, member, subscriptions)
+
+    def unsubscribe(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
+        """A connection unsubscribes on request. Raises ServiceClosed."""
+        self._command(self._unsubscribed, member, subscriptions)
+
+    def publish(self, batch: Sequence[Message]) -> None:
+        """Hand a batch to its subscribers. Raises ServiceClosed."""
+        self._command(self._published, batch)
+
+    def settle(self, topics: Sequence[Topic]) -> None:
+        """The source has answered for these topics for the first time. Raises ServiceClosed."""
+        self._command(self._settled, topics)
+
+    def leave(self, member: Member, departure: Departure) -> None:
+        """A connection has gone; never raises, and is counted even when the registry has ended."""
+        try:
+            self._command(self._left, member, departure)
+        except (ServiceClosed, trio.BrokenResourceError, trio.ClosedResourceError):
+            self._left(member, departure)
+
+    def close(self) -> None:
+        """Let the registry task end when it has worked through its inbox."""
+        self._post.close()
+
+    # --- the task ------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work through the inbox until `close`; shielded, so that no cancellation loses a line."""
+        with trio.CancelScope(shield=True):
+            try:
+                async for command, args in self._inbox:
+                    steps = command(*args)
+                    if steps is not None:
+                        for _ in steps:
+                            await trio.lowlevel.checkpoint()
+            except BaseException as error:
+                logs.emit(line("registry_died", error=error)._replace(exception=error))
+                raise
+            finally:
+                self._ended = True
+                self._inbox.close()
+
+    def _connected(self, member: Member) -> None:
+        member.present = True
+        self._connections += 1
+        self.ledger.connections_opened += 1
+        logs.emit(line("connected", address=member.address), self._connection_count())
+
+    def _authenticated(self, member: Member, user: str) -> None:
+        member.user = user
+        self._online[user] += 1
+        logs.emit(line("authenticated", user=user))
+
+    def _subscribed(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
+        assert member.user is not None
+        lines: list[Line] = []
+        for subscription in subscriptions:
+            topic = subscription.topic
+            member.subscriptions[topic] = subscription
+            self.ledger.subscriptions_opened += 1
+            subscribers = self._table.setdefault(topic, {})
+            subscribers[subscription] = None
+            watchers = self._watchers.setdefault(topic.channel, Counter())
+            watchers[member.user] += 1
+            if len(subscribers) == 1:
+                self._on_watched(topic, True)
+            symbol = symbol_of(topic.channel)
+            lines += (
+                line("subscribed", user=member.user, data_type=topic.channel)
+                if symbol is None
+                else line("subscribed_symbol", user=member.user, symbol=symbol),
+                line("subscriber_count", subscribers=len(watchers)),
+            )
+        logs.emit(*lines)
+
+    def _unsubscribed(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
+        lines: list[Line] = []
+        for subscription in subscriptions:
+            self._remove(member, subscription)
+            lines += self._room_line(member, subscription.topic)
+            lines += self._unsubscribed_lines(member, subscription.topic)
+        logs.emit(*lines)
+
+    def _remove(self, member: Member, subscription: Subscription) -> None:
+        topic, user = subscription.topic, member.user
+        assert user is not None
+        if member.subscriptions.get(topic) is subscription:
+            del member.subscriptions[topic]
+        self.ledger.subscriptions_closed += 1
+        watchers = self._watchers[topic.channel]
+        watchers[user] -= 1
+        if not watchers[user]:
+            del watchers[user]
+            if not watchers:
+                del self._watchers[topic.channel]
+        subscribers = self._table[topic]
+        del subscribers[subscription]
+        if not subscribers:
+            del self._table[topic]
+            self._on_watched(topic, False)
+
+    def _published(self, batch: Sequence[Message]) -> Any:
+        if logs.enabled("pushed"):
+            for message in batch:
+                topic = message.topic
+                if (
+                    topic.user is not None
+                    and isinstance(message, Publication)
+                    and topic in self._table
+                ):
+                    logs.emit(line("pushed", data_type=topic.channel, user=topic.user))
+        return fanout.deliver(batch, self._table)
+
+    def _settled(self, topics: Sequence[Topic]) -> None:
+        for topic in topics:
+            for subscription in self._table.get(topic, ()):
+                subscription.settle()
+
+    def _left(self, member: Member, departure: Departure) -> None:
+        errors = list(departure.errors)
+        close = departure.close
+        lines = [
+            logs.close_line(close.code, close.reason, ours=close.ours),
+            line("disconnected", address=member.address),
+        ]
+        if departure.found_by_send:
+            lines.insert(
+                0,
+                line("peer_gone_unauthenticated")
+                if member.user is None
+                else line("peer_gone", user=member.user),
+            )
+        lines += self._block(member, errors)
+        try:
+            self._on_leave(member)
+        except Exception as error:  # an application's own code: the unit stays whole
+            errors.append(error)
+        lines += [line("cleanup_failed", error=error) for error in errors]
+        if member.user is not None:
+            lines.append(line("cleaned_up", user=member.user))
+            self._online[member.user] -= 1
+            if not self._online[member.user]:
+                del self._online[member.user]
+        if member.present:
+            self._connections -= 1
+            self.ledger.connections_closed += 1
+        lines += [self._connection_count(), line("online_count", users=len(self._online))]
+        logs.emit(*lines)
+
+    def _block(self, member: Member, errors: list[BaseException]) -> list[Line]:
+        if member.user is None:
+            return [line("unauthenticated_left")]
+        subscriptions = list(member.subscriptions.values())
+        for subscription in subscriptions:
+            try:
+                self._remove(member, subscription)
+            except Exception as error:  # the hook of a room that starts and stops on watchers
+                errors.append(error)
+        topics = [subscription.topic for subscription in subscriptions]
+        data = sorted(
+            (topic for topic in topics if symbol_of(topic.channel) is None),
+            key=lambda topic: self._channels.rank_of(topic.channel),
+        )
+        tickers = [topic for topic in topics if symbol_of(topic.channel) is not None]
+        lines = [line("leaving_rooms", user=member.user)]
+        for group in (data, tickers):
+            for topic in group:
+                lines += self._room_line(member, topic)
+            for topic in group:
+                lines += self._unsubscribed_lines(member, topic)
+        lines.append(line("left_all_rooms", user=member.user))
+        return lines
+
+    def _room_line(self, member: Member, topic: Topic) -> list[Line]:
+        assert member.user is not None
+        event = "left_room" if symbol_of(topic.channel) is None else "left_symbol_room"
+        return [line(event, room=room_of(topic.channel, member.user))]
+
+    def _unsubscribed_lines(self, member: Member, topic: Topic) -> list[Line]:
+        left = len(self._watchers.get(topic.channel, ()))
+        symbol = symbol_of(topic.channel)
+        if symbol is None:
+            return [
+                line("unsubscribed", user=member.user, data_type=topic.channel, subscribers=left)
+            ]
+        lines = [line("unsubscribed_symbol", user=member.user, symbol=symbol, subscribers=left)]
+        if not left:
+            lines.append(line("symbol_removed", symbol=symbol))
+        return lines
+
+    def _connection_count(self) -> Line:
+        return line("connection_count", connections=self._connections)

@@ -1,0 +1,266 @@
+"""The state machine of one connection, without I/O: a message in, actions out.
+
+    new -> authenticated -> closed
+
+Rules: every message of the peer gets exactly one reply, in order. Before authentication only `auth`
+and `ping` are served. An action that takes time (`CheckToken`, `Subscribe`, `Unsubscribe`) is
+carried out by the owner, who comes back with the outcome and gets the reply; until then no other
+message may be handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import attrs
+from msgspec import UNSET, Raw
+
+from trading_push import protocol
+from trading_push.auth import Principal
+from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
+from trading_push.protocol import Id, ItemResult, Since
+from trading_push.settings import Limits
+from trading_push.topics import Channels, Topic, symbol_of
+
+__all__ = [
+    "Action",
+    "CheckToken",
+    "End",
+    "Reply",
+    "Session",
+    "Subscribe",
+    "Unsubscribe",
+    "Wanted",
+]
+
+
+@attrs.frozen
+class Reply:
+    """Send this reply."""
+
+    message: protocol.Reply
+
+
+@attrs.frozen
+class CheckToken:
+    """Check this token, then call `authenticated` or `refused`."""
+
+    id: Id
+    token: str = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Wanted:
+    """One new subscription; the reply tells in `result` how it went."""
+
+    topic: Topic
+    max_hz: float | None
+    since: Since | None
+    result: ItemResult
+
+
+@attrs.frozen
+class Subscribe:
+    """Begin `wanted`, change the pace of `throttled`, then send `reply`."""
+
+    reply: protocol.ItemsReply
+    wanted: tuple[Wanted, ...]
+    throttled: tuple[tuple[Topic, float], ...]
+
+
+@attrs.frozen
+class Unsubscribe:
+    """End these subscriptions, then send `reply`."""
+
+    reply: protocol.ItemsReply
+    topics: tuple[Topic, ...]
+
+
+@attrs.frozen
+class End:
+    """Close the connection."""
+
+    code: CloseCode
+    reason: str
+
+
+Action = Reply | CheckToken | Subscribe | Unsubscribe | End
+
+
+class Session:
+    """What one connection may do and has subscribed; never raises for anything a peer says.
+
+    Args:
+        channels: The channels that can be named.
+        limits: How many subscriptions and bad messages are borne, and the heartbeat told.
+        connection_id: Told to the client in the reply to `auth`.
+        knows_symbol: Whether a symbol may exist.
+        clock: The time in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        limits: Limits,
+        connection_id: str,
+        *,
+        knows_symbol: Callable[[str], bool] = lambda symbol: True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._channels = channels
+        self._limits = limits
+        self._connection_id = connection_id
+        self._knows_symbol = knows_symbol
+        self._clock = clock
+        self._bad = 0
+        self.request_id: Id = None
+        self.principal: Principal | None = None
+        self.topics: dict[Topic, None] = {}
+
+    @property
+    def user(self) -> str | None:
+        """The authenticated user."""
+        return None if self.principal is None else self.principal.user
+
+    def receive(self, message: str | bytes) -> list[Action]:
+        """One message of the peer."""
+        if not isinstance(message, str):
+            return [End(CloseCode.UNSUPPORTED_DATA, "binary messages are not served")]
+        self.request_id = None
+        try:
+            request_id, request = protocol.decode_request(message)
+        except protocol.BadRequest as error:
+            self._bad += 1
+            actions: list[Action] = [Reply(protocol.error_reply(error.id, error))]
+            if self._bad >= self._limits.bad_messages:
+                actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many bad requests"))
+            return actions
+        self._bad = 0
+        self.request_id = request_id
+        match request:
+            case protocol.AuthRequest(token=token):
+                return [CheckToken(request_id, token)]
+            case protocol.PingRequest():
+                now = round(self._clock() * 1000)
+                return [Reply(protocol.Pong(protocol.reply_id(request_id), now))]
+        if self.principal is None:
+            return _refuse(
+                request_id,
+                RequestError(ErrorCode.NOT_AUTHENTICATED, "send `auth` with a token first"),
+            )
+        match request:
+            case protocol.SubscribeRequest(args=args):
+                return [self._subscribe(request_id, args, self.principal.user)]
+            case protocol.UnsubscribeRequest(args=args):
+                return [self._unsubscribe(request_id, args, self.principal.user)]
+            case protocol.ListRequest():
+                names = sorted(topic.channel for topic in self.topics)
+                return [Reply(protocol.ListReply(protocol.reply_id(request_id), True, names))]
+
+    # --- authentication ------------------------------------------------------------------
+
+    def authenticated(self, request_id: Id, principal: Principal) -> list[Action]:
+        """The token was good; a user who is known already has extended the session."""
+        if self.principal is not None:
+            if principal.user != self.principal.user:
+                return _refuse(
+                    request_id,
+                    RequestError(ErrorCode.FORBIDDEN, "this connection is another user's"),
+                )
+            old, new = self.principal.expires_at, principal.expires_at
+            if new is not None and (old is None or new < old):
+                principal = attrs.evolve(principal, expires_at=old)
+        self.principal = principal
+        expires_in = (
+            None
+            if principal.expires_at is None
+            else max(0, int(principal.expires_at - self._clock()))
+        )
+        return [
+            Reply(
+                protocol.AuthReply(
+                    protocol.reply_id(request_id),
+                    True,
+                    principal.user,
+                    self._connection_id,
+                    expires_in,
+                    self._limits.heartbeat_s,
+                )
+            )
+        ]
+
+    def refused(self, request_id: Id, error: AuthenticationError) -> list[Action]:
+        """The token was not good: the end, unless the session has authenticated already."""
+        actions = _refuse(request_id, error)
+        if self.principal is None:
+            code = CloseCode.TOKEN_EXPIRED if error.expired else CloseCode.BAD_TOKEN
+            actions.append(End(code, error.code.value))
+        return actions
+
+    # --- subscriptions -------------------------------------------------------------------
+
+    def _subscribe(self, request_id: Id, args: Iterable[Raw], user: str) -> Subscribe:
+        results: list[ItemResult] = []
+        wanted: list[Wanted] = []
+        throttled: list[tuple[Topic, float]] = []
+        for raw in args:
+            name = protocol.item_channel(raw)
+            try:
+                item = protocol.decode_item(raw)
+                topic = self._resolve(item.channel, user)
+                result = ItemResult(topic.channel, True, max_hz=item.max_hz)
+                max_hz = None if item.max_hz is UNSET else float(item.max_hz)
+                if topic in self.topics:
+                    if max_hz is not None:
+                        throttled.append((topic, max_hz))
+                elif len(self.topics) >= self._limits.subscriptions:
+                    raise RequestError(
+                        ErrorCode.TOO_MANY_SUBSCRIPTIONS,
+                        f"a connection has {self._limits.subscriptions} subscriptions at most",
+                    )
+                else:
+                    self.topics[topic] = None
+                    since = None if item.since is UNSET else item.since
+                    wanted.append(Wanted(topic, max_hz, since, result))
+                results.append(result)
+            except RequestError as error:
+                results.append(_failed(name, error))
+        return Subscribe(
+            _items_reply("subscribe", request_id, results), tuple(wanted), tuple(throttled)
+        )
+
+    def _unsubscribe(self, request_id: Id, args: Iterable[Raw], user: str) -> Unsubscribe:
+        results: list[ItemResult] = []
+        ended: list[Topic] = []
+        for raw in args:
+            name = protocol.item_channel(raw)
+            try:
+                topic = self._channels.resolve(protocol.decode_channel(raw), user)
+                if topic in self.topics:
+                    del self.topics[topic]
+                    ended.append(topic)
+                results.append(ItemResult(topic.channel, True))
+            except RequestError as error:
+                results.append(_failed(name, error))
+        return Unsubscribe(_items_reply("unsubscribe", request_id, results), tuple(ended))
+
+    def _resolve(self, name: str, user: str) -> Topic:
+        topic = self._channels.resolve(name, user)
+        symbol = symbol_of(topic.channel)
+        if symbol is not None and not self._knows_symbol(symbol):
+            raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
+        return topic
+
+
+def _refuse(request_id: Id, error: RequestError) -> list[Action]:
+    return [Reply(protocol.error_reply(request_id, error))]
+
+
+def _failed(channel: str | None, error: RequestError) -> ItemResult:
+    return ItemResult(channel, False, error=protocol.ErrorBody.of(error))
+
+
+def _items_reply(op: str, request_id: Id, results: list[ItemResult]) -> protocol.ItemsReply:
+    ok = all(result.ok for result in results)
+    return protocol.ItemsReply(op, protocol.reply_id(request_id), ok, results)

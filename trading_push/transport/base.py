@@ -1,0 +1,93 @@
+"""What a transport is: one peer that frames are sent to and messages received from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import attrs
+import trio
+
+from trading_push.errors import CloseCode
+
+__all__ = ["ABNORMAL", "Close", "Transport"]
+
+
+@attrs.frozen
+class Close:
+    """How a connection was closed: the first close frame sent or received."""
+
+    code: int
+    reason: str = ""
+    ours: bool = False
+
+
+ABNORMAL = Close(CloseCode.ABNORMAL)
+"""The end without a close frame."""
+
+
+class Transport(Protocol):
+    """One peer. Every door hands `connection.py` one of these.
+
+    Frames are ready-made WebSocket text frames (`protocol.frame`).
+    """
+
+    @property
+    def peer(self) -> str:
+        """The peer's address, for the log and for limits; client-made text is not escaped yet."""
+        ...
+
+    @property
+    def peer_close(self) -> Close | None:
+        """The close frame that decided, where one came or was sent below; None otherwise."""
+        ...
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Take the connection's nursery, for what a short write left over."""
+        ...
+
+    async def receive(self) -> str | bytes:
+        """The next message: text, or bytes for a binary message.
+
+        Raises:
+            TransportClosed: There is none to come.
+
+        Cancellation loses no message.
+        """
+        ...
+
+    async def send(self, frames: Sequence[bytes]) -> None:
+        """Send some frames, in order and undivided.
+
+        Raises:
+            SendTimeout: The peer did not take them in time; the stream is aborted.
+            TransportClosed: The peer is gone, or a close frame was sent.
+
+        Cancellable while it waits for its turn, with nothing sent; not once writing has begun,
+        which the send deadline bounds and `hurry` shortens.
+        """
+        ...
+
+    def try_send(self, frames: Sequence[bytes]) -> bool:
+        """Send some frames now, without waiting; synchronous.
+
+        Returns:
+            False where that cannot be: nothing was sent, `send` is to be used.
+        """
+        ...
+
+    def hurry(self, grace_s: float) -> None:
+        """Give a send that is under way no longer than this; then the stream is aborted."""
+        ...
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send a close frame, once, and wait for the peer's; nothing is sent after it.
+
+        Does nothing where the peer is gone. The caller bounds it; cancelled, the peer's answer is
+        not waited for.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Drop the peer at once; synchronous. A send under way ends with TransportClosed."""
+        ...

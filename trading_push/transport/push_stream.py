@@ -1,0 +1,270 @@
+"""The stream under a door: a deadline on every send, and frames written without a task switch.
+
+Rules, each learnt where it was broken:
+
+1. One first-in-first-out turn for every write; waiting for it counts against the deadline.
+2. What a short write left over is flushed at once by a task of its own, before anything else.
+3. Before a frame that begins with 0x88 (close) the stream is sealed: nothing of ours follows it.
+4. The whole stream interface is implemented; nothing is handed on by `__getattr__`.
+5. The descriptor is asked anew each time: a kept one may by then be somebody else's socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import trio
+
+from trading_push.errors import SendTimeout, TransportClosed
+
+__all__ = ["PushStream", "TlsPushStream", "wrap"]
+
+_CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
+_IOV_MAX: Final = 1024
+_CAN_WRITEV: Final = hasattr(os, "writev")
+
+Bytes = bytes | bytearray | memoryview
+
+
+class PushStream(trio.abc.HalfCloseableStream):
+    """A stream whose every send has a deadline; over a plain socket it also offers `try_send`.
+
+    Args:
+        stream: The stream underneath.
+        send_timeout_s: How long one send may take, its wait for a turn included.
+        on_read: Called with True before a read and with False when it has returned.
+        on_end: Called once, when the peer's end of file or a broken stream was seen.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        send_timeout_s: float,
+        *,
+        on_read: Callable[[bool], None] = lambda reading: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._stream: Any = stream
+        self._send_timeout_s = send_timeout_s
+        self._on_read = on_read
+        self._on_end = on_end
+        # A semaphore and not a lock: a turn is taken by the fan-out and given back by the flush.
+        self._turn = trio.Semaphore(1, max_value=1)
+        self._writing: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
+        self._sealed = False
+        self._ended = False
+        self.last_heard = trio.current_time()
+        self.bytes_sent = 0
+        self.timed_out = False
+        plain = _CAN_WRITEV and isinstance(stream, trio.SocketStream)
+        self._raw: trio.socket.SocketType | None = stream.socket if plain else None  # type: ignore[attr-defined]
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The socket underneath (AttributeError over TLS)."""
+        return self._stream.socket  # type: ignore[no-any-return]
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Take the nursery for flushes of what a short write left over."""
+        self._nursery = nursery
+
+    # --- writing ---------------------------------------------------------------------------
+
+    def try_send(self, frames: Sequence[bytes]) -> bool:
+        """Write some frames now; synchronous.
+
+        Returns:
+            False where nothing was written: the stream is busy, sealed, full, gone or no plain
+            socket. True where all of it was, or the rest is being flushed.
+        """
+        if self._raw is None or self._sealed or self._turn.value == 0:
+            return False
+        descriptor = self._raw.fileno()
+        if descriptor < 0:
+            return False
+        try:
+            if len(frames) == 1:
+                written = os.write(descriptor, frames[0])
+            elif len(frames) <= _IOV_MAX:
+                written = os.writev(descriptor, frames)
+            else:
+                written = os.write(descriptor, b"".join(frames))
+        except OSError:
+            # Full, or broken: `send` waits, or finds out and says so.
+            return False
+        self.bytes_sent += written
+        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
+        if written < size:
+            self._turn.acquire_nowait()
+            rest = b"".join(frames)[written:]
+            assert self._nursery is not None, "start() comes before try_send()"
+            self._nursery.start_soon(self._flush, rest)
+        return True
+
+    async def _flush(self, rest: bytes) -> None:
+        # The turn is taken already. Whoever finds the peer gone is the next to send.
+        try:
+            await self._write(rest, trio.current_time() + self._send_timeout_s)
+        except TransportClosed:
+            pass
+        finally:
+            self._turn.release()
+
+    async def send_frames(self, frames: Sequence[bytes]) -> None:
+        """Write some frames, waiting as long as the deadline allows.
+
+        Cancellable while it waits for its turn, with nothing written.
+
+        Raises:
+            SendTimeout: The deadline has passed; the stream is closed by force.
+            TransportClosed: The stream is sealed, closed or broken.
+        """
+        if self._sealed:
+            raise TransportClosed("a close frame was sent")
+        await self._in_turn(frames[0] if len(frames) == 1 else b"".join(frames), ours=True)
+
+    async def _in_turn(self, data: Bytes, *, ours: bool) -> None:
+        deadline = trio.current_time() + self._send_timeout_s
+        with trio.CancelScope(deadline=deadline) as waiting:
+            await self._turn.acquire()
+        if waiting.cancelled_caught:
+            self._give_up()
+        try:
+            if ours and self._sealed:
+                raise TransportClosed("a close frame was sent")
+            await self._write(data, deadline)
+        finally:
+            self._turn.release()
+
+    async def _write(self, data: Bytes, deadline: float) -> None:
+        # Shielded: cancelled in the middle, it would leave half a frame behind.
+        try:
+            with trio.CancelScope(deadline=deadline, shield=True) as self._writing:
+                await self._stream.send_all(data)
+                self.bytes_sent += len(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            if self.timed_out:
+                raise SendTimeout("the peer did not take a send in time") from error
+            raise TransportClosed("the peer is gone") from error
+        finally:
+            scope, self._writing = self._writing, None
+        if scope is not None and scope.cancelled_caught:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.timed_out = True
+        self.abort()
+        raise SendTimeout("the peer did not take a send in time")
+
+    def hurry(self, grace_s: float) -> None:
+        """Give a write that is under way no longer than this."""
+        if self._writing is not None:
+            deadline = trio.current_time() + grace_s
+            self._writing.deadline = min(self._writing.deadline, deadline)
+
+    async def send_all(self, data: Bytes) -> None:
+        """Send for the protocol above, in turn; a close frame seals the stream.
+
+        Raises:
+            BrokenResourceError: The peer is gone or too slow.
+            ClosedResourceError: The stream was closed.
+        """
+        if len(data) and data[0] == _CLOSE:
+            self._sealed = True
+        try:
+            await self._in_turn(data, ours=False)
+        except TransportClosed as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until a send might not block; BusyResourceError where one is under way."""
+        self._refuse_when_busy()
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """Send the end of file; BusyResourceError where a send is under way."""
+        self._refuse_when_busy()
+        await self._stream.send_eof()
+
+    def _refuse_when_busy(self) -> None:
+        if self._turn.value == 0:
+            raise trio.BusyResourceError("another task is sending")
+
+    # --- reading and the end ---------------------------------------------------------------
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Some bytes of the peer; b"" at its end of file."""
+        self._on_read(True)
+        try:
+            data: bytes = await self._stream.receive_some(max_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._end()
+            raise
+        finally:
+            self._on_read(False)
+        if data:
+            self.last_heard = trio.current_time()
+        else:
+            self._end()
+        return data
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_end()
+
+    async def aclose(self) -> None:
+        """Close the stream; a write under way ends with an error."""
+        self._sealed = True
+        await self._stream.aclose()
+
+    def abort(self) -> None:
+        """Close the socket at once, without a farewell; synchronous."""
+        self._sealed = True
+        self._bare_socket().close()
+
+    def _bare_socket(self) -> trio.socket.SocketType:
+        stream = self._stream
+        while not hasattr(stream, "socket"):
+            stream = stream.transport_stream
+        return stream.socket  # type: ignore[no-any-return]
+
+    def set_user_timeout(self, seconds: float) -> None:
+        """Let the kernel drop a peer that acknowledges nothing for so long (Linux)."""
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)
+        bare = self._bare_socket()
+        if option is not None and bare.family in (socket.AF_INET, socket.AF_INET6):
+            bare.setsockopt(socket.IPPROTO_TCP, option, round(seconds * 1000))
+
+
+class TlsPushStream(PushStream):
+    """A PushStream over TLS: no raw writes, and what a server asks of a TLS stream."""
+
+    @property
+    def transport_stream(self) -> trio.abc.Stream:
+        """The stream under the TLS."""
+        return self._stream.transport_stream  # type: ignore[no-any-return]
+
+    async def do_handshake(self) -> None:
+        """The TLS handshake."""
+        await self._stream.do_handshake()
+
+    def selected_alpn_protocol(self) -> str | None:
+        """The protocol that the TLS handshake has agreed on."""
+        return self._stream.selected_alpn_protocol()  # type: ignore[no-any-return]
+
+
+def wrap(
+    stream: trio.abc.Stream,
+    send_timeout_s: float,
+    *,
+    on_read: Callable[[bool], None] = lambda reading: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> PushStream:
+    """The PushStream of a socket stream or of a TLS stream."""
+    kind = TlsPushStream if isinstance(stream, trio.SSLStream) else PushStream
+    return kind(stream, send_timeout_s, on_read=on_read, on_end=on_end)
