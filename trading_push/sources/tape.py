@@ -364,8 +364,8 @@ def _opener(path: Path, report: _Report) -> Callable[[], _Reader]:
             packed = file.read(4)
         if packed == b"PK\x03\x04":
             raise ConfigurationError(f"the tape {path} is a zip archive: unpack it first")
-        with unpack() as file:
-            head = file.read(SNIFF_BYTES)
+        with unpack() as unpacked:
+            head = unpacked.read(SNIFF_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise ConfigurationError(f"the tape {path} is a broken gzip file: replace it") from None
     except OSError as error:
