@@ -1,0 +1,495 @@
+"""The trio client against a small real WebSocket server that follows a script."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio_websocket
+
+from trading_push import client as client_module
+from trading_push.client import Push, Refused, Unreachable, open_client
+from trading_push.errors import AuthenticationError, ConfigurationError
+
+
+class Peer:
+    """The server's end of one connection."""
+
+    def __init__(self, websocket: trio_websocket.WebSocketConnection) -> None:
+        self.websocket = websocket
+
+    async def receive(self, op: str) -> dict[str, Any]:
+        """The next request, which must be an `op`."""
+        request: dict[str, Any] = json.loads(await self.websocket.get_message())
+        assert request["op"] == op, request
+        return request
+
+    async def send(self, **message: object) -> None:
+        await self.websocket.send_message(json.dumps(message))
+
+    async def authenticate(self, heartbeat_s: float = 15) -> str:
+        """Accept whatever token comes."""
+        request = await self.receive("auth")
+        await self.send(
+            op="auth",
+            id=request["id"],
+            ok=True,
+            user="4",
+            conn="c",
+            expires_in=900,
+            heartbeat_s=heartbeat_s,
+        )
+        return str(request["token"])
+
+    async def subscribe(self, spelled: Callable[[str], str] = str) -> list[Any]:
+        """Accept whatever is subscribed; returns the items."""
+        request = await self.receive("subscribe")
+        names = [item if isinstance(item, str) else item["channel"] for item in request["args"]]
+        results = [{"channel": spelled(name), "ok": True} for name in names]
+        await self.send(op="subscribe", id=request["id"], ok=True, results=results)
+        return list(request["args"])
+
+    async def open(self) -> list[Any]:
+        await self.authenticate()
+        return await self.subscribe()
+
+    async def push(
+        self, seq: int, prev: int | None = None, *, epoch: str = "e", channel: str = "balance"
+    ) -> None:
+        place = {"type": "snapshot"} if prev is None else {"type": "update", "prev": prev}
+        await self.send(channel=channel, **place, epoch=epoch, seq=seq, ts=1, data=[seq])
+
+    async def until_closed(self) -> int:
+        """Read on until the client is gone; returns its close code."""
+        with suppress(trio_websocket.ConnectionClosed):
+            while True:
+                await self.websocket.get_message()
+        assert self.websocket.closed is not None
+        return self.websocket.closed.code
+
+
+Script = Callable[[Peer, int], Awaitable[None]]
+
+
+@asynccontextmanager
+async def server(script: Script, *, reject: int | None = None) -> AsyncIterator[str]:
+    """A server that runs `script(peer, n)` for its n-th connection, counted from 0."""
+    count = 0
+
+    async def handle(request: trio_websocket.WebSocketRequest) -> None:
+        nonlocal count
+        number, count = count, count + 1
+        if reject is not None:
+            await request.reject(reject)
+            return
+        websocket = await request.accept()
+        with suppress(trio_websocket.ConnectionClosed):
+            await script(Peer(websocket), number)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            running = await nursery.start(
+                trio_websocket.serve_websocket, handle, "127.0.0.1", 0, None
+            )
+            yield f"ws://127.0.0.1:{running.port}/ws"
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF_FIRST_S", 0.01)
+
+
+async def take(client: client_module.Client, count: int) -> list[Push]:
+    return [await anext(client) for _ in range(count)]
+
+
+async def test_pushes_come_in_order_with_all_they_hold() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        assert await peer.authenticate() == "the-token"
+        assert await peer.subscribe() == ["balance"]
+        await peer.push(7)
+        await peer.send(
+            channel="balance",
+            type="update",
+            epoch="e",
+            prev=7,
+            seq=9,
+            merged=2,
+            ts=5,
+            data={"a": "1"},
+        )
+        await peer.send(channel="balance", type="status", state="stale", reason="why", ts=6)
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "the-token", channels=["balance"]) as client:
+        assert client.user == "4"
+        assert client.is_connected
+        snapshot, update, status = await take(client, 3)
+    assert (snapshot.type, snapshot.epoch, snapshot.seq, snapshot.data) == ("snapshot", "e", 7, [7])
+    assert (update.prev, update.seq, update.merged, update.data) == (7, 9, 2, {"a": "1"})
+    assert json.loads(update.json)["data"] == {"a": "1"}
+    assert (status.type, status.state, status.reason) == ("status", "stale", "why")
+
+
+async def test_after_a_cut_it_resubscribes_where_it_left_off() -> None:
+    items: list[Any] = []
+
+    async def script(peer: Peer, number: int) -> None:
+        items.append(await peer.open())
+        if number == 0:
+            await peer.push(3, epoch="e1")
+            await peer.push(4, 3, epoch="e1")
+            await trio.aclose_forcefully(peer.websocket._stream)
+        else:
+            await peer.push(6, 4, epoch="e1")
+            await peer.until_closed()
+
+    async with (
+        server(script) as url,
+        open_client(url, "t", channels=["balance", "pnl"]) as client,
+    ):
+        pushes = await take(client, 3)
+    assert [push.seq for push in pushes] == [3, 4, 6]
+    assert items[0] == ["balance", "pnl"]
+    assert items[1] == [{"channel": "balance", "since": {"epoch": "e1", "seq": 4}}, "pnl"]
+
+
+async def test_a_channel_goes_by_the_servers_spelling() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.authenticate()
+        await peer.subscribe(str.upper)
+        await peer.push(1, channel="X")
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["x"]) as client:
+        assert (await anext(client)).channel == "X"
+
+
+@pytest.mark.parametrize("code", ["bad_token", "token_expired", "forbidden"])
+async def test_a_refused_token_ends_it_at_the_first_try(code: str) -> None:
+    connections = 0
+
+    async def script(peer: Peer, number: int) -> None:
+        nonlocal connections
+        connections += 1
+        request = await peer.receive("auth")
+        error = {"code": code, "message": "no way", "retryable": False}
+        await peer.send(op="auth", id=request["id"], ok=False, error=error)
+        await peer.websocket.aclose(4500)
+
+    expected = Refused if code == "forbidden" else AuthenticationError
+    async with server(script) as url:
+        with pytest.raises(expected, match="no way") as caught:
+            async with open_client(url, "t", channels=["balance"]):
+                pytest.fail("it must not get in")
+    assert getattr(caught.value, "expired", False) == (code == "token_expired")
+    assert connections == 1
+
+
+async def test_an_expired_token_is_replaced_where_one_can_be_had() -> None:
+    tokens = ["old", "new"]
+    seen = []
+
+    async def script(peer: Peer, number: int) -> None:
+        if number == 0:
+            request = await peer.receive("auth")
+            seen.append(request["token"])
+            error = {"code": "token_expired", "message": "late", "retryable": False}
+            await peer.send(op="auth", id=request["id"], ok=False, error=error)
+            await peer.websocket.aclose(4003)
+        else:
+            seen.append(await peer.authenticate())
+            await peer.until_closed()
+
+    async def next_token() -> str:
+        return tokens.pop(0)
+
+    async with server(script) as url, open_client(url, next_token):
+        assert seen == ["old", "new"]
+
+
+async def test_the_same_expired_token_again_is_refused() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        assert number == 0
+        request = await peer.receive("auth")
+        error = {"code": "token_expired", "message": "late", "retryable": False}
+        await peer.send(op="auth", id=request["id"], ok=False, error=error)
+        await peer.until_closed()
+
+    async with server(script) as url:
+        with pytest.raises(AuthenticationError) as caught:
+            async with open_client(url, lambda: "old"):
+                pytest.fail("it must not get in")
+    assert caught.value.expired
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(401, AuthenticationError), (404, Refused), (503, Unreachable)],
+)
+async def test_a_refused_handshake(status: int, expected: type[Exception]) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        raise AssertionError
+
+    async with server(script, reject=status) as url:
+        with pytest.raises(expected, match=str(status)):
+            async with open_client(url, "t"):
+                pytest.fail("it must not get in")
+
+
+async def test_nobody_there_is_unreachable() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        url = f"ws://127.0.0.1:{taken.getsockname()[1]}/ws"
+        with pytest.raises(Unreachable, match="cannot reach"):
+            async with open_client(url, "t"):
+                pytest.fail("it must not get in")
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-hello\r\n", b"HTTP/1.1 200 OK\r\n\r\n"])
+async def test_what_is_no_websocket_server_fails_at_once(answer: bytes) -> None:
+    async def handle(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            if answer:
+                await stream.send_all(answer)
+
+    started_at = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
+        port = listener.socket.getsockname()[1]
+        with pytest.raises((Unreachable, Refused)):
+            async with open_client(f"ws://127.0.0.1:{port}/", "t"):
+                pytest.fail("it must not get in")
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - started_at < client_module.CONNECT_TIMEOUT_S
+
+
+@pytest.mark.parametrize(
+    "url", ["", "http://127.0.0.1/", "ws://", "ws://x:99999/", "ws://[::1/", "ws://h/\r\nX: y"]
+)
+async def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="no WebSocket URL"):
+        async with open_client(url, "t"):
+            pytest.fail("it must not get in")
+
+
+async def test_an_unknown_channel_is_refused() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.authenticate()
+        request = await peer.receive("subscribe")
+        error = {"code": "unknown_channel", "message": "there is none", "retryable": False}
+        results = [{"channel": "nope", "ok": False, "error": error}]
+        await peer.send(op="subscribe", id=request["id"], ok=False, results=results)
+        await peer.until_closed()
+
+    async with server(script) as url:
+        with pytest.raises(Refused, match="nope: there is none"):
+            async with open_client(url, "t", channels=["nope"]):
+                pytest.fail("it must not get in")
+
+
+async def test_a_notice_says_when_to_come_back() -> None:
+    times: list[float] = []
+
+    async def script(peer: Peer, number: int) -> None:
+        times.append(trio.current_time())
+        await peer.open()
+        if number == 0:
+            await peer.send(op="notice", code="shutdown", reconnect_after_ms=400)
+            times.append(trio.current_time())
+            await peer.websocket.aclose(1012)
+        else:
+            await peer.push(1)
+            await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        await anext(client)
+    assert times[2] - times[1] >= 0.4
+
+
+async def test_a_gap_is_resubscribed_and_not_passed_on() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(1)
+        await peer.push(5, 4)  # 2 to 4 are lost
+        await peer.push(6, 5)  # and this one belongs to the stream that is given up
+        assert (await peer.receive("unsubscribe"))["args"] == ["balance"]
+        since = {"channel": "balance", "since": {"epoch": "e", "seq": 1}}
+        assert await peer.subscribe() == [since]
+        await peer.push(2, 1)
+        await peer.push(2, 1)  # twice
+        await peer.push(6, 2)
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        assert [push.seq for push in await take(client, 3)] == [1, 2, 6]
+
+
+@pytest.mark.parametrize("epoch", ["e", "other"])
+async def test_only_a_snapshot_helps_after_a_second_gap_or_a_new_epoch(epoch: str) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(1)
+        if epoch == "e":
+            await peer.push(5, 4)
+            await peer.receive("unsubscribe")
+            assert isinstance((await peer.subscribe())[0], dict)
+        await peer.push(5, 4, epoch=epoch)
+        await peer.receive("unsubscribe")
+        assert await peer.subscribe() == ["balance"]
+        await peer.push(5, epoch=epoch)
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        pushes = await take(client, 2)
+    assert [(push.type, push.seq) for push in pushes] == [("snapshot", 1), ("snapshot", 5)]
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1011, 1012, 4001, 4002, 4003, 4499])
+async def test_closes_that_it_comes_back_after(code: int) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(number + 1)
+        if number == 0:
+            await peer.websocket.aclose(code)
+        else:
+            await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        assert [push.seq for push in await take(client, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("code", [1002, 1003, 1009, 4500, 4501, 4503, 4505, 4999])
+async def test_closes_that_end_it(code: int) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        assert number == 0
+        await peer.open()
+        await peer.websocket.aclose(code, "bye")
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        with pytest.raises(AuthenticationError if code == 4500 else Refused, match="bye") as caught:
+            await anext(client)
+    assert code == 4500 or getattr(caught.value, "code", None) == code
+
+
+async def test_a_silent_server_is_left_for_a_new_connection() -> None:
+    pinged = False
+
+    async def script(peer: Peer, number: int) -> None:
+        nonlocal pinged
+        await peer.authenticate(heartbeat_s=0.15)
+        await peer.subscribe()
+        await peer.push(number + 1)
+        if number == 0:
+            await peer.receive("ping")
+            pinged = True
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        assert [push.seq for push in await take(client, 2)] == [1, 2]
+        assert pinged
+
+
+@pytest.mark.parametrize(
+    "message", ["", "nonsense", "[" * 100_000, '{"op":5}', '{"seq":"x"}', '{"channel":"\\ud800"}']
+)
+async def test_nonsense_from_the_server_costs_one_connection(message: str) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        if number == 0:
+            await peer.websocket.send_message(message)
+        await peer.push(number)
+        await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        assert (await anext(client)).seq == 1
+
+
+async def test_leaving_is_polite_and_lets_the_bodys_own_exception_through() -> None:
+    codes: list[int] = []
+    closed = trio.Event()
+
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        codes.append(await peer.until_closed())
+        closed.set()
+
+    async with server(script) as url:
+        with pytest.raises(LookupError, match="mine"):
+            async with open_client(url, "t", channels=["balance"]):
+                raise LookupError("mine")
+        await closed.wait()
+    assert codes == [1000]
+
+
+async def test_leaving_does_not_wait_for_a_server_that_does_not_answer() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        for seq in range(1, 10_000):  # never reads again: the close frame stays unanswered
+            await peer.push(seq, seq - 1 or None)
+        await trio.sleep_forever()
+
+    async with server(script) as url:
+        async with open_client(url, "t", channels=["balance"]) as client:
+            await anext(client)
+            started_at = trio.current_time()
+        assert trio.current_time() - started_at < client_module.CLOSE_TIMEOUT_S + 2
+
+
+@pytest.mark.parametrize("point", ["connecting", "authenticating", "reading"])
+async def test_cancellation_leaves_nothing_behind(point: str) -> None:
+    reached = trio.Event()
+    gone = trio.Event()
+
+    async def script(peer: Peer, number: int) -> None:
+        if point == "authenticating":
+            await peer.receive("auth")
+        else:
+            await peer.open()
+        reached.set()
+        await peer.until_closed()
+        gone.set()
+
+    async def run(url: str, scope: trio.CancelScope) -> None:
+        with scope:
+            async with open_client(url, "t", channels=["balance"]) as client:
+                await anext(client)
+        assert scope.cancelled_caught
+
+    async def hold(stream: trio.SocketStream) -> None:
+        reached.set()
+        with suppress(trio.BrokenResourceError):
+            while await stream.receive_some():
+                pass
+        gone.set()
+
+    tasks_before = trio.lowlevel.current_statistics().tasks_living
+    async with server(script) as url, trio.open_nursery() as nursery:
+        if point == "connecting":
+            (listener,) = await nursery.start(partial(trio.serve_tcp, hold, 0, host="127.0.0.1"))
+            url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}/"
+        scope = trio.CancelScope()
+        nursery.start_soon(run, url, scope)
+        await reached.wait()
+        started_at = trio.current_time()
+        scope.cancel()
+        await gone.wait()
+        assert trio.current_time() - started_at < 2
+        nursery.cancel_scope.cancel()
+    assert trio.lowlevel.current_statistics().tasks_living == tasks_before
+
+
+def test_the_back_off_grows_to_a_bound_and_is_never_the_same_for_all() -> None:
+    waits = [client_module._back_off(n) for n in range(1, 5000)]
+    assert all(0 < wait <= client_module.BACKOFF_MOST_S for wait in waits)
+    assert waits[0] <= client_module.BACKOFF_FIRST_S
+    assert len(set(waits[-20:])) > 1
+    assert min(waits[-20:]) >= client_module.BACKOFF_MOST_S / 2
