@@ -1,1 +1,69 @@
-"""A real-time push server for trading back ends, on trio."""
+"""A real-time push server for trading back ends, on trio.
+
+::
+
+    async with open_push_service(MySource(), authenticate=my_authenticate) as service:
+        await hypercorn.trio.serve(service.asgi_app, config)
+"""
+
+from trading_push.auth import Authenticate, JwtAuthenticator, Principal, issue_token
+from trading_push.client import Push, open_client
+from trading_push.errors import (
+    AuthenticationError,
+    CloseCode,
+    ConfigurationError,
+    ErrorCode,
+    LinkError,
+    PayloadError,
+    RequestError,
+    SendTimeout,
+    ServiceClosed,
+    SourceError,
+    TradingPushError,
+    TransportClosed,
+)
+from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
+from trading_push.service import PushService, Statistics, open_push_service
+from trading_push.settings import Settings, load_settings
+from trading_push.sources.base import BatchSource, MarketSink, Source, TickerFeed
+from trading_push.sources.sql import SqlSource
+from trading_push.topics import Channel
+
+__all__ = [
+    "Authenticate",
+    "AuthenticationError",
+    "Balance",
+    "BatchSource",
+    "Channel",
+    "CloseCode",
+    "ConfigurationError",
+    "ErrorCode",
+    "Fill",
+    "JwtAuthenticator",
+    "LinkError",
+    "MarketSink",
+    "Order",
+    "PayloadError",
+    "Pnl",
+    "Position",
+    "Principal",
+    "Push",
+    "PushService",
+    "RequestError",
+    "SendTimeout",
+    "ServiceClosed",
+    "Settings",
+    "Source",
+    "SourceError",
+    "SqlSource",
+    "Statistics",
+    "SymbolPnl",
+    "Ticker",
+    "TickerFeed",
+    "TradingPushError",
+    "TransportClosed",
+    "issue_token",
+    "load_settings",
+    "open_client",
+    "open_push_service",
+]

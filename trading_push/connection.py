@@ -64,6 +64,18 @@ class Hub:
     knows_symbol: Callable[[str], bool]
     awaits_source: Callable[[Topic], bool]
     connections: set[Connection] = attrs.field(factory=set)
+    _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+
+    def gone(self, connection: Connection) -> None:
+        """A connection's stream has ended."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._waiting.unpark_all()
+
+    async def wait_empty(self) -> None:
+        """Wait until no connection has a stream any more."""
+        while self.connections:
+            await self._waiting.park()
 
 
 class Connection:
@@ -133,7 +145,7 @@ class Connection:
                 scope.deadline = trio.current_time() + hub.limits.close_timeout_s
                 await self._close_transport(close)
             self._transport.abort()
-            hub.connections.discard(self)
+            hub.gone(self)
 
     def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
         """End the connection with a close code; synchronous, and harmless when it has ended.

@@ -22,7 +22,7 @@ from typing import IO, Any, Final, NamedTuple
 
 import msgspec
 
-from trading_push.errors import CloseCode, TradingPushError
+from trading_push.errors import CloseCode, ConfigurationError, TradingPushError
 
 __all__ = ["Line", "attached", "close_line", "emit", "escape", "failure", "line", "set_language"]
 
@@ -465,14 +465,19 @@ def attached(
     stops the service. Leaving waits at most one second for what is still queued.
 
     Raises:
-        OSError: The file cannot be opened.
+        ConfigurationError: The file cannot be opened.
     """
     set_language(lang)
     console: logging.Handler = _QuietStreamHandler(sys.stderr)
     handlers = [console]
     console.setFormatter(JsonFormatter() if json else SafeFormatter("%(message)s"))
     if file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        try:
+            to_file = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(
+                f"the log file {file} cannot be opened ({error.strerror}): give another"
+            ) from None
         to_file.setFormatter(
             JsonFormatter()
             if json

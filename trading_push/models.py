@@ -1,7 +1,8 @@
 """The shapes of the payloads: balance, positions, PnL, orders, fills and tickers.
 
 Frozen attrs classes; prices, quantities and amounts are `decimal.Decimal` (decimal strings in plain
-notation on the wire), times are integer milliseconds since the epoch, UTC.
+notation on the wire), times are integer milliseconds since the epoch, UTC. They have no slots
+because JSON names the fields in the order of `__dict__`, which slots would lose.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import attrs
 __all__ = ["Balance", "Fill", "Order", "Pnl", "Position", "SymbolPnl", "Ticker"]
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Balance:
     """One asset of an account, in units of that asset; `total` is `free` + `locked`."""
 
@@ -24,7 +25,7 @@ class Balance:
     total: Decimal
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Position:
     """One open position; `quantity` is positive on both sides, prices in the quote currency."""
 
@@ -36,7 +37,7 @@ class Position:
     unrealized_pnl: Decimal
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class SymbolPnl:
     """Profit and loss of one symbol, in the account's currency; `fees` is what was paid."""
 
@@ -46,7 +47,7 @@ class SymbolPnl:
     fees: Decimal
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Pnl:
     """Profit and loss of an account in `currency`; `total` is realized + unrealized - fees."""
 
@@ -58,7 +59,7 @@ class Pnl:
     by_symbol: tuple[SymbolPnl, ...] = ()
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Order:
     """One open order; `price` is null for a market order, `filled` is in units of `quantity`."""
 
@@ -74,7 +75,7 @@ class Order:
     updated_at: int
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Fill:
     """One execution; `at` is its time, `fee` is in units of `fee_asset`."""
 
@@ -89,7 +90,7 @@ class Fill:
     at: int
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Ticker:
     """The market of one symbol; what its source does not know is None (null on the wire).
 

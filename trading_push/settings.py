@@ -236,10 +236,12 @@ class Limits:
     """How long a subscription waits for the source's first value before it is told `down`."""
     fetch_timeout_s: float = attrs.field(default=60, validator=number(0.1))
     """How long one fetch from the source may take."""
-    fetch_threads: int = attrs.field(default=40, validator=whole(1, 1000))
-    """How many worker threads the sources may use at the same time."""
+    fetches: int = attrs.field(default=40, validator=whole(1, 1000))
+    """How many fetches of one data type may be under way at the same time."""
     fetch_batch: int = attrs.field(default=500, validator=whole(1, 10_000))
     """How many users one `fetch_many` is asked for."""
+    topic_linger_s: float = attrs.field(default=60, validator=number(0))
+    """How long a polled topic that nobody watches keeps its value and its numbering."""
 
 
 @attrs.frozen
@@ -291,7 +293,7 @@ class Database:
 
 @attrs.frozen
 class Log:
-    """The log lines' language, format and file; without a file they go to standard error."""
+    """The log lines' language and format; they go to standard error, and to `file` as well."""
 
     lang: Literal["zh", "en"] = attrs.field(default="zh", validator=one_of("zh", "en"))
     format: Literal["text", "json"] = attrs.field(default="text", validator=one_of("text", "json"))

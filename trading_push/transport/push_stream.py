@@ -161,7 +161,8 @@ class PushStream(trio.abc.HalfCloseableStream):
         raise SendTimeout("the peer did not take a send in time")
 
     def hurry(self, grace_s: float) -> None:
-        """Give a write that is under way no longer than this."""
+        """Give a write that is under way, and each later one, no longer than this."""
+        self._send_timeout_s = min(self._send_timeout_s, grace_s)
         if self._writing is not None:
             deadline = trio.current_time() + grace_s
             self._writing.deadline = min(self._writing.deadline, deadline)
@@ -218,9 +219,13 @@ class PushStream(trio.abc.HalfCloseableStream):
             self._on_end()
 
     async def aclose(self) -> None:
-        """Close the stream; a write under way ends with an error."""
+        """Close the stream; a write under way ends with an error.
+
+        TLS says good-bye first, within a second; cancelled or late, the socket is just closed.
+        """
         self._sealed = True
-        await self._stream.aclose()
+        with trio.move_on_after(1):
+            await self._stream.aclose()
 
     def abort(self) -> None:
         """Close the socket at once, without a farewell; synchronous."""

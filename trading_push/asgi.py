@@ -1,0 +1,112 @@
+"""The configured service for a plain ASGI server: `hypercorn -k trio trading_push.asgi:app`.
+
+Settings come from the environment (`TRADING_PUSH_...`) and from the file that `TRADING_PUSH_CONFIG`
+names. Importing this module guards every Hypercorn server of the process (`hypercorn_link`).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+
+import trio
+
+from trading_push import logs
+from trading_push.assembly import authenticator, open_configured_service
+from trading_push.errors import ConfigurationError, LinkError
+from trading_push.service import PushService
+from trading_push.settings import Settings, load_settings
+from trading_push.transport import hypercorn_link
+from trading_push.transport.asgi import AsgiDoor, Receive, Scope, Send
+
+__all__ = ["app"]
+
+# The drain has to be over before Hypercorn's graceful timeout cuts what is left.
+_BEFORE_CUT_S = 0.5
+
+
+class _Application:
+    """Opens the service when the server starts, drains it when the server stops."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._authenticate = authenticator(settings)
+        self._door: AsgiDoor | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif self._door is None:
+            raise RuntimeError("the server must support ASGI's lifespan: it starts the service")
+        else:
+            await self._door(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        log = self._settings.log
+        with logs.attached(
+            lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
+        ):
+            await receive()
+            try:
+                await self._serve(receive, send)
+            except* ConfigurationError as errors:
+                await send(
+                    {"type": "lifespan.startup.failed", "message": str(errors.exceptions[0])}
+                )
+            except* Exception:
+                # The registry has died, and said so. Hypercorn would serve on without us: this
+                # ends the worker, and its parent starts a new one.
+                context = hypercorn_link.worker()
+                if context is None:
+                    raise
+                await context.terminate.set()
+
+    async def _serve(self, receive: Receive, send: Send) -> None:
+        async with (
+            open_configured_service(self._settings, self._authenticate) as service,
+            trio.open_nursery() as nursery,
+        ):
+            self._door = service.asgi_app
+            nursery.start_soon(_drain_when_terminated, service)
+            if threading.current_thread() is threading.main_thread():
+                nursery.start_soon(_terminate_at_sigterm)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            nursery.cancel_scope.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _drain_when_terminated(service: PushService) -> None:
+    # Hypercorn tells an application of its end only after it has cut every connection.
+    context = hypercorn_link.worker()
+    if context is None:
+        return
+    await context.terminated.wait()
+    limit = hypercorn_link.guard.graceful_timeout_s - _BEFORE_CUT_S
+    await service.drain(None if limit == math.inf else min(limit, service.drain_timeout_s))
+
+
+async def _terminate_at_sigterm() -> None:
+    # Hypercorn's workers have no handler of their own: a SIGTERM to the process group, or to a
+    # server without workers, would kill them undrained.
+    context = hypercorn_link.worker()
+    if context is None:
+        return
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            await context.terminate.set()
+
+
+def _make() -> _Application:
+    try:
+        settings = load_settings(config=None, flags={})
+        hypercorn_link.install(settings.limits)
+        return _Application(settings)
+    except (ConfigurationError, LinkError) as error:
+        sys.stderr.write(f"trading_push: {error}\n")
+        raise SystemExit(2) from None
+
+
+app = _make()

@@ -1,0 +1,88 @@
+"""A service as its settings say: which source, which market, which key to check tokens with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
+from trading_push.errors import ConfigurationError
+from trading_push.service import PushService, open_push_service
+from trading_push.settings import Auth, Settings
+from trading_push.sources.base import TickerFeed
+from trading_push.sources.market import SimulatedMarket
+from trading_push.sources.paper import PAPER_QUERIES, open_paper_exchange
+from trading_push.sources.sql import SqlSource
+from trading_push.sources.tape import Tape
+
+__all__ = ["authenticator", "open_configured_service"]
+
+PAPER_FILE = "paper.sqlite3"
+
+
+def authenticator(settings: Settings) -> Authenticate:
+    """The check of tokens: by the configured key, else by the demo's secret.
+
+    Raises:
+        ConfigurationError: The key cannot be used, or the demo's secret not be made.
+    """
+    secret = settings.jwt_secret
+    if secret is None and settings.auth.algorithm == Auth().algorithm:
+        secret = demo_secret(data_dir())
+    return JwtAuthenticator(settings.auth, secret)
+
+
+@asynccontextmanager
+async def open_configured_service(
+    settings: Settings, authenticate: Authenticate | None = None
+) -> AsyncIterator[PushService]:
+    """Run the service that the settings describe while the context is open.
+
+    With `database.url` the accounts are read from there; otherwise a paper exchange trades, on the
+    simulated market or on the tape.
+
+    Raises:
+        ConfigurationError: The tape, the database or a key cannot be used.
+    """
+    database, market = settings.database, settings.market
+    feed: TickerFeed | None = None
+    async with AsyncExitStack() as opened:
+        if market.tape is not None:
+            tape = Tape(market.tape, market.speed, market.loop)
+            await tape.open()
+            feed = tape
+        if database.url is None:
+            path = database.path or _default_path()
+            exchange = await opened.enter_async_context(
+                open_paper_exchange(
+                    path, market=feed or SimulatedMarket(market.seed), seed=market.seed
+                )
+            )
+            feed = exchange
+            source = SqlSource(
+                f"sqlite:///{path}", {**PAPER_QUERIES, **database.queries}, threads=database.threads
+            )
+        else:
+            source = SqlSource(database.url, database.queries, threads=database.threads)
+        opened.callback(source.close)
+        await source.check()
+        yield await opened.enter_async_context(
+            open_push_service(
+                source,
+                settings=settings,
+                feed=feed,
+                authenticate=authenticate or authenticator(settings),
+            )
+        )
+
+
+def _default_path() -> Path:
+    directory = data_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{directory} cannot be made ({error.strerror}): give another file with --db"
+        ) from None
+    return directory / PAPER_FILE

@@ -1,0 +1,239 @@
+"""The push loop of one data type: source -> changed? -> broker, only for users who are subscribed.
+
+A tick asks the source for every watched user who is not being asked already, so that a slow answer
+delays nobody else; a user's first subscription asks at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    nullcontext,
+)
+from typing import Any
+
+import attrs
+import trio
+
+from trading_push import logs
+from trading_push.broker.base import Broker, Status
+from trading_push.protocol import encode_data
+from trading_push.settings import Limits
+from trading_push.sources.base import Source
+from trading_push.topics import Topic
+
+__all__ = ["FetchContext", "Poller"]
+
+FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
+
+REPEAT_S = 60
+"""How often at most a source that goes on failing for a user is logged."""
+_SLICE_S = 0.005
+
+
+@attrs.define
+class _Failure:
+    logged_at: float
+    suppressed: int = 0
+
+
+class Poller:
+    """Polls a source for one data type.
+
+    Args:
+        data_type: The channel's name.
+        interval_s: Seconds between two ticks.
+        source: Where the data come from.
+        broker: Where changes are published, and the last values kept.
+        limits: How many users and fetches at a time, and how long a fetch may take.
+        settled: Called with the topics that the source has answered for since they are watched.
+        context: Opened anew round each call of the source; in the worker thread, where the call
+            is a plain function.
+    """
+
+    def __init__(
+        self,
+        data_type: str,
+        interval_s: float,
+        source: Source,
+        broker: Broker,
+        limits: Limits,
+        *,
+        settled: Callable[[Sequence[Topic]], None],
+        context: FetchContext = nullcontext,
+    ) -> None:
+        self.data_type = data_type
+        self.interval_s = interval_s
+        self._broker = broker
+        self._limits = limits
+        self._tell_settled = settled
+        self._context = context
+        self._fetch: Callable[..., Any] = source.fetch
+        self._fetch_many: Callable[..., Any] | None = getattr(source, "fetch_many", None)
+        self._limiter = trio.CapacityLimiter(limits.fetches)
+        self._watched: dict[str, None] = {}
+        self._new: dict[str, None] = {}
+        self._busy: set[str] = set()
+        self._settled: set[str] = set()
+        self._failures: dict[str, _Failure] = {}
+        self._wake = trio.Event()
+
+    @property
+    def failing(self) -> int:
+        """For how many watched users the source fails."""
+        return len(self._failures)
+
+    def awaits(self, user: str) -> bool:
+        """Whether the source has yet to answer for a user since they are watched."""
+        return user not in self._settled
+
+    def watch(self, user: str) -> None:
+        """The user's first subscriber has come: ask the source at once."""
+        self._watched[user] = None
+        self._new[user] = None
+        self._wake.set()
+
+    def unwatch(self, user: str) -> None:
+        """The user's last subscriber has gone."""
+        self._watched.pop(user, None)
+        self._new.pop(user, None)
+        self._settled.discard(user)
+        self._failures.pop(user, None)
+
+    async def run(self) -> None:
+        """Poll until cancelled, which leaves nothing behind but worker threads that go on."""
+        async with trio.open_nursery() as nursery:
+            tick = trio.current_time() + self.interval_s
+            while True:
+                with trio.move_on_at(tick):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                if trio.current_time() >= tick:
+                    users: Iterable[str] = self._watched
+                    tick += self.interval_s
+                    tick = max(tick, trio.current_time())  # a late tick is not made up for
+                else:
+                    users = self._new
+                self._ask(nursery, [user for user in users if user not in self._busy])
+                self._new.clear()
+
+    def _ask(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
+        self._busy.update(users)
+        size = 1 if self._fetch_many is None else self._limits.fetch_batch
+        for start in range(0, len(users), size):
+            nursery.start_soon(self._round, users[start : start + size])
+
+    async def _round(self, users: Sequence[str]) -> None:
+        try:
+            if self._fetch_many is None:
+                answers = {users[0]: await self._call(self._fetch, users[0], self.data_type)}
+            else:
+                answers = await self._call(self._fetch_many, users, self.data_type)
+            await self._take(users, answers)
+        except Exception as error:  # a source may raise anything: it is logged, and asked again
+            self._failed(users, error)
+        finally:
+            self._busy.difference_update(users)
+        topics = []
+        for user in users:
+            if user in self._watched and user not in self._settled:
+                self._settled.add(user)
+                topics.append(self._topic(user))
+        if topics:
+            self._tell_settled(topics)
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        context: Any = self._context()
+        if not inspect.iscoroutinefunction(function):
+            if not hasattr(context, "__aenter__"):
+                return await self._call_in_thread(context, function, *args)
+            async with context:
+                return await self._call_in_thread(nullcontext(), function, *args)
+        async with self._limiter, _entered(context):
+            with trio.fail_after(self._limits.fetch_timeout_s):
+                return await function(*args)
+
+    async def _call_in_thread(
+        self, context: AbstractContextManager[Any], function: Callable[..., Any], *args: Any
+    ) -> Any:
+        def call() -> Any:
+            with context:
+                return function(*args)
+
+        with trio.fail_after(self._limits.fetch_timeout_s):
+            return await trio.to_thread.run_sync(
+                call, abandon_on_cancel=True, limiter=self._limiter
+            )
+
+    async def _take(self, users: Sequence[str], answers: Mapping[str, Any | None]) -> None:
+        broker = self._broker
+        changed: list[tuple[Topic, bytes]] = []
+        unchanged: list[Topic] = []
+        until = time.perf_counter() + _SLICE_S
+        for user in users:
+            if user not in self._watched:
+                continue
+            topic = self._topic(user)
+            answer = answers.get(user)
+            if answer is not None:
+                try:
+                    data = encode_data(answer)
+                except Exception as error:
+                    self._failed([user], error)
+                    continue
+                last = broker.snapshot(topic)
+                if last is None or last.data != data:
+                    changed.append((topic, data))
+                else:
+                    unchanged.append(topic)
+            self._answered(user)
+            if time.perf_counter() > until:
+                broker.publish(changed)
+                changed = []
+                await trio.lowlevel.checkpoint()
+                until = time.perf_counter() + _SLICE_S
+        broker.publish(changed)
+        broker.mark(unchanged, Status("live"))
+
+    def _topic(self, user: str) -> Topic:
+        return Topic(self.data_type, user)
+
+    def _answered(self, user: str) -> None:
+        if self._failures.pop(user, None) is not None:
+            logs.emit(logs.line("fetch_recovered", user=user, data_type=self.data_type))
+
+    def _failed(self, users: Sequence[str], error: Exception) -> None:
+        now = trio.current_time()
+        reason = "source_timeout" if isinstance(error, trio.TooSlowError) else "source_error"
+        for user in users:
+            if user not in self._watched:
+                continue
+            topic = self._topic(user)
+            state = Status("down" if self._broker.snapshot(topic) is None else "stale", reason)
+            self._broker.mark([topic], state)
+            failure = self._failures.get(user)
+            fields = {"user": user, "data_type": self.data_type, "error": error}
+            if failure is None:
+                self._failures[user] = _Failure(now)
+                logs.emit(logs.line("fetch_failed", **fields))
+            elif now - failure.logged_at < REPEAT_S:
+                failure.suppressed += 1
+            else:
+                event = "fetch_failed_again" if failure.suppressed else "fetch_failed"
+                logs.emit(logs.line(event, suppressed=failure.suppressed, **fields))
+                self._failures[user] = _Failure(now)
+
+
+@asynccontextmanager
+async def _entered(context: Any) -> AsyncIterator[None]:
+    if hasattr(context, "__aenter__"):
+        async with context:
+            yield
+    else:
+        with context:
+            yield

@@ -1,0 +1,127 @@
+"""`trading-push serve`: the configured service under Hypercorn, until a signal ends it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import hypercorn.config
+import hypercorn.trio
+import trio
+
+from trading_push import logs
+from trading_push.assembly import open_configured_service
+from trading_push.auth import Authenticate
+from trading_push.errors import ConfigurationError
+from trading_push.settings import Settings
+from trading_push.transport import hypercorn_link
+
+__all__ = ["run_server"]
+
+BACKLOG = 4096
+_AFTER_DRAIN_S = 0.5
+
+
+async def run_server(
+    settings: Settings, *, authenticate: Authenticate, on_ready: Callable[[str, str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
+
+    Log lines go to standard error, and to `log.file` as well.
+
+    Args:
+        settings: Where to listen, and everything else.
+        authenticate: The check of tokens.
+        on_ready: Called with the HTTP and the WebSocket URL when the server answers.
+
+    Raises:
+        ConfigurationError: The address cannot be listened on, or a setting cannot be used.
+        LinkError: The installed Hypercorn is not the one that can be guarded.
+    """
+    log = settings.log
+    with logs.attached(
+        lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
+    ):
+        hypercorn_link.install(settings.limits)
+        await _run(settings, authenticate, on_ready)
+
+
+async def _run(
+    settings: Settings, authenticate: Authenticate, on_ready: Callable[[str, str], None]
+) -> None:
+    with (
+        _listen(settings.server.host, settings.server.port) as listener,
+        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+    ):
+        address = listener.getsockname()
+        async with (
+            open_configured_service(settings, authenticate) as service,
+            trio.open_nursery() as nursery,
+        ):
+            drained = trio.Event()
+            await nursery.start(
+                partial(
+                    hypercorn.trio.serve,
+                    cast(Any, service.asgi_app),
+                    _config(listener, settings),
+                    shutdown_trigger=drained.wait,
+                )
+            )
+            on_ready(*_urls(address, settings.server.path))
+            await anext(signals)
+            async with trio.open_nursery() as draining:
+
+                async def end_at_once() -> None:
+                    await anext(signals)
+                    nursery.cancel_scope.cancel()
+
+                draining.start_soon(end_at_once)
+                # Before Hypercorn is told: it would cut every connection without a close frame.
+                await service.drain()
+                draining.cancel_scope.cancel()
+            drained.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            advice = f"port {port} of {host} is taken: give another with --port, or 0 for any free"
+        elif error.errno == errno.EACCES:
+            advice = f"port {port} is not for this user: give one above 1023 with --port"
+        else:
+            advice = f"{host} cannot be listened on ({error}): give another with --host"
+        raise ConfigurationError(advice) from None
+    return listener
+
+
+def _config(listener: socket.socket, settings: Settings) -> hypercorn.config.Config:
+    config = hypercorn.config.Config()
+    config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
+    config.backlog = BACKLOG
+    config.websocket_max_message_size = settings.limits.message_bytes
+    config.graceful_timeout = _AFTER_DRAIN_S
+    # No access log: a path can forge a line in it.
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.alpn_protocols = ["http/1.1", "h2"]
+    return config
+
+
+def _urls(address: tuple[str, int], path: str) -> tuple[str, str]:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{host}:{address[1]}", f"ws://{host}:{address[1]}{path}"

@@ -1,0 +1,263 @@
+"""The ASGI door: an application for Hypercorn's trio worker, and a transport for each WebSocket.
+
+Linked (`hypercorn_link`), frames go straight to the connection's PushStream and the close code is
+the peer's own. In plain form, under another server or behind a middleware that wraps `send`, each
+frame is an ASGI message, and what the server does not tell is not known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import trio
+
+from trading_push import logs, protocol
+from trading_push.auth import Principal
+from trading_push.connection import Connection, Hub
+from trading_push.errors import (
+    AuthenticationError,
+    CloseCode,
+    SendTimeout,
+    ServiceClosed,
+    TransportClosed,
+)
+from trading_push.transport import hypercorn_link
+from trading_push.transport.base import Close
+
+__all__ = ["AsgiDoor", "AsgiTransport"]
+
+Scope = Mapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+REASON_BYTES = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two are the code
+
+
+class AsgiTransport:
+    """A `Transport` over an accepted ASGI WebSocket."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, send_timeout_s: float) -> None:
+        client = scope.get("client")
+        self._peer = str(client[0]) if client else "-"
+        self._receive = receive
+        self._send = send
+        self._send_timeout_s = send_timeout_s
+        self._link = hypercorn_link.find(send)
+        self._stream = None if self._link is None else self._link.push_stream
+        self._turn = trio.Lock()
+        self._ended = False
+        self._close_sent = False
+        self._told: Close | None = None
+
+    @property
+    def peer(self) -> str:
+        """The peer's address."""
+        return self._peer
+
+    @property
+    def peer_close(self) -> Close | None:
+        """The close frame that decided, where the server tells."""
+        if self._link is not None:
+            return self._link.deciding_close
+        return self._told
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Take the connection's nursery."""
+        if self._stream is not None:
+            self._stream.start(nursery)
+
+    async def receive(self) -> str | bytes:
+        """The next message; raises TransportClosed when there is none to come."""
+        if self._ended:  # asked again, a server may block for ever
+            raise TransportClosed("the peer is gone")
+        message = await self._receive()
+        if message["type"] == "websocket.receive":
+            text = message.get("text")
+            return text if text is not None else bytes(message.get("bytes") or b"")
+        self._ended = True
+        code = message.get("code") or CloseCode.NO_STATUS
+        if not self._close_sent and code != CloseCode.ABNORMAL:
+            self._told = Close(code, message.get("reason") or "")
+        raise TransportClosed("the peer is gone")
+
+    def try_send(self, frames: Sequence[bytes]) -> bool:
+        """Send now where the link allows it."""
+        return self._stream is not None and self._stream.try_send(frames)
+
+    async def send(self, frames: Sequence[bytes]) -> None:
+        """Send some frames in order; raises SendTimeout or TransportClosed."""
+        if self._ended or self._close_sent:
+            raise TransportClosed("the peer is gone")
+        if self._stream is not None:
+            await self._stream.send_frames(frames)
+            return
+        async with self._turn:
+            # Shielded: a send that is cancelled half-way corrupts what follows.
+            with trio.CancelScope(shield=True) as scope:
+                scope.deadline = trio.current_time() + self._send_timeout_s
+                for frame in frames:
+                    # After a disconnect a server's send returns at once, without a checkpoint.
+                    if self._ended or self._close_sent:
+                        raise TransportClosed("the peer is gone")
+                    text = protocol.payload_of(frame).decode()
+                    await self._send({"type": "websocket.send", "text": text})
+            if scope.cancelled_caught:
+                self.abort()
+                raise SendTimeout("the peer did not take a send in time")
+
+    def hurry(self, grace_s: float) -> None:
+        """Give a send that is under way no longer than this."""
+        self._send_timeout_s = min(self._send_timeout_s, grace_s)
+        if self._stream is not None:
+            self._stream.hurry(grace_s)
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send a close frame, once, and wait for the peer's."""
+        if self._ended or self._close_sent:
+            return
+        async with self._turn:
+            self._close_sent = True
+            cut = reason.encode()[:REASON_BYTES].decode(errors="ignore")
+            await self._send({"type": "websocket.close", "code": code, "reason": cut})
+        # Left at once, unread bytes of the peer would reset the stream and lose the close frame.
+        while not self._ended:
+            try:
+                await self.receive()
+            except TransportClosed:
+                return
+
+    def abort(self) -> None:
+        """Drop the peer, where the link allows it; nothing more is sent in any case."""
+        self._close_sent = True
+        if self._stream is not None:
+            self._stream.abort()
+
+
+class AsgiDoor:
+    """The ASGI application of a service.
+
+    Args:
+        hub: What the connections share.
+        path: Where the WebSocket is served.
+        accepting: Whether new connections are taken.
+    """
+
+    def __init__(self, hub: Hub, path: str, accepting: Callable[[], bool]) -> None:
+        self._hub = hub
+        self._path = path
+        self._accepting = accepting
+        self._said_plain = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await lifespan(receive, send)
+        else:
+            await _not_found(send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (await receive())["type"] != "websocket.connect":
+            return
+        if _path(scope) != self._path:
+            await _refuse(scope, send, 404, f"the WebSocket is at {self._path}")
+            return
+        if not self._accepting():
+            await _refuse(scope, send, 503, "shutting down")
+            return
+        headers = _headers(scope)
+        principal: Principal | None = None
+        token = _bearer(headers)
+        if token is not None:
+            try:
+                principal = await self._authenticate(token)
+            except AuthenticationError as error:
+                await _refuse(scope, send, 401, error.message)
+                return
+            except Exception as error:  # the application's own code: one trace, one answer
+                address = str((scope.get("client") or "-")[0])
+                logs.emit(
+                    logs.line("internal_error", address=address, error=error)._replace(
+                        exception=error
+                    )
+                )
+                await _refuse(scope, send, 500, "an error of ours; try again later")
+                return
+        await self._serve(scope, receive, send, principal)
+
+    async def _authenticate(self, token: str) -> Principal:
+        limit = self._hub.limits.authentication_timeout_s
+        with trio.move_on_after(limit):
+            principal = self._hub.authenticate(token)
+            return await principal if inspect.isawaitable(principal) else principal
+        raise AuthenticationError("the token could not be checked in time")
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, principal: Principal | None
+    ) -> None:
+        offered = scope.get("subprotocols") or ()
+        subprotocol = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
+        await send({"type": "websocket.accept", "subprotocol": subprotocol})
+        link = hypercorn_link.find(send)
+        if link is not None:
+            link.limit_messages(self._hub.limits.message_bytes)
+        elif not self._said_plain:
+            self._said_plain = True
+            server = "no guarded Hypercorn, or a middleware that wraps send"
+            logs.emit(logs.line("plain_form", reason=server))
+        transport = AsgiTransport(scope, receive, send, self._hub.limits.send_timeout_s)
+        try:
+            await Connection(self._hub, transport, principal).run()
+        except ServiceClosed:
+            with trio.move_on_after(self._hub.limits.close_timeout_s):
+                await transport.close(CloseCode.SERVICE_RESTART, "service restart")
+
+
+async def lifespan(receive: Receive, send: Send) -> None:
+    """Answer a server's lifespan; the service's own life is its owner's affair."""
+    while True:
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path") or "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
+
+
+def _bearer(headers: Mapping[bytes, bytes]) -> str | None:
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": CloseCode.NORMAL})  # the server says 403
+        return
+    await _answer(send, "websocket.http.response", status, why)
+
+
+async def _not_found(send: Send) -> None:
+    await _answer(send, "http.response", 404, "there is nothing here")
+
+
+async def _answer(send: Send, kind: str, status: int, why: str) -> None:
+    body = why.encode() + b"\n"
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body, "more_body": False})

@@ -1,0 +1,408 @@
+"""The link to Hypercorn's trio worker: the only file that knows Hypercorn's inside.
+
+Stock Hypercorn runs all connections of a worker in one nursery without a firewall, so that one
+malformed request ends the whole service; it tells an application neither the peer's close code nor
+that a send is stuck. `install` puts subclasses of three of its classes where it looks them up:
+
+- TCPServer: a firewall and a cancel scope round each connection, over a PushStream; what a handler
+  leaves behind is reaped, and connections over the limit are refused before the handshake.
+- WSStream: no permessage-deflate, the true close code and reason, an oversize message is the end.
+- WorkerContext: makes `terminate` and `terminated` known to the application.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Final
+
+import attrs
+import hypercorn
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import hypercorn.protocol.ws_stream
+import hypercorn.trio.run
+import trio
+from hypercorn.events import Updated
+from hypercorn.protocol.events import Body, Data, Request, StreamClosed
+from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from wsproto.connection import Connection, ConnectionState
+from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
+
+from trading_push import logs
+from trading_push.errors import LinkError
+from trading_push.settings import Limits
+from trading_push.transport.base import Close
+from trading_push.transport.push_stream import PushStream, wrap
+
+__all__ = ["Guard", "GuardedWSStream", "find", "guard", "install", "worker"]
+
+UNGUARDED: Final = "TRADING_PUSH_UNGUARDED"
+
+_BUSY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
+    b"connection: close\r\n\r\n"
+)
+
+
+class PeerFault(Exception):
+    """The peer does what no client may; its connection is ended by the firewall."""
+
+
+@attrs.define
+class Guard:
+    """What the link has seen in this process.
+
+    `connections` are open now, `refused` were over the limit, `stopped` ended at the firewall,
+    `reaped` had a handler that outlived its peer or left its bytes unread.
+    """
+
+    limits: Limits = attrs.field(factory=Limits)
+    installed: bool = False
+    connections: int = 0
+    refused: int = 0
+    stopped: int = 0
+    reaped: int = 0
+    graceful_timeout_s: float = math.inf
+
+
+guard = Guard()
+_server: ContextVar[GuardedTCPServer | None] = ContextVar("guarded_tcp_server", default=None)
+_worker: ContextVar[WorkerContext | None] = ContextVar("guarded_worker", default=None)
+
+
+class GuardedTCPServer(TCPServer):
+    """One TCP connection of Hypercorn, behind a firewall."""
+
+    def __init__(self, app: Any, config: Any, context: Any, state: Any, stream: Any) -> None:
+        limits = guard.limits
+        self.push_stream = wrap(
+            stream, limits.send_timeout_s, on_read=self._on_read, on_end=self._on_end
+        )
+        super().__init__(app, config, context, state, self.push_stream)  # type: ignore[arg-type]
+        self._scope = trio.CancelScope()
+        self._handshake_until = trio.current_time() + limits.handshake_timeout_s
+        self._waits_for_handshake = self._handshake_until
+        self._reap_at = math.inf
+        guard.graceful_timeout_s = config.graceful_timeout
+
+    async def run(self) -> None:
+        """Serve the connection; no exception of its making gets out."""
+        if guard.connections >= guard.limits.connections:
+            guard.refused += 1
+            await self._refuse()
+            return
+        guard.connections += 1
+        _server.set(self)
+        try:
+            self.push_stream.set_user_timeout(2 * guard.limits.heartbeat_s)
+            # A scope of our own: Hypercorn's TaskGroup loses the answer of its nursery, and a
+            # cancelled one would end the whole server.
+            with self._scope:
+                self._limit()
+                await super().run()
+            if self._scope.cancelled_caught:
+                guard.reaped += 1
+        except* Exception as errors:
+            guard.stopped += 1
+            logs.emit(
+                logs.line(
+                    "connection_stopped_by_firewall",
+                    address=self._peer(),
+                    error=_first(errors),
+                )
+            )
+        finally:
+            guard.connections -= 1
+            self.push_stream.abort()
+
+    async def _refuse(self) -> None:
+        with trio.move_on_after(1):
+            try:
+                if hasattr(self.push_stream, "do_handshake"):
+                    await self.push_stream.do_handshake()
+                await self.push_stream.send_all(_BUSY)
+                await self.push_stream.send_eof()
+                while await self.push_stream.receive_some():
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError, AttributeError):
+                pass
+        self.push_stream.abort()
+
+    def _peer(self) -> str:
+        try:
+            return str(self.protocol.client[0])  # type: ignore[index]
+        except (AttributeError, TypeError, IndexError):
+            return "-"
+
+    async def protocol_send(self, event: Any) -> None:
+        """Hypercorn's own; the request's head is complete when it stops being idle."""
+        if isinstance(event, Updated) and not event.idle:
+            self._waits_for_handshake = math.inf
+            self._limit()
+        await super().protocol_send(event)
+
+    # Deadlines without a task: the scope's is moved when something happens.
+
+    def websocket_begins(self) -> None:
+        """The request asks for a WebSocket, which must be accepted in time."""
+        self._waits_for_handshake = self._handshake_until
+        self._limit()
+
+    def websocket_accepted(self) -> None:
+        """The handshake is done."""
+        self._waits_for_handshake = math.inf
+        self._limit()
+
+    def _limit(self, at: float = math.inf) -> None:
+        self._scope.deadline = min(self._waits_for_handshake, self._reap_at, at)
+
+    def _on_read(self, reading: bool) -> None:
+        # Hypercorn stops reading when ten messages wait for a handler that takes none; it would
+        # never see the peer leave.
+        if reading:
+            self._limit()
+        else:
+            self._limit(trio.current_time() + guard.limits.handler_timeout_s)
+
+    def _on_end(self) -> None:
+        self._reap_at = trio.current_time() + guard.limits.reap_after_s
+        self._limit()
+
+
+def _first(errors: BaseException) -> BaseException:
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors
+
+
+class _ByteBuffer(WebsocketBuffer):
+    """Counts a message in bytes, as its limit is; Hypercorn counts characters."""
+
+    overflowed = False
+
+    def extend(self, event: Any) -> None:
+        data = event.data
+        self.length += len(data) if isinstance(event, BytesMessage) else _utf8_length(data)
+        if self.length > self.max_length:
+            self.overflowed = True
+            self.value = None
+            raise FrameTooLargeError
+        length = self.length
+        super().extend(event)
+        self.length = length
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+class _Observed:
+    """A wsproto connection that tells of the close frames it sends and receives."""
+
+    def __init__(self, connection: Connection, stream: GuardedWSStream) -> None:
+        self._connection = connection
+        self._stream = stream
+
+    @property
+    def state(self) -> ConnectionState:
+        return self._connection.state
+
+    def receive_data(self, data: bytes | None) -> None:
+        self._connection.receive_data(data)
+
+    def send(self, event: Event) -> bytes:
+        data = self._connection.send(event)
+        if isinstance(event, CloseConnection):
+            self._stream.decide(event.code, event.reason, ours=True)
+        return data
+
+    def events(self) -> Iterator[Event]:
+        for event in self._connection.events():
+            if isinstance(event, CloseConnection):
+                if self._connection.state in (
+                    ConnectionState.OPEN,
+                    ConnectionState.LOCAL_CLOSING,
+                ):
+                    # Not a close frame: wsproto's word for a frame that breaks the protocol.
+                    self._stream.fault = event
+                    return
+                self._stream.decide(event.code, event.reason, ours=False)
+            yield event
+
+
+class GuardedWSStream(WSStream):
+    """One WebSocket of Hypercorn; over HTTP/1.1 its frames may be written past it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_connection = _server.get()
+        self.fault: CloseConnection | None = None
+        self.deciding_close: Close | None = None
+        self.buffer: _ByteBuffer = _ByteBuffer(self.config.websocket_max_message_size)
+        self._over = False
+        self._raw = False
+
+    @property
+    def connection(self) -> Any:
+        """The wsproto connection, observed."""
+        return self._connection
+
+    @connection.setter
+    def connection(self, connection: Connection) -> None:
+        self._connection = _Observed(connection, self)
+
+    @property
+    def push_stream(self) -> PushStream | None:
+        """The stream that this WebSocket has to itself; None over HTTP/2, where many share it."""
+        return self.server_connection.push_stream if self._raw and self.server_connection else None
+
+    def limit_messages(self, size: int) -> None:
+        """A message of more bytes than this is closed with 1009."""
+        self.buffer.max_length = size
+
+    def decide(self, code: int, reason: str | None, *, ours: bool) -> None:
+        """A close frame is sent or was received; the first one counts."""
+        if self.deciding_close is None:
+            self.deciding_close = Close(code, reason or "", ours)
+
+    async def handle(self, event: Any) -> None:
+        """Hypercorn's own, for an event of the peer."""
+        if isinstance(event, Request):
+            self._raw = event.http_version == "1.1"
+            if self._raw and self.server_connection is not None:
+                self.server_connection.websocket_begins()
+            headers = [
+                (name, value)
+                for name, value in event.headers
+                if name.lower() != b"sec-websocket-extensions"
+            ]
+            await super().handle(dataclasses.replace(event, headers=headers))
+            if self.closed and self.app_put is None:
+                # Refused: Hypercorn would leave the socket open for as long as the peer likes.
+                await self.send(StreamClosed(stream_id=self.stream_id))
+        elif isinstance(event, Body | Data) and not self.closed and not self.handshake.accepted:
+            raise PeerFault("bytes before the handshake was answered")
+        else:
+            await super().handle(event)
+
+    async def _accept(self, message: Any) -> None:
+        await super()._accept(message)
+        if self._raw and self.server_connection is not None:
+            self.server_connection.websocket_accepted()
+
+    async def _handle_events(self) -> None:
+        if self._over:
+            return
+        await super()._handle_events()
+        if self.fault is not None:
+            self._over = True
+            await self._send_wsproto_event(
+                CloseConnection(code=self.fault.code, reason=self.fault.reason)
+            )
+        elif self.buffer.overflowed:
+            self._over = True
+        if self._over:
+            await self.send(StreamClosed(stream_id=self.stream_id))
+
+
+class KnownWorkerContext(WorkerContext):
+    """Hypercorn's worker context, which an application can find with `worker`."""
+
+    def __init__(self, max_requests: int | None) -> None:
+        super().__init__(max_requests)
+        _worker.set(self)
+
+
+def worker() -> WorkerContext | None:
+    """The worker that the current task runs in; None outside a guarded Hypercorn."""
+    return _worker.get()
+
+
+def find(send: Callable[..., Any]) -> GuardedWSStream | None:
+    """The WebSocket behind an ASGI `send`; None where a middleware or another server is."""
+    stream = getattr(send, "__self__", None)
+    if isinstance(stream, GuardedWSStream) and stream.server_connection is not None:
+        return stream
+    return None
+
+
+# What the link leans on: (class, method, its parameters).
+_EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
+    (TCPServer, "__init__", "self app config context state stream"),
+    (TCPServer, "__await__", "self"),
+    (TCPServer, "run", "self"),
+    (TCPServer, "protocol_send", "self event"),
+    (TCPServer, "_close", "self"),
+    (
+        WSStream,
+        "__init__",
+        "self app config context task_group ssl client server send stream_id",
+    ),
+    (WSStream, "handle", "self event"),
+    (WSStream, "app_send", "self message"),
+    (WSStream, "_accept", "self message"),
+    (WSStream, "_handle_events", "self"),
+    (WSStream, "_send_wsproto_event", "self event"),
+    (WebsocketBuffer, "__init__", "self max_length"),
+    (WebsocketBuffer, "extend", "self event"),
+    (WorkerContext, "__init__", "self max_requests"),
+    (TextMessage, "__init__", "self data frame_finished message_finished"),
+)
+
+_PLACES: Final[tuple[tuple[Any, str, type, type], ...]] = (
+    (hypercorn.trio.run, "TCPServer", TCPServer, GuardedTCPServer),
+    (hypercorn.trio.run, "WorkerContext", WorkerContext, KnownWorkerContext),
+    (hypercorn.protocol.h11, "WSStream", WSStream, GuardedWSStream),
+    (hypercorn.protocol.h2, "WSStream", WSStream, GuardedWSStream),
+)
+
+
+def install(limits: Limits) -> bool:
+    """Guard every Hypercorn server of this process that starts from now on.
+
+    Returns:
+        False where the installed Hypercorn differs and TRADING_PUSH_UNGUARDED=1 bears that.
+
+    Raises:
+        LinkError: It differs; the text names the symbol.
+    """
+    guard.limits = limits
+    if guard.installed:
+        return True
+    try:
+        check()
+    except LinkError as error:
+        if os.environ.get(UNGUARDED) != "1":
+            raise
+        logs.emit(logs.line("plain_form", reason=str(error)))
+        return False
+    for module, name, _, guarded in _PLACES:
+        setattr(module, name, guarded)
+    guard.installed = True
+    return True
+
+
+def check() -> None:
+    """Compare the installed Hypercorn with what the link was made for.
+
+    Raises:
+        LinkError: The text names what differs and what to do.
+    """
+    hint = f"install hypercorn==0.18.*, or set {UNGUARDED}=1 to run without protection"
+    for module, name, stock, _ in _PLACES:
+        if getattr(module, name, None) is not stock:
+            raise LinkError(f"{module.__name__}.{name} is not Hypercorn's own: {hint}")
+    for owner, method, expected in _EXPECTED:
+        found = " ".join(inspect.signature(getattr(owner, method, lambda: None)).parameters)
+        if found != expected:
+            raise LinkError(
+                f"{owner.__module__}.{owner.__qualname__}.{method} takes ({found}), "
+                f"not ({expected}): {hint}"
+            )
