@@ -1,0 +1,326 @@
+"""The settings: what they are loaded from, and everything that is refused."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from trading_push.errors import ConfigurationError
+from trading_push.settings import (
+    Auth,
+    Database,
+    Intervals,
+    Limits,
+    Log,
+    Query,
+    Server,
+    Settings,
+    load_settings,
+)
+
+SECRET = "0123456789abcdef0123456789abcdef"
+SQL = "SELECT user_id, asset FROM balances WHERE user_id IN :user_ids"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("TRADING_PUSH_"):
+            monkeypatch.delenv(name)
+
+
+def from_file(path: Path, toml: str, **flags: Any) -> Settings:
+    path.write_text(toml, encoding="utf-8")
+    return load_settings(config=path, flags=flags)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tmp_path / "settings.toml"
+
+
+def refusal(error: pytest.ExceptionInfo[ConfigurationError]) -> str:
+    """The text of a refusal, which is one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_without_anything_it_is_the_defaults() -> None:
+    assert load_settings(config=None, flags={}) == Settings()
+
+
+def test_each_source_goes_before_the_one_below(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = '[server]\nport = 1\nhost = "::1"\npath = "/push"\n[intervals]\nbalance = 3'
+    assert from_file(config, toml).server == Server("::1", 1, "/push")
+    monkeypatch.setenv("TRADING_PUSH_SERVER_PORT", "2")
+    monkeypatch.setenv("TRADING_PUSH_SERVER_PATH", "/env")
+    assert from_file(config, toml).server == Server("::1", 2, "/env")
+    settings = load_settings(
+        config=config, flags={"server.port": "3", "server.host": None, "intervals.pnl": "0.2"}
+    )
+    assert settings.server == Server("::1", 3, "/env")
+    assert settings.intervals == Intervals(balance=3, pnl=0.2)
+
+
+def test_the_environment_may_name_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text("[server]\nport = 1", encoding="utf-8")
+    monkeypatch.setenv("TRADING_PUSH_CONFIG", str(config))
+    assert load_settings(config=None, flags={}).server.port == 1
+    other = config.with_name("other!.conf")  # whose name typed-settings would take apart
+    assert from_file(other, "[server]\nport = 2").server.port == 2
+
+
+def test_every_setting_has_a_variable_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "TRADING_PUSH_JWT_SECRET": SECRET,
+        "TRADING_PUSH_AUTH_PUBLIC_KEY_FILE": "/k.pem",
+        "TRADING_PUSH_LIMITS_UNAUTHENTICATED_PER_ADDRESS": "7",
+        "TRADING_PUSH_LIMITS_SEND_TIMEOUT_S": "2.5",
+        "TRADING_PUSH_MARKET_LOOP": "Yes",
+        "TRADING_PUSH_DATABASE_PATH": "db.sqlite3",
+        "TRADING_PUSH_LOG_LANG": "en",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TRADING_PUSH_TOKEN", "of the command `watch`")
+    settings = load_settings(config=None, flags={})
+    assert settings.jwt_secret == SECRET
+    assert settings.auth == Auth(public_key_file=Path("/k.pem"))
+    assert settings.limits == Limits(unauthenticated_per_address=7, send_timeout_s=2.5)
+    assert settings.market.loop is True
+    assert settings.database == Database(path=Path.cwd() / "db.sqlite3")
+    assert settings.log == Log(lang="en")
+
+
+def test_paths_of_a_file_start_at_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-someone")
+    settings = from_file(
+        config, '[market]\ntape = "tapes/a.gz"\n[log]\nfile = "~/b.log"\n[database]\npath = "/c"'
+    )
+    assert settings.market.tape == config.parent / "tapes/a.gz"
+    assert settings.log.file == Path("/home/of-someone/b.log")
+    assert settings.database.path == Path("/c")
+
+
+def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
+    settings = from_file(
+        config,
+        f"""
+        [database]
+        url = "sqlite://"
+        [database.queries.balance]
+        sql = "{SQL}"
+        [database.queries.pnl]
+        sql = "SELECT total FROM pnl WHERE user_id = :user_id"
+        single = true
+        json_columns = ["by_symbol"]
+        empty = "{{}}"
+        """,
+    )
+    assert settings.database.queries == {
+        "balance": Query(SQL),
+        "pnl": Query("SELECT total FROM pnl WHERE user_id = :user_id", True, ("by_symbol",), "{}"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ("[server]\nport = 9.7", "server.port is 9.7: give a whole number, 0 to 65535"),
+        ("[server]\nport = true", "server.port is True"),
+        ("[server]\nport = '8000'", "server.port is '8000'"),
+        ("[server]\nport = -1", "server.port is -1"),
+        ("[server]\nport = 65536", "server.port is 65536"),
+        ("[server]\nport = 99999999999999999999999", "server.port is 9999"),
+        ("[server]\npath = 'ws'", "server.path is 'ws': give a path that begins with /"),
+        ("[server]\npath = '/a b'", "server.path"),
+        ("[server]\nhost = ''", "server.host is ''"),
+        ("[server]\nhost = 'a b'", "server.host"),
+        ("[server]\nhost = 127", "server.host is 127"),
+        ("[intervals]\nbalance = 0.05", "intervals.balance is 0.05: give a number, 0.1 to"),
+        ("[intervals]\nbalance = nan", "intervals.balance is nan"),
+        ("[intervals]\nbalance = inf", "intervals.balance is inf"),
+        ("[intervals]\nbalance = -5", "intervals.balance is -5"),
+        ("[intervals]\nbalance = true", "intervals.balance is True"),
+        ("[limits]\nconnections = 0", "limits.connections is 0"),
+        ("[market]\nloop = 1", "market.loop is 1: give true or false"),
+        ("[market]\ntape = 5", "market.tape is 5: give the path of a file"),
+        ("[market]\ntape = ''", "market.tape is ''"),
+        ("[log]\nlang = 'fr'", "log.lang is 'fr': give one of zh, en"),
+        ("[auth]\nalgorithm = 'none'", "auth.algorithm is 'none': give one of HS256"),
+        ("[auth]\nalgorithm = ['HS256']", "auth.algorithm"),
+        ("[auth]\njwks_url = 'file:///etc/passwd'", "auth.jwks_url"),
+        ("[sever]\nport = 1", "there is no setting 'sever': did you mean server?"),
+        ("[server]\nprt = 1", "there is no setting 'server.prt': did you mean server.port?"),
+        ("port = 1", "there is no setting 'port': did you mean server.port?"),
+        ("'x\\ny' = 1", "there is no setting"),
+        ("xylophone = 1", "there is no setting 'xylophone': remove it"),
+        ("server = 1", "server is a section: write [server]"),
+        ("[server\nport = 1", "cannot read the configuration file"),
+        ("a = " + "[" * 5000, "cannot read the configuration file"),
+        ("[database]\nqueries = 1", "write a table [database.queries.NAME]"),
+        ("[database]\nurl = 'sqlite://'", "database.url is set without queries"),
+        ("[database]\nurl = 'sqlite://'\npath = 'a'", "are both set"),
+        ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
+        ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
+        ("[database.queries.balance]\nsql = 'SELECT 1'", "it must select by :user_ids"),
+        (f"[database.queries.balance]\nsql = '{SQL}'\nsingel = true", "did you mean single?"),
+        (f"[database.queries.balance]\nsql = '{SQL}'\nsingle = 1", "balance.single is 1"),
+        (f"[database.queries.balance]\nsql = '{SQL}'\nempty = '['", "balance.empty is '['"),
+        (f"[database.queries.balance]\nsql = '{SQL}'\njson_columns = 'a'", "json_columns is 'a'"),
+        (f"[database.queries.balance]\nsql = '{SQL}'\njson_columns = [1]", "json_columns is (1,)"),
+    ],
+)
+def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        from_file(config, toml)
+    assert says in refusal(error)
+    assert "are both set" in says or "without queries" in says or str(config) in refusal(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("SERVER_PORT", "9.7", "TRADING_PUSH_SERVER_PORT: server.port is '9.7'"),
+        ("SERVER_PORT", "true", "server.port is 'true'"),
+        ("SERVER_PORT", "9" * 5000, "give a whole number"),
+        ("SERVER_PORT", "", "TRADING_PUSH_SERVER_PORT is empty"),
+        ("INTERVALS_PNL", "nan", "intervals.pnl is nan"),
+        ("INTERVALS_PNL", "fast", "intervals.pnl is 'fast'"),
+        ("MARKET_LOOP", "2", "market.loop is '2': give true or false"),
+        ("PORT", "1", "TRADING_PUSH_PORT is no setting: did you mean TRADING_PUSH_SERVER_PORT?"),
+        ("JWT_SECRT", "1", "did you mean TRADING_PUSH_JWT_SECRET?"),
+        ("CONFG", "1", "did you mean TRADING_PUSH_CONFIG?"),
+        ("DATABASE_QUERIES", "1", "TRADING_PUSH_DATABASE_QUERIES: database.queries"),
+    ],
+)
+def test_what_the_environment_may_not_hold(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(f"TRADING_PUSH_{name}", value)
+    with pytest.raises(ConfigurationError) as error:
+        load_settings(config=None, flags={})
+    assert says in refusal(error)
+
+
+@pytest.mark.parametrize("secret", ["hunter2", "0123456789abcdef0123456789abcde", 12345678])
+def test_a_secret_that_is_refused_is_not_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, secret: object
+) -> None:
+    with pytest.raises(ConfigurationError, match="32 bytes") as error:
+        from_file(config, f"jwt_secret = {secret!r}")
+    assert str(secret) not in refusal(error)
+    assert str(config) in refusal(error)
+    monkeypatch.setenv("TRADING_PUSH_JWT_SECRET", str(secret))
+    with pytest.raises(ConfigurationError, match="TRADING_PUSH_JWT_SECRET") as error:
+        load_settings(config=None, flags={})
+    assert str(secret) not in refusal(error)
+
+
+def test_secrets_do_not_show_in_a_repr(config: Path) -> None:
+    url = "postgresql://user:pass@host/db"
+    settings = from_file(
+        config,
+        f"jwt_secret = '{SECRET}'\n[database]\nurl = '{url}'\n"
+        f"[database.queries.balance]\nsql = '{SQL}'",
+    )
+    assert SECRET not in repr(settings)
+    assert "pass" not in repr(settings)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, config: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no configuration file .*trading-push"):
+        load_settings(config=tmp_path / "nope.toml", flags={})
+    with pytest.raises(ConfigurationError, match="cannot read the configuration file"):
+        load_settings(config=tmp_path, flags={})
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="cannot read the configuration file"):
+        load_settings(config=config, flags={})
+
+
+def test_flags_are_checked_as_well() -> None:
+    with pytest.raises(ConfigurationError, match=r"command line: server.port is '9\.7'"):
+        load_settings(config=None, flags={"server.port": "9.7"})
+    with pytest.raises(ConfigurationError, match=r"did you mean intervals\.balance"):
+        load_settings(config=None, flags={"intervals.balnce": "1"})
+
+
+def test_objects_are_checked_when_they_are_made() -> None:
+    with pytest.raises(ConfigurationError, match="port"):
+        Server(port=True)
+    with pytest.raises(ConfigurationError, match="jwt_secret"):
+        Settings(jwt_secret="short")
+    with pytest.raises(ConfigurationError, match="balance"):
+        Intervals(balance=math.nan)
+
+
+def every_setting() -> dict[str, Any]:
+    """All settings by name, with their defaults."""
+    settings: dict[str, Any] = {}
+    for field in attrs.fields(Settings):
+        value = getattr(Settings(), field.name)
+        if attrs.has(type(value)):
+            for inner in attrs.fields(type(value)):
+                settings[f"{field.name}.{inner.name}"] = getattr(value, inner.name)
+        else:
+            settings[field.name] = value
+    return settings
+
+
+def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
+    sample = importlib.resources.files("trading_push").joinpath("data/trading-push.toml")
+    text = sample.read_text(encoding="utf-8")
+    assert from_file(config, text) == Settings()
+
+    defaults = re.sub(r"(?m)^# (\w+ = .*)$", r"\1", text)
+    assert from_file(config, defaults) == Settings()
+    written = {
+        f"{section}.{name}" if isinstance(table, dict) else section
+        for section, table in tomllib.loads(defaults).items()
+        for name in (table if isinstance(table, dict) else [""])
+    }
+    assert written == {
+        name for name, default in every_setting().items() if default not in (None, {})
+    }
+
+    # The examples are the settings without a default; each of them is one that can be used.
+    examples = tomllib.loads(re.sub(r"(?m)^#! ", "", text))
+    assert set(examples["database"].pop("queries")["balance"]) == {
+        field.name for field in attrs.fields(Query)
+    }
+    named = {
+        f"{section}.{name}" if isinstance(table, dict) else section
+        for section, table in examples.items()
+        for name in (table if isinstance(table, dict) else [""])
+    }
+    assert named == {name for name, default in every_setting().items() if default is None}
+    usable = re.sub(r"(?m)^#! (?!jwt_secret|path)", "", text)  # `path` and `url` exclude each other
+    assert from_file(config, usable).database.queries["balance"].empty == "[]"
+
+
+# The first text takes a while where hypothesis has not yet cached its tables of Unicode.
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(st.sampled_from(sorted(every_setting())), st.text() | st.floats() | st.none())
+)
+def test_no_flag_ends_in_anything_but_settings_or_one_line(flags: dict[str, Any]) -> None:
+    try:
+        settings = load_settings(config=None, flags=flags)
+    except ConfigurationError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert isinstance(settings, Settings)
