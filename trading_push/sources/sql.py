@@ -5,7 +5,8 @@
 2. The event loop does no work on the rows: they leave the thread as encoded JSON.
 3. Decimals leave as plain decimal strings and times as integer milliseconds, UTC.
 4. No URL, password or parameter is in the text of an error.
-5. An SQLite file is opened read-only: a reader can neither make nor change it.
+5. An SQLite file is opened read-only: a reader can neither make nor change it (a URL with options
+   of its own, after a `?`, says itself how).
 
 User ids are bound as untyped strings, so that the database compares them with a column of its own
 type. A thread cannot be cancelled: where the driver knows a time-out, it belongs into the URL.
@@ -184,10 +185,8 @@ def _parse(url: str) -> URL:
 
 
 def _is_sqlite_file(url: URL) -> bool:
-    """Whether it is a file for Python's own SQLite driver, named by its path."""
-    return url.drivername in ("sqlite", "sqlite+pysqlite") and not str(url.database).startswith(
-        "file:"
-    )
+    """Whether it is a file for Python's own SQLite driver; a URL with options is left as it is."""
+    return url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
 
 
 def _engine(url: URL, threads: int) -> Engine:

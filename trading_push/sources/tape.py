@@ -454,7 +454,7 @@ class _Symbols(dict[str, str]):
 
 
 class _Payload(msgspec.Struct):
-    """The fields of Binance's events that matter here; `a` and `b` are ids in an (agg)trade."""
+    """The fields of Binance's events that matter here; `a`, `b` and `l` may be ids in a trade."""
 
     event: str = msgspec.field(name="e", default="")
     event_time: int = msgspec.field(name="E", default=0)
@@ -467,7 +467,7 @@ class _Payload(msgspec.Struct):
     last: str | None = msgspec.field(name="c", default=None)
     open: str | None = msgspec.field(name="o", default=None)
     high: str | None = msgspec.field(name="h", default=None)
-    low: str | None = msgspec.field(name="l", default=None)
+    low: str | int | None = msgspec.field(name="l", default=None)
     volume: str | None = msgspec.field(name="v", default=None)
     percent: str | None = msgspec.field(name="P", default=None)
 
@@ -499,7 +499,12 @@ class _FrameParser:
     def parse(self, text: bytes) -> _Event | None:
         if text.isspace():
             return None
-        line = _decode(text)
+        try:
+            line = _decode(text)
+        except msgspec.ValidationError:
+            if _is_other_event(text):
+                return None
+            raise
         payload: _Payload
         if line.frame is not None:
             payload, stream = line.frame.data, line.frame.stream
@@ -515,7 +520,7 @@ class _FrameParser:
         elif event == "24hrTicker":
             kind, values = "window", _window(payload)
         elif event or stream:
-            return None  # Another stream of the exchange's, recorded along.
+            return None
         else:
             raise ValueError("not a Binance stream frame")
         symbol = self._symbols[payload.symbol]
@@ -528,6 +533,17 @@ class _FrameParser:
             raise ValueError("the frame has no time, and none stands before it")
         source_ns = _epoch_ns(source) if source else self._time_ns
         return _Event(self._time_ns, source_ns // 1_000_000, symbol, kind, values)
+
+
+def _is_other_event(text: bytes) -> bool:
+    """Whether it is well, but of a stream that is of no use here (depth, say), recorded along."""
+    event: object = msgspec.json.decode(text)
+    while isinstance(event, dict) and ("frame" in event or "data" in event):
+        event = event.get("frame") or event.get("data")
+    return isinstance(event, dict) and event.get("e", "") not in ("", *_EVENTS)
+
+
+_EVENTS = ("bookTicker", "trade", "aggTrade", "24hrTicker")
 
 
 def _window(payload: _Payload) -> tuple[Decimal | None, ...]:
