@@ -182,6 +182,10 @@ class Account:
             self.cash -= signed * price + fee
 
 
+def _positive(value: Decimal) -> bool:
+    return value.is_finite() and value > 0
+
+
 def _share(total: Decimal, part: Decimal, whole: Decimal) -> Decimal:
     exact = _ROUNDING.divide(_ROUNDING.multiply(total, part), whole)
     return exact.quantize(QUANTUM, ROUND_HALF_EVEN, _ROUNDING)
@@ -239,7 +243,7 @@ class Book:
         """
         account = self.accounts.get(user)
         price = limit if limit is not None else last
-        if account is None or price is None or not (quantity > 0 and price > 0):
+        if account is None or price is None or not (_positive(quantity) and _positive(price)):
             raise OrderRefused("an order needs an account, a quantity and a price above zero")
         unit = price if limit is not None else EXACT.multiply(price, MARKET_MARGIN)
         order = OpenOrder(
@@ -552,11 +556,11 @@ def _refuse_other_files(path: Path) -> bool:
         ConfigurationError: It is something else, or cannot be read.
     """
     hint = "give another path, or one where there is no file yet"
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a directory: give the path of a file for the accounts")
-    if not path.parent.is_dir():
-        raise ConfigurationError(f"there is no directory {path.parent}: make it, or {hint}")
     try:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a directory: give the path of a file")
+        if not path.parent.is_dir():
+            raise ConfigurationError(f"there is no directory {path.parent}: make it, or {hint}")
         if not path.exists() or path.stat().st_size == 0:
             return False
         with path.open("rb") as file:
