@@ -85,7 +85,7 @@ async def server(script: Script, *, reject: int | None = None) -> AsyncIterator[
         with suppress(trio_websocket.ConnectionClosed):
             await script(Peer(websocket), number)
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             running = await nursery.start(
                 trio_websocket.serve_websocket, handle, "127.0.0.1", 0, None

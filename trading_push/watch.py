@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import attrs
 import trio
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -193,7 +194,15 @@ class Tables:
 
 
 def _table(title: str | Text, columns: Sequence[tuple[str, str, int]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    # Without a frame: a screen of 24 lines would hold two tables less.
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+    )
     for _, heading, kind in columns:
         table.add_column(heading, justify="right" if kind in (_NUMBER, _SIGNED) else "left")
     return table
