@@ -1,0 +1,46 @@
+"""Fixtures that several files need."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support import TESTS, Process, process
+
+
+class Embedded:
+    """`embedded_server.py`, running."""
+
+    def __init__(self, running: Process) -> None:
+        self.process = running
+        running.wait_for(lambda: running.out, "port")
+        self.port = int(running.out[0])
+        self.url = f"ws://127.0.0.1:{self.port}/ws"
+
+    def look(self) -> dict[str, Any]:
+        """What the server sees inside itself now."""
+        seen = len(self.process.out)
+        assert self.process.popen.stdin is not None
+        self.process.popen.stdin.write("\n")
+        self.process.wait_for(lambda: len(self.process.out) > seen, "answer")
+        return json.loads(self.process.out[seen])
+
+    def look_until(self, what: Any, why: str) -> dict[str, Any]:
+        """Look again and again until `what` is true of what is seen."""
+        import time
+
+        from support import PATIENCE_S
+
+        deadline = time.monotonic() + PATIENCE_S
+        while not what(seen := self.look()):
+            assert time.monotonic() < deadline, f"{why} never came: {seen}"
+        return seen
+
+
+@pytest.fixture
+def embedded() -> Iterator[Embedded]:
+    with process(sys.executable, str(TESTS / "embedded_server.py")) as running:
+        yield Embedded(running)

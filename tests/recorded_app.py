@@ -1,0 +1,8 @@
+"""The configured application with the recorder between it and the server."""
+
+import recorder
+
+from trading_push.asgi import app
+
+recorder.install()
+__all__ = ["app"]

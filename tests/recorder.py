@@ -1,0 +1,53 @@
+"""Watches, between the application and the server, what is sent after a close."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from trading_push.transport.hypercorn_link import GuardedWSStream
+from trading_push.transport.push_stream import PushStream
+
+violations: list[str] = []
+closes = 0
+
+
+def install() -> None:
+    """Record every `websocket.close` and each message or raw frame that comes after one."""
+    original_send = GuardedWSStream.app_send
+    original_frames = PushStream.send_frames
+    original_try = PushStream.try_send
+
+    async def app_send(self: GuardedWSStream, message: Any) -> None:
+        global closes
+        if message is not None:
+            if getattr(self, "recorded_close", False):
+                _violated(f"{message['type']} after a close")
+            if message["type"] == "websocket.close":
+                closes += 1
+                self.recorded_close = True
+                if self.push_stream is not None:
+                    self.push_stream.recorded_close = True
+        await original_send(self, message)
+
+    async def send_frames(self: PushStream, frames: Any) -> None:
+        after = getattr(self, "recorded_close", False)
+        await original_frames(self, frames)
+        if after:
+            _violated("frames sent after a close")
+
+    def try_send(self: PushStream, frames: Any) -> bool:
+        after = getattr(self, "recorded_close", False)
+        sent = original_try(self, frames)
+        if after and sent:
+            _violated("frames written after a close")
+        return sent
+
+    GuardedWSStream.app_send = app_send
+    PushStream.send_frames = send_frames
+    PushStream.try_send = try_send
+
+
+def _violated(what: str) -> None:
+    violations.append(what)
+    print("RECORDER:", what, file=sys.stderr, flush=True)

@@ -1,0 +1,5 @@
+"""`python -m trading_push`: the command line."""
+
+from trading_push.cli import main
+
+main()
