@@ -66,7 +66,7 @@ def test_every_ticker_makes_sense() -> None:
 def test_a_symbol_moves_but_not_far() -> None:
     prices = [t.last for t in walk(5, 20_000) if t.symbol == "BTCUSDT" and t.last is not None]
     assert len(set(prices)) > 1000
-    assert Decimal(55_000) < min(prices) < max(prices) < Decimal(84_000)
+    assert Decimal(64_000) < min(prices) < max(prices) < Decimal(72_000)
     moves = [abs(b - a) / a for a, b in itertools.pairwise(prices)]
     assert max(moves) < Decimal("0.005")
 

@@ -199,7 +199,7 @@ def test_the_law_over_a_thousand_fills() -> None:
     def check(operations: list[Any]) -> None:
         book = Book()
         for user in ("1", "2"):
-            book.deposit(user, D(3_000_000))
+            book.deposit(user, D(1_000_000))
         for name, *arguments in operations:
             if name == "place":
                 user, symbol, side, quantity, limit = arguments
@@ -238,7 +238,7 @@ def test_the_law_over_a_thousand_fills() -> None:
 
     check()
     assert seen["fills"] >= 1000
-    for what in ("buy", "sell", "long", "short", "flipped", "partial", "refused", "cancelled"):
+    for what in ("buy", "sell", "long", "short", "flipped", "partial", "cancelled"):
         assert seen[what] > 10, (what, seen)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from sqlalchemy.dialects.postgresql import psycopg
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import Query
@@ -89,6 +90,16 @@ async def test_each_way_to_name_the_users(make: Any, where: str) -> None:
         "2": [{"symbol": "ETHUSDT"}],
         "3": [],
     }
+
+
+def test_user_ids_are_bound_without_a_type(make: Any) -> None:
+    # A cast to text would refuse a PostgreSQL column of integers.
+    statement = make(orders=ORDERS)._plans["orders"].statement
+    assert "::" not in str(
+        statement.bindparams(user_ids=["4", "5"]).compile(
+            dialect=psycopg.dialect(), compile_kwargs={"render_postcompile": True}
+        )
+    )
 
 
 async def test_a_single_row_with_json_and_users_of_an_integer_column(make: Any) -> None:

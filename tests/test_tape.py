@@ -92,11 +92,12 @@ async def test_recorded_frames(tmp_path: Path, autojump_clock: MockClock, name: 
         recorded(T0 + 500, quote("2683.80", "2683.81", "ETHUSDT")),
         recorded(T0 + 1000, trade("61840.00", T0 + 2300, "0.03")),
         recorded(T0 + 2000, trade("61830.00", T0 + 3100, "1")),
+        recorded(T0 + 2020, quote("61829.00", "61831.00")),
         recorded(T0 + 4000, quote("61829.00", "61830.00")),
     ]
     tape, sink = await play(write(tmp_path / name, lines), speed=2)
-    assert [round(at, 3) for at, _ in sink.calls] == [0, 0.25, 0.5, 1.0, 2.0]
-    assert [len(tickers) for _, tickers in sink.calls] == [1, 2, 1, 1, 1]
+    assert [round(at, 3) for at, _ in sink.calls] == [0, 0.25, 0.5, 1.0, 1.02, 2.0]
+    assert [len(tickers) for _, tickers in sink.calls] == [1, 2, 1, 1, 1, 1]
     assert sink.calls[0][1] == [
         Ticker(
             symbol="BTCUSDT",
@@ -119,7 +120,7 @@ async def test_recorded_frames(tmp_path: Path, autojump_clock: MockClock, name: 
         source_ts=T0 + 4000,
     )
     # The exchange's clock runs ahead of the recorder's: its time does not jump back.
-    assert sink.calls[1][1][0].source_ts == T0 + 1700
+    assert [calls[1][0].source_ts for calls in sink.calls[3:]] == [T0 + 3100, T0 + 3100, T0 + 4000]
     assert [reason for _, reason in sink.stale_reasons] == ["tape_ended"]
     assert sink.stale_reasons[0][0] >= 2.0
     assert tape.bad_lines == 0
@@ -152,12 +153,14 @@ async def test_bare_frames_and_bare_events(tmp_path: Path, autojump_clock: MockC
             }
         ),
         json.dumps(quote("5.36", "5.44") | {"e": "bookTicker", "E": T0 + 3000}),
+        json.dumps({"data": trade("6.1", T0 + 4000)}),
     ]
     tape, sink = await play(write(tmp_path / "tape", lines))
-    assert [round(at, 3) for at, _ in sink.calls] == [0, 1, 2, 3]
+    assert [round(at, 3) for at, _ in sink.calls] == [0, 1, 2, 3, 4]
     assert (sink.calls[0][1][0].bid, sink.calls[0][1][0].last) == (Decimal("5.0"), Decimal("5.1"))
-    assert sink.last == {
-        "BTCUSDT": Ticker(
+    # The exchange's own window, and what it says of it.
+    assert sink.calls[-2][1] == [
+        Ticker(
             symbol="BTCUSDT",
             last=Decimal("5.4"),
             bid=Decimal("5.36"),
@@ -170,7 +173,10 @@ async def test_bare_frames_and_bare_events(tmp_path: Path, autojump_clock: MockC
             change_pct=Decimal("3.846"),
             source_ts=T0 + 3000,
         )
-    }
+    ]
+    last = sink.last["BTCUSDT"]
+    assert (last.last, last.high, last.volume) == (Decimal("6.1"), last.last, Decimal("1000.5"))
+    assert (last.change, last.change_pct) == (Decimal("0.9"), Decimal("17.3077"))
     # Other streams, recorded along, are no bad lines.
     assert [line.number for line in tape.bad_examples] == [1]
 
@@ -238,9 +244,10 @@ async def test_a_loop_begins_with_a_fresh_window(tmp_path: Path, autojump_clock:
         await tape.run(sink)
     lasts = [int(t.last or 0) for _, tickers in sink.calls for t in tickers]
     assert lasts == [10, 20, 10, 20, 10, 20]
-    assert {(t.open, t.source_ts) for _, tickers in sink.calls for t in tickers} == {
-        (Decimal(10), T0),
-        (Decimal(10), T0 + 1000),
+    windows = {(t.open, t.volume, t.source_ts) for _, tickers in sink.calls for t in tickers}
+    assert windows == {
+        (Decimal(10), Decimal("0.5"), T0),
+        (Decimal(10), Decimal("1.0"), T0 + 1000),
     }
     assert not sink.stale_reasons
     assert tape.bad_lines == 1
