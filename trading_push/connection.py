@@ -121,7 +121,11 @@ class Connection:
         hub = self._hub
         self._member = hub.registry.connect(self._transport.peer)
         self._session = Session(
-            hub.channels, hub.limits, self._member.id, knows_symbol=hub.knows_symbol
+            hub.channels,
+            hub.limits,
+            self._member.id,
+            knows_symbol=hub.knows_symbol,
+            clock=time.time,
         )
         hub.connections.add(self)
         try:

@@ -10,7 +10,6 @@ message may be handed in.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import attrs
@@ -105,8 +104,8 @@ class Session:
         limits: Limits,
         connection_id: str,
         *,
-        knows_symbol: Callable[[str], bool] = lambda symbol: True,
-        clock: Callable[[], float] = time.time,
+        knows_symbol: Callable[[str], bool],
+        clock: Callable[[], float],
     ) -> None:
         self._channels = channels
         self._limits = limits

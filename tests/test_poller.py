@@ -1,0 +1,386 @@
+"""The push loops: who is asked, when, and what is pushed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from memory_transport import MemoryTransport
+from support import hypercorn_serving, trio_client
+from test_teardown import by_name, lines
+
+from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push.connection import Connection
+from trading_push.settings import Auth, Intervals, Limits, Settings
+
+FAST = Settings(intervals=Intervals(balance=1, positions=1, pnl=1, orders=1))
+
+
+class Table:
+    """A source that a test writes to; `calls` says who was asked."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, str], Any] = {}
+        self.calls: list[tuple[float, str, str]] = []
+        self.error: Exception | None = None
+        self.stuck: set[str] = set()
+
+    async def fetch(self, user_id: str, data_type: str) -> Any:
+        self.calls.append((trio.current_time(), user_id, data_type))
+        await trio.lowlevel.checkpoint()
+        if user_id in self.stuck:
+            await trio.sleep(30)
+        if self.error is not None:
+            raise self.error
+        return self.values.get((user_id, data_type), [])
+
+
+@asynccontextmanager
+async def serving(source: Any, **options: Any) -> AsyncIterator[tuple[PushService, Any]]:
+    options.setdefault("settings", FAST)
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(source, authenticate=by_name, **options) as service,
+    ):
+
+        async def join(user: str, *channels: Any) -> MemoryTransport:
+            transport = MemoryTransport()
+            nursery.start_soon(Connection(service._hub, transport).run)
+            transport.say("auth", token=user)
+            transport.say("subscribe", args=list(channels))
+            await transport.next(2)
+            return transport
+
+        yield service, join
+
+
+@pytest.fixture(autouse=True)
+def info(caplog):
+    caplog.set_level(logging.INFO, "trading_push")
+
+
+async def test_the_first_subscription_asks_at_once(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = {"total": "1"}
+    async with serving(source) as (_, join):
+        await trio.sleep(0.3)
+        began = trio.current_time()
+        peer = await join("4", "pnl")
+        [snapshot] = await peer.next()
+        assert trio.current_time() == began
+        assert snapshot["type"] == "snapshot"
+        assert snapshot["data"] == {"total": "1"}
+        assert source.calls == [(began, "4", "pnl")]
+
+
+async def test_an_unchanged_value_is_not_pushed_again_a_changed_one_is(autojump_clock):
+    source = Table()
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        [snapshot] = await peer.next()
+        await trio.sleep(10)
+        assert len(source.calls) >= 10
+        assert peer.sent == []
+        source.values["4", "pnl"] = [1]
+        changed_at = trio.current_time()
+        [update] = await peer.next()
+        assert trio.current_time() - changed_at <= 1
+        assert (update["type"], update["data"]) == ("update", [1])
+        assert (update["prev"], update["seq"]) == (snapshot["seq"], snapshot["seq"] + 1)
+
+
+async def test_only_who_is_subscribed_is_asked(autojump_clock):
+    source = Table()
+    async with serving(source) as (_, join):
+        await trio.sleep(60)
+        assert source.calls == []
+        tabs = [await join("4", "pnl") for _ in range(3)]
+        other = await join("5", "orders")
+        await trio.sleep(10.5)
+        asked = Counter((user, data_type) for _, user, data_type in source.calls)
+        assert set(asked) == {("4", "pnl"), ("5", "orders")}
+        assert 10 <= asked["4", "pnl"] <= 12
+        for tab in tabs[:2]:
+            tab.leave()
+        await trio.sleep(5)
+        assert ("4", "pnl") in {call[1:] for call in source.calls[-2:]}
+        tabs[2].leave()
+        other.leave()
+        await trio.testing.wait_all_tasks_blocked()
+        source.calls.clear()
+        await trio.sleep(60)
+        assert source.calls == []
+
+
+async def test_none_pushes_nothing_and_leaves_the_last_value(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = 7
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        source.values["4", "pnl"] = None
+        await trio.sleep(5)
+        assert peer.sent == []
+        second = await join("4", "pnl")
+        assert (await second.next())[0]["data"] == 7
+
+
+async def test_where_there_is_no_value_yet_the_status_says_so(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = None
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        [status] = await peer.next()
+        assert (status["type"], status["state"], status["reason"]) == ("status", "down", "no_data")
+        source.values["4", "pnl"] = 1
+        status, snapshot = sorted(await peer.next(2), key=lambda push: push["type"], reverse=True)
+        assert (status["type"], status["state"]) == ("status", "live")
+        assert (snapshot["type"], snapshot["data"]) == ("snapshot", 1)
+
+
+async def test_a_slow_first_answer_is_waited_for_one_second(autojump_clock):
+    source = Table()
+    source.stuck = {"4"}
+    async with serving(source) as (_, join):
+        began = trio.current_time()
+        peer = await join("4", "pnl")
+        [status] = await peer.next()
+        assert trio.current_time() - began == pytest.approx(1)
+        assert (status["state"], status["reason"]) == ("down", "no_data")
+        pushes = await peer.next(2)
+        assert trio.current_time() - began == pytest.approx(30, abs=0.1)
+        assert {push["type"] for push in pushes} == {"status", "snapshot"}
+
+
+async def test_a_failing_source_is_logged_once_a_minute_and_recovers(autojump_clock, caplog):
+    source = Table()
+    source.values["4", "pnl"] = 1
+    async with serving(source) as (service, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        caplog.clear()
+        source.error = ConnectionError("no way\nto the database")
+        await trio.sleep(59)
+        line = "❌ 获取用户4的pnl数据失败: ConnectionError: no way"
+        assert [each for each in lines(caplog) if "获取" in each] == [line]
+        assert service.statistics().failing_fetches == 1
+        await trio.sleep(60)
+        logged = [each for each in lines(caplog) if "获取" in each]
+        assert logged == [line, f"{line}（另有59次）"]
+        assert [push["state"] for push in peer.sent] == ["stale"]
+        source.error = None
+        await trio.sleep(2)
+        assert lines(caplog)[-1] == "✅ 用户4的pnl数据已恢复"
+        assert [push["state"] for push in peer.sent] == ["stale", "live"]
+        assert service.statistics().failing_fetches == 0
+        assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_value_that_cannot_be_encoded_is_a_failure_of_that_user_alone(
+    autojump_clock, caplog
+):
+    source = Table()
+    source.values["4", "pnl"] = object()
+    source.values["5", "pnl"] = 1
+    async with serving(source) as (_, join):
+        broken, whole = await join("4", "pnl"), await join("5", "pnl")
+        assert (await whole.next())[0]["data"] == 1
+        assert (await broken.next())[0]["reason"] == "source_error"
+        assert any("获取用户4的pnl数据失败" in line for line in lines(caplog))
+
+
+async def test_a_user_who_blocks_in_async_code_delays_nobody(autojump_clock):
+    source = Table()
+    source.stuck = {"blocked"}
+    async with serving(source) as (_, join):
+        await join("blocked", "pnl")
+        peers = {name: await join(name, "pnl") for name in ("a", "b", "c")}
+        await trio.sleep(30)
+        times: dict[str, list[float]] = {}
+        for at, user, _ in source.calls:
+            times.setdefault(user, []).append(at)
+        for name in peers:
+            # The first is at once, where the subscription fell; from then on it is the tick.
+            gaps = [b - a for a, b in pairwise(times[name][1:])]
+            assert len(gaps) >= 25
+            assert all(0.8 <= gap <= 1.2 for gap in gaps), gaps
+        assert len(times["blocked"]) <= 2
+
+
+class Blocking:
+    """A source with a plain `fetch`, which blocks its thread for one user."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.count = 0
+
+    def fetch(self, user_id: str, data_type: str) -> Any:
+        if user_id == "blocked":
+            self.release.wait(30)
+        self.count += 1
+        return self.count
+
+
+async def test_a_user_who_blocks_a_thread_delays_nobody():
+    source = Blocking()
+    limits = Limits(fetch_timeout_s=60)
+    settings = Settings(intervals=Intervals(pnl=0.5), limits=limits)
+    async with (
+        open_push_service(
+            source,
+            settings=settings,
+            authenticate=JwtAuthenticator(Auth(), "a secret of at least thirty-two bytes"),
+        ) as service,
+        hypercorn_serving(service) as port,
+        trio_client(port, "blocked", "pnl"),
+        trio_client(port, "5", "pnl") as peer,
+    ):
+        stamps = []
+        while len(stamps) < 10:
+            push = await peer.push()
+            if push["type"] in ("snapshot", "update"):
+                stamps.append(push["ts"])
+        gaps = [b - a for a, b in pairwise(stamps[1:])]
+        assert all(400 <= gap <= 600 for gap in gaps), gaps
+        source.release.set()
+
+
+class Batch(Table):
+    """A source that answers for many users at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[str, ...]] = []
+
+    async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+        self.batches.append(tuple(user_ids))
+        return {user: await self.fetch(user, data_type) for user in user_ids}
+
+
+async def test_many_users_are_asked_for_in_one_go(autojump_clock):
+    source = Batch()
+    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetch_batch=40))
+    async with serving(source, settings=settings) as (_, join):
+        peers = [await join(str(user), "pnl") for user in range(100)]
+        await trio.testing.wait_all_tasks_blocked()
+        source.batches.clear()
+        await trio.sleep(1.5)
+        assert sorted(map(len, source.batches)) == [20, 40, 40]
+        assert len({user for batch in source.batches for user in batch}) == 100
+        assert all(peer.sent[0]["type"] == "snapshot" for peer in peers)
+
+
+async def test_a_user_left_out_of_a_batch_keeps_the_last_value(autojump_clock):
+    class Sparse(Batch):
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+            answers = await super().fetch_many(user_ids, data_type)
+            return {user: answer for user, answer in answers.items() if user != "5"}
+
+    source = Sparse()
+    async with serving(source) as (_, join):
+        four, five = await join("4", "pnl"), await join("5", "pnl")
+        assert (await four.next())[0]["type"] == "snapshot"
+        assert (await five.next())[0]["state"] == "down"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+async def test_each_fetch_has_a_context_of_its_own(asynchronous, plain):
+    entered: list[int] = []
+    left: list[int] = []
+    threads: set[int] = set()
+
+    @contextmanager
+    def context() -> Any:
+        number = len(entered)
+        entered.append(number)
+        threads.add(threading.get_ident())
+        yield number
+        left.append(number)
+
+    @asynccontextmanager
+    async def async_context() -> Any:
+        await trio.lowlevel.checkpoint()
+        with context() as number:
+            yield number
+
+    class Plain:
+        def fetch(self, user_id: str, data_type: str) -> Any:
+            assert len(entered) == len(left) + 1
+            return len(entered)
+
+    class Async:
+        async def fetch(self, user_id: str, data_type: str) -> Any:
+            assert len(entered) == len(left) + 1
+            return len(entered)
+
+    settings = Settings(intervals=Intervals(pnl=0.1))
+    async with serving(
+        Plain() if plain else Async(),
+        settings=settings,
+        fetch_context=async_context if asynchronous else context,
+    ) as (_, join):
+        peer = await join("4", "pnl")
+        while len(peer.sent) < 3:
+            await peer.next(1)
+            if len(entered) >= 3:
+                break
+    assert entered == left or entered == [*left, entered[-1]]
+    # A synchronous context of a plain fetch is entered and left in the thread that runs it.
+    assert (threading.get_ident() not in threads) == (plain and not asynchronous)
+
+
+async def test_a_fetch_that_takes_too_long_is_given_up(autojump_clock, caplog):
+    source = Table()
+    source.stuck = {"4"}
+    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetch_timeout_s=5))
+    async with serving(source, settings=settings) as (_, join):
+        peer = await join("4", "pnl")
+        await trio.sleep(6)
+        assert any("获取用户4的pnl数据失败: TooSlowError" in line for line in lines(caplog))
+        assert [push["reason"] for push in peer.sent] == ["no_data"]
+
+
+async def test_raw_json_goes_out_as_it_is(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = msgspec.Raw(b'{"a": 1.50}')
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        assert (await peer.next())[0]["data"] == {"a": 1.5}
+
+
+async def test_a_user_who_comes_back_is_not_shown_an_old_value(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = "old"
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        peer.leave()
+        await trio.sleep(30)
+        source.values["4", "pnl"] = "new"
+        peer = await join("4", "pnl")
+        assert (await peer.next())[0]["data"] == "new"
+
+
+async def test_an_idle_topic_is_forgotten_and_comes_back_with_a_new_epoch(autojump_clock):
+    source = Table()
+    async with serving(source) as (_, join):
+        first = await join("4", "pnl")
+        [before] = await first.next()
+        first.leave()
+        await trio.sleep(30)
+        back = await join("4", {"channel": "pnl", "since": {"epoch": before["epoch"], "seq": 1}})
+        back.leave()
+        await trio.sleep(120)
+        again = await join("4", "pnl")
+        [after] = await again.next()
+        assert after["epoch"] != before["epoch"]

@@ -1,0 +1,379 @@
+"""How a connection ends: the order of it, whatever began it, and what the log says."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from memory_transport import MemoryTransport
+
+from trading_push import AuthenticationError, Principal, PushService, open_push_service
+from trading_push.connection import Connection
+from trading_push.errors import CloseCode
+from trading_push.registry import Member, Registry
+from trading_push.settings import Limits, Settings
+
+
+async def by_name(token: str) -> Principal:
+    """A token is the name of its user; some names stand for what goes wrong."""
+    await trio.lowlevel.checkpoint()
+    if token == "bug":
+        raise RuntimeError("the application's own mistake")
+    if token == "hang":
+        await trio.sleep_forever()
+    if token == "bad":
+        raise AuthenticationError
+    return Principal(token)
+
+
+class Room:
+    """A service with peers in memory."""
+
+    def __init__(self, service: PushService, nursery: trio.Nursery) -> None:
+        self.service = service
+        self._nursery = nursery
+
+    def join(self, **options: Any) -> tuple[MemoryTransport, Connection]:
+        transport = MemoryTransport(**options)
+        connection = Connection(self.service._hub, transport)
+        self._nursery.start_soon(connection.run)
+        return transport, connection
+
+    async def subscribed(
+        self, *channels: str, **options: Any
+    ) -> tuple[MemoryTransport, Connection]:
+        transport, connection = self.join(**options)
+        transport.say("auth", token="4")
+        transport.say("subscribe", args=list(channels))
+        await transport.next(2)
+        await trio.testing.wait_all_tasks_blocked()
+        transport.sent.clear()
+        return transport, connection
+
+
+@asynccontextmanager
+async def room(**options: Any) -> AsyncIterator[Room]:
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=by_name, **options) as service,
+    ):
+        yield Room(service, nursery)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def unit(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of the one connection that has left."""
+    found = lines(caplog)
+    [start] = [i for i, line in enumerate(found) if "连接关闭" in line]
+    end = next(i for i, line in enumerate(found) if "当前在线用户数" in line)
+    return found[start : end + 1]
+
+
+@pytest.fixture(autouse=True)
+def info(caplog):
+    caplog.set_level(logging.INFO, "trading_push")
+
+
+class Order(trio.abc.Instrument):
+    """Records in which order a connection's end goes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        original = Connection._flag_closed
+        leave = Registry.leave
+
+        def flag_closed(connection: Connection) -> None:
+            if not connection.closed:
+                self.events.append("flagged closed")
+            original(connection)
+
+        def left(registry: Registry, *args: Any) -> None:
+            self.events.append("leave posted")
+            leave(registry, *args)
+
+        monkeypatch.setattr(Connection, "_flag_closed", flag_closed)
+        monkeypatch.setattr(Registry, "leave", left)
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        if task.name.endswith("Connection._sender"):
+            self.events.append("sender ended")
+
+    def watch(self, transport: MemoryTransport) -> None:
+        original = transport.abort
+
+        def abort() -> None:
+            self.events.append("transport closed")
+            original()
+
+        transport.abort = abort  # type: ignore[method-assign]
+
+    def check(self, senders: int) -> None:
+        assert self.events == [
+            "flagged closed",
+            *["sender ended"] * senders,
+            "leave posted",
+            "transport closed",
+        ]
+
+
+@pytest.fixture
+async def order(monkeypatch):
+    recorder = Order(monkeypatch)
+    trio.lowlevel.add_instrument(recorder)
+    return recorder
+
+
+def peer_leaves(transport: MemoryTransport, connection: Connection) -> None:
+    transport.leave(1000, "done")
+
+
+def peer_vanishes(transport: MemoryTransport, connection: Connection) -> None:
+    transport.leave()
+
+
+def we_stop(transport: MemoryTransport, connection: Connection) -> None:
+    connection.stop(CloseCode.KICKED, "kicked")
+
+
+def ten_bad_messages(transport: MemoryTransport, connection: Connection) -> None:
+    for _ in range(10):
+        transport.say_text("{")
+
+
+def a_bug(transport: MemoryTransport, connection: Connection) -> None:
+    transport.say("auth", token="bug")
+
+
+@pytest.mark.parametrize(
+    "end", [peer_leaves, peer_vanishes, we_stop, ten_bad_messages, a_bug], ids=lambda f: f.__name__
+)
+async def test_the_order_of_a_teardown(autojump_clock, order, end):
+    async with room() as here:
+        transport, connection = await here.subscribed("balance", "pnl", "ticker.A")
+        order.watch(transport)
+        end(transport, connection)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1)
+        order.check(3)
+        statistics = here.service.statistics()
+        assert statistics.connections == statistics.users_online == 0
+        assert statistics.ledger.balanced
+        assert statistics.ledger.senders_started == 3
+
+
+@pytest.mark.parametrize("end", [peer_leaves, we_stop], ids=lambda f: f.__name__)
+async def test_the_order_with_a_sender_stuck_in_a_send(autojump_clock, order, end):
+    async with room() as here:
+        transport, connection = await here.subscribed("balance", "pnl", "ticker.A")
+        order.watch(transport)
+        transport.reading = trio.Event()
+        await here.service.publish("pnl", 1, user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.current_time()
+        end(transport, connection)
+        while here.service.statistics().connections:
+            await trio.sleep(0.1)
+        order.check(3)
+        # The send deadline is ten seconds; a connection that ends does not wait for it.
+        assert trio.current_time() - before < 2
+
+
+async def test_the_order_when_the_whole_service_is_cancelled(autojump_clock, order):
+    with trio.CancelScope() as scope:
+        async with room() as here:
+            transport, _ = await here.subscribed("balance", "pnl", "ticker.A")
+            order.watch(transport)
+            transport.reading = trio.Event()
+            await here.service.publish("pnl", 1, user=4)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            await trio.sleep_forever()
+    order.check(3)
+
+
+async def test_a_stuck_send_meets_its_deadline(autojump_clock, caplog):
+    async with room() as here:
+        transport, _ = await here.subscribed("balance")
+        transport.reading = trio.Event()
+        began = trio.current_time()
+        await here.service.publish("balance", 1, user=4)
+        while here.service.statistics().connections:
+            await trio.sleep(0.1)
+        assert 10 <= trio.current_time() - began < 12
+        assert unit(caplog)[0] == "⚠️ 连接关闭: code=4001 reason='too slow' (too slow)"
+
+
+async def test_where_a_send_finds_the_peer_gone_a_line_says_so(autojump_clock, caplog):
+    async with room() as here:
+        transport, _ = await here.subscribed("balance", direct=False)
+        transport._gone = True  # the peer has gone, and nobody has read that yet
+        await here.service.publish("balance", 1, user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        transport.leave(1001)
+        await trio.testing.wait_all_tasks_blocked()
+        found = lines(caplog)
+        at = found.index("✅ 用户4已断开连接（正常）")
+        # The close frame that was on its way is still read.
+        assert found[at + 1] == "🔌 连接关闭: code=1001 reason='' (客户端离开页面)"
+
+
+async def test_an_authenticate_that_raises(autojump_clock, caplog):
+    async with room() as here:
+        healthy, _ = await here.subscribed("ticker.A")
+        transport, _ = here.join()
+        transport.say("auth", id=9, token="bug")
+        await trio.testing.wait_all_tasks_blocked()
+        [reply] = transport.sent
+        assert reply["op"] == "error"
+        assert reply["id"] == 9
+        assert reply["error"]["code"] == "internal"
+        assert reply["error"]["retryable"] is True
+        assert transport.closed_with == (1011, "internal error")
+        traces = [record for record in caplog.records if record.exc_info]
+        assert len(traces) == 1
+        assert traces[0].levelno == logging.ERROR
+        assert unit(caplog)[0].startswith("⚠️ 连接关闭: code=1011")
+        await here.service.publish("ticker.A", 1)
+        assert (await healthy.next())[0]["data"] == 1
+        assert healthy.closed_with is None
+
+
+async def test_a_clean_up_step_that_raises(autojump_clock, caplog):
+    def on_leave(member: Member) -> None:
+        raise RuntimeError("no clean-up today")
+
+    async with room(on_leave=on_leave) as here:
+        transport, _ = await here.subscribed("balance", "ticker.A")
+        transport.leave(1000)
+        await trio.testing.wait_all_tasks_blocked()
+    assert unit(caplog) == [
+        "🔌 连接关闭: code=1000 reason='' (正常关闭)",
+        "🔌 WebSocket客户端断开连接 - 来自: 10.0.0.1",
+        "👤 用户4退出所有房间",
+        "   🚪 退出房间: balance_4",
+        "📋 用户4取消订阅balance数据 - 剩余订阅者: 0",
+        "   🚪 退出行情房间: ticker_A_4",
+        "📊 用户4取消订阅A行情 - 剩余订阅者: 0",
+        "   A无订阅者，移除",
+        "✅ 用户4已退出所有房间并清理订阅",
+        "⚠️ 断开连接处理出错: RuntimeError: no clean-up today",
+        "用户4断开连接并清理所有订阅",
+        "🔌 当前连接数: 0",
+        "👤 当前在线用户数: 0",
+    ]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(
+    ("said", "close"),
+    [
+        ([], (4502, "not authenticated in time")),
+        ([{"op": "auth", "token": "hang"}], (4502, "not authenticated in time")),
+        ([{"op": "auth", "token": "bad"}], (4500, "bad_token")),
+    ],
+)
+async def test_not_authenticated(autojump_clock, said, close):
+    async with room() as here:
+        transport, _ = here.join()
+        for message in said:
+            transport.say(**message)
+        began = trio.current_time()
+        while transport.closed_with is None:
+            await trio.sleep(0.1)
+        assert transport.closed_with == close
+        assert trio.current_time() - began < 11
+
+
+async def test_an_expired_token_is_the_end_unless_it_is_renewed(autojump_clock, monkeypatch):
+    began = trio.current_time()
+    monkeypatch.setattr("time.time", lambda: 1000 + trio.current_time() - began)
+
+    async def until(token: str) -> Principal:
+        return Principal("4", expires_at=float(token))
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=until) as service,
+    ):
+        transport, _ = Room(service, nursery).join()
+        transport.say("auth", token="1060")
+        assert (await transport.next())[0]["expires_in"] == 60
+        await trio.sleep(50)
+        transport.say("auth", token="1100")
+        assert (await transport.next())[0]["expires_in"] == 50
+        await trio.sleep(49)
+        assert transport.closed_with is None
+        await trio.sleep(2)
+        assert transport.closed_with == (4003, "token expired")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_leaving_the_service_loses_no_unit(autojump_clock, caplog, cancelled):
+    count = 200
+    transports = []
+    with trio.CancelScope() as scope:
+        async with room() as here:
+            for number in range(count):
+                transport, _ = here.join()
+                transport.say("auth", token=str(number))
+                transport.say("subscribe", args=["balance", "ticker.A"])
+                transports.append(transport)
+            await trio.testing.wait_all_tasks_blocked()
+            assert here.service.statistics().connections == count
+            if cancelled:
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+    found = lines(caplog)
+    assert found.count("🔌 连接关闭: code=1012 reason='service restart' (服务重启)") == count
+    assert sum(line.startswith("✅ 用户") and "已退出所有房间" in line for line in found) == count
+    assert found[-3:] == [found[-3], "🔌 当前连接数: 0", "👤 当前在线用户数: 0"]
+    assert all(transport.closed_with == (1012, "service restart") for transport in transports)
+    if not cancelled:
+        assert all(
+            transport.sent[-1]["op"] == "notice" and transport.sent[-1]["code"] == "shutdown"
+            for transport in transports
+        )
+
+
+async def test_a_stalled_peer_does_not_hold_the_drain(autojump_clock):
+    settings = Settings(limits=Limits(drain_timeout_s=2))
+    began = math.inf
+    async with room(settings=settings) as here:
+        transport, _ = await here.subscribed("balance")
+        transport.reading = trio.Event()
+        await here.service.publish("balance", 1, user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+    assert trio.current_time() - began < 2.5
+
+
+async def test_a_body_that_raises_raises_what_it_raised(autojump_clock):
+    with pytest.raises(ZeroDivisionError):
+        async with open_push_service(authenticate=by_name):
+            raise ZeroDivisionError
+
+
+async def test_a_registry_that_dies_is_heard(autojump_clock, caplog, monkeypatch):
+    def broken(*args: Any) -> None:
+        raise RuntimeError("the registry's own mistake")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with room() as here:
+            transport, _ = await here.subscribed("balance")
+            monkeypatch.setattr(Registry, "_settled", broken)
+            here.service._registry.settle([])
+            await trio.sleep_forever()
+    assert caught.group_contains(RuntimeError, match="own mistake")
+    assert transport.closed_with == (1012, "service restart")
+    # The leave that came later is counted all the same.
+    assert here.service.statistics().ledger.balanced
+    assert sum("❌ 订阅登记任务意外终止" in line for line in lines(caplog)) == 1
