@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -405,6 +406,8 @@ def test_a_step_that_cannot_be_written_is_written_later(
     exchange = Exchange(path)
     exchange.trade(100)
     before = rows(path, "SELECT * FROM accounts")
+    # No new marks, which would have the accounts written again anyway.
+    monkeypatch.setattr(paper, "MARK_S", 1e9)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     for _ in range(20):
@@ -415,9 +418,46 @@ def test_a_step_that_cannot_be_written_is_written_later(
     exchange.trade(1)
     assert check_law(path) == []
     assert rows(path, "SELECT * FROM accounts") != before
-    known = {order for a in exchange.book.accounts.values() for order in a.orders}
-    assert {n for (n,) in rows(path, "SELECT order_id FROM orders")} == known
+    for account in exchange.book.accounts.values():
+        for order in account.orders.values():
+            order.resting = True
     exchange.opened.close()
+    again = Exchange(path)
+    assert again.book.accounts == exchange.book.accounts
+    again.opened.close()
+
+
+def test_the_file_is_consistent_at_each_statement(tmp_path: Path) -> None:
+    # What a kill would leave: the files as they are when a statement begins.
+    path, copy = tmp_path / "paper.db", tmp_path / "killed.db"
+    exchange = Exchange(path)
+    assert exchange.opened.ledger is not None
+    exchange.trade(20)
+    wrong: list[str] = []
+    statements = 0
+
+    def look(statement: str) -> None:
+        nonlocal statements
+        statements += 1
+        copy.with_name("killed.db-shm").unlink(missing_ok=True)
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        wrong.extend(check_law(copy))
+
+    exchange.opened.ledger._connection.set_trace_callback(look)
+    exchange.trade(25)
+    exchange.opened.ledger._connection.set_trace_callback(None)
+    exchange.opened.close()
+    assert wrong == []
+    assert statements > 25 * 5
+
+
+def test_who_runs_out_of_cash_pays_in_again(exchange: Exchange) -> None:
+    account = exchange.book.accounts["1"]
+    account.execute("X", D(1), D(95_000), D(0))
+    exchange.trade(40)
+    assert account.deposits == 200_000
+    assert account.imbalance() == 0
 
 
 KEYS = {

@@ -28,10 +28,18 @@ import attrs
 import msgspec
 import sqlalchemy
 import trio
-from sqlalchemy import Connection, Engine, TextClause, bindparam, create_engine, make_url, text
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    Engine,
+    TextClause,
+    bindparam,
+    create_engine,
+    make_url,
+    text,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.types import NullType
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import Query
@@ -244,8 +252,8 @@ def _plan(data_type: str, query: Query) -> _Plan:
             f"the query of {data_type} has an 'empty' that is not JSON: correct it"
         ) from None
     many = parameters == {"user_ids"}
-    # No type: the driver then casts nothing, and a column of integers finds "4" as well.
-    bind = bindparam("user_ids" if many else "user_id", expanding=many, type_=NullType())
+    # Without a type: the driver then casts nothing, and a column of integers finds "4" as well.
+    bind: BindParameter[str] = bindparam("user_ids" if many else "user_id", expanding=many)
     return _Plan(
         data_type=data_type,
         statement=statement.bindparams(bind),
