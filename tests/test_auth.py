@@ -296,6 +296,8 @@ async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SourceError):
         await authenticate(token)
     assert asked == [1]  # not asked again a moment later
+    with pytest.raises(AuthenticationError, match="algorithm"):  # which no key could help
+        await authenticate(jwt.encode(claims(), SECRET, "HS256", {"kid": "one"}))
     monkeypatch.setattr(auth, "JWKS_RETRY_S", 0)
 
     body[0] = key_set(one=RSA)

@@ -27,6 +27,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import attrs
+import h11
 import msgspec
 import trio
 import trio_websocket
@@ -49,7 +50,7 @@ BACKOFF_MOST_S: Final = 15.0
 NOTICE_MOST_S: Final = 60.0
 """How long a server's own advice on when to come back is followed at most."""
 REPLY_TIMEOUT_S: Final = 10.0
-CONNECT_TIMEOUT_S: Final = 10.0
+CONNECT_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 1.0
 MESSAGE_BYTES: Final = 16 * 2**20
 BUFFERED_PUSHES: Final = 64
@@ -158,6 +159,7 @@ _LOST: Final = (
     trio_websocket.ConnectionClosed,
     trio_websocket.HandshakeError,
     wsproto.utilities.ProtocolError,  # also raised by a ping that comes after our own close
+    h11.ProtocolError,  # a handshake so wrong that trio-websocket fails at answering it
 )
 _FINAL: Final = (AuthenticationError, Refused)
 
@@ -213,8 +215,8 @@ class _Address:
 class _Stream(trio.abc.Stream):
     """The socket below trio-websocket, which does not tell us two things that we must know.
 
-    When a byte was last heard, pings included; and that the peer hung up, or talked nonsense,
-    during the handshake, which trio-websocket would wait out.
+    When a byte was last heard, pings included; and that the peer hung up during the handshake,
+    which trio-websocket would wait out.
     """
 
     def __init__(self, below: trio.abc.Stream) -> None:
@@ -242,8 +244,6 @@ class _Stream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         await self._below.aclose()
-        if not self.is_open:
-            raise ConnectionResetError("the server does not speak WebSocket")
 
 
 class Client:
@@ -377,7 +377,6 @@ class Client:
             raise _one_of(group, self._advice_s) from None
         finally:
             if stream is not None:
-                stream.is_open = True  # it was we who closed it
                 await trio.aclose_forcefully(stream)
 
     async def _next_token(self) -> str:
