@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import queue
-import sys
+import select
 import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -443,12 +444,26 @@ class _BoundedQueueHandler(logging.handlers.QueueHandler):
         return record
 
 
-class _QuietStreamHandler(logging.StreamHandler[IO[str]]):
-    """Writes to a stream whose reader may go away: that must not print traces for ever."""
+class _Output(NamedTuple):
+    """Where formatted lines go: a descriptor, written to by the queue's thread alone.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError | ValueError):
-            super().handleError(record)
+    No file object and no handler of `logging` stands between: at the end of the process both would
+    wait for the lock of a write that is stuck in a full pipe.
+    """
+
+    descriptor: int
+    formatter: logging.Formatter
+
+    def write(self, records: list[logging.LogRecord]) -> None:
+        lines = "".join(f"{self.formatter.format(record)}\n" for record in records)
+        data = memoryview(lines.encode("utf-8", "backslashreplace"))
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except BlockingIOError:  # somebody has made the terminal non-blocking
+                select.select([], [self.descriptor], [])
+            except OSError:
+                return  # whoever read has gone, or the disk is full
 
 
 @contextmanager
@@ -462,33 +477,24 @@ def attached(
     """Print the lines to standard error, and to `file` as well, while the context is open.
 
     Writing is done by a thread behind a bounded queue, so that a full pipe that nobody reads never
-    stops the service. Leaving waits at most one second for what is still queued.
+    stops the service. Leaving waits at most two seconds for what is still queued.
 
     Raises:
         ConfigurationError: The file cannot be opened.
     """
     set_language(lang)
-    console: logging.Handler = _QuietStreamHandler(sys.stderr)
-    handlers = [console]
-    console.setFormatter(JsonFormatter() if json else SafeFormatter("%(message)s"))
+    outputs = [_Output(2, JsonFormatter() if json else SafeFormatter("%(message)s"))]
     if file is not None:
         try:
-            to_file = logging.FileHandler(file, encoding="utf-8")
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise ConfigurationError(
                 f"the log file {file} cannot be opened ({error.strerror}): give another"
             ) from None
-        to_file.setFormatter(
-            JsonFormatter()
-            if json
-            else SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
-        )
-        handlers.append(to_file)
-    if hasattr(sys.stderr, "reconfigure"):
-        # The lines are UTF-8 whatever the locale; a character it lacks must not lose the line.
-        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+        stamped = SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+        outputs.append(_Output(descriptor, JsonFormatter() if json else stamped))
     bounded = _BoundedQueueHandler(queue_lines)
-    writer = threading.Thread(target=_write, args=(bounded.records, handlers), daemon=True)
+    writer = threading.Thread(target=_write, args=(bounded.records, outputs), daemon=True)
     writer.start()
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
@@ -506,14 +512,23 @@ def attached(
         try:
             bounded.records.put(None, timeout=1)
         except queue.Full:
-            pass  # nobody reads: the thread is a daemon, and the process may end without it
+            pass  # nobody reads: the thread is a daemon, and the process ends without it
         else:
             writer.join(timeout=1)
         if file is not None and not writer.is_alive():
-            handlers[-1].close()
+            os.close(descriptor)
 
 
-def _write(records: queue.Queue[Any], handlers: list[logging.Handler]) -> None:
-    while (record := records.get()) is not None:
-        for handler in handlers:
-            handler.handle(record)
+_AT_A_TIME = 200
+
+
+def _write(records: queue.Queue[Any], outputs: list[_Output]) -> None:
+    while True:
+        batch = [records.get()]
+        while len(batch) < _AT_A_TIME and not records.empty():
+            batch.append(records.get())
+        last = batch[-1] is None
+        for output in outputs:
+            output.write(batch[:-1] if last else batch)
+        if last:
+            return

@@ -199,10 +199,11 @@ class Subscription:
         self._pending.clear()
         self._bytes = 0
         if self.status is not None:
+            live = self.status.status.state == "live"
             frame = self.status_frame(self.status)
             self.status = None
             if frame is not None:
-                frames.append(frame)
+                frames.insert(0 if live else len(frames), frame)
         return frames
 
     @property

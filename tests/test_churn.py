@@ -1,0 +1,63 @@
+"""Two hundred clients that come, unsubscribe, leave and are cut, while data flow: nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+from support import SIX, client
+from websockets.exceptions import ConnectionClosed
+
+CLIENTS = 200
+ROUNDS = 10
+
+
+async def visit(url: str, rng: random.Random, user: int) -> None:
+    await asyncio.sleep(rng.random() / 4)  # when it comes is part of the seeded order
+    with contextlib.suppress(ConnectionClosed, OSError):
+        async with client(url, user) as each:
+            await each.subscribe(*rng.sample(SIX, len(SIX)))
+            for _ in range(rng.randrange(12)):
+                await each.push()
+            if rng.random() < 0.5:
+                await each.request("unsubscribe", args=rng.sample(SIX, rng.randrange(1, 6)))
+            for _ in range(rng.randrange(4)):
+                await each.push()
+            match rng.randrange(4):
+                case 0:
+                    await each.socket.close(1000, "done")
+                case 1:
+                    each.socket.transport.abort()
+                case 2:
+                    each.socket.transport.write_eof()
+                case 3:
+                    each.socket.transport.write(b"\x81\x85\x00")  # half a frame, then gone
+                    each.socket.transport.abort()
+
+
+def test_nothing_stays_behind(embedded):
+    memory = []
+    before = embedded.look()
+    for number in range(ROUNDS):
+        rng = random.Random(number)
+
+        async def everybody(rng: random.Random = rng) -> None:
+            seeds = [random.Random(rng.random()) for _ in range(CLIENTS)]
+            users = [rng.randrange(100) for _ in range(CLIENTS)]
+            await asyncio.gather(
+                *(visit(embedded.url, seed, user) for seed, user in zip(seeds, users, strict=True))
+            )
+
+        asyncio.run(everybody())
+        seen = embedded.look_until(
+            lambda seen: seen["balanced"] and seen["tasks"] <= before["tasks"], "the end"
+        )
+        assert seen["connections"] == seen["users_online"] == 0
+        assert seen["subscribers_by_data_type"] == seen["subscribers_by_symbol"] == {}
+        assert seen["ledger"]["connections_opened"] == CLIENTS * (number + 1)
+        assert seen["descriptors"] <= before["descriptors"]
+        memory.append(seen["rss_kib"])
+    assert seen["violations"] == []
+    assert embedded.process.traces() == []
+    assert memory[9] - memory[2] <= 1024, memory

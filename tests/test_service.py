@@ -1,0 +1,314 @@
+"""The service as an application embeds it: publishing, subscribing, resuming, slow peers."""
+
+from __future__ import annotations
+
+import random
+from decimal import Decimal
+from itertools import pairwise
+
+import attrs
+import msgspec
+import pytest
+import trio
+import trio.testing
+from memory_transport import MemoryTransport
+from support import SECRET, hypercorn_serving, token, trio_client
+from test_teardown import by_name, room
+
+from trading_push import (
+    Channel,
+    ConfigurationError,
+    JwtAuthenticator,
+    PayloadError,
+    Ticker,
+    open_push_service,
+)
+from trading_push.settings import Auth, Limits, Settings
+
+
+async def test_a_published_value_reaches_its_user_alone(autojump_clock):
+    async with room() as here:
+        mine, _ = await here.subscribed("balance")
+        other, _ = here.join()
+        other.say("auth", token="5")
+        other.say("subscribe", args=["balance"])
+        await other.next(2)
+        await trio.testing.wait_all_tasks_blocked()
+        other.sent.clear()
+        await here.service.publish("balance", [{"free": Decimal("0E-8")}], user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        assert other.sent == []
+        [status, snapshot] = mine.sent
+        assert status["state"] == "live"
+        assert snapshot["data"] == [{"free": "0.00000000"}]
+
+
+async def test_updates_carry_prev_and_seq(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", id=2, args=["ticker.A"])
+        _, reply, snapshot = await peer.next(3)
+        assert reply["id"] == 2
+        assert (snapshot["type"], snapshot["seq"], snapshot["data"]) == ("snapshot", 1, 0)
+        assert "prev" not in snapshot
+        for number in range(1, 6):
+            await here.service.publish("ticker.A", number)
+        updates = await peer.next(5)
+        assert [(u["prev"], u["seq"], u["data"]) for u in updates] == [
+            (n, n + 1, n) for n in range(1, 6)
+        ]
+        assert {u["epoch"] for u in updates} == {snapshot["epoch"]}
+        assert all("merged" not in u for u in updates)
+
+
+async def test_a_peer_that_is_slow_gets_the_latest_and_is_told_how_many(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = await here.subscribed("ticker.A")
+        peer.reading = trio.Event()
+        for number in range(1, 6):
+            await here.service.publish("ticker.A", number)
+            await trio.testing.wait_all_tasks_blocked()
+        peer.reading.set()
+        first, merged = await peer.next(2)
+        # The first was on its way when the peer stopped reading; the others were merged.
+        assert (first["prev"], first["seq"], first["data"]) == (1, 2, 1)
+        assert (merged["prev"], merged["seq"], merged["data"]) == (2, 6, 5)
+        assert merged["merged"] == 4
+        await here.service.publish("ticker.A", 6)
+        assert (await peer.next())[0]["prev"] == 6
+
+
+async def test_max_hz_merges(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = await here.subscribed({"channel": "ticker.A", "max_hz": 2})
+        for number in range(1, 41):
+            await here.service.publish("ticker.A", number)
+            await trio.sleep(0.1)
+        await trio.sleep(1)
+        assert 8 <= len(peer.sent) <= 10
+        assert peer.sent[-1]["data"] == 40
+        seq = 1
+        for push in peer.sent:
+            assert push["prev"] == seq
+            assert push.get("merged", 1) == push["seq"] - push["prev"]
+            seq = push["seq"]
+
+
+EVENTS = Channel("alerts", "events")
+
+
+async def test_events_are_delivered_each_and_in_order(autojump_clock):
+    async with room(channels=[EVENTS]) as here:
+        peer, _ = await here.subscribed("alerts")
+        peer.reading = trio.Event()
+        for number in range(100):
+            await here.service.publish("alerts", number, user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        peer.reading.set()
+        pushes = [push for push in await peer.next(101) if push["type"] != "status"]
+        assert [push["data"] for push in pushes] == list(range(100))
+        assert pushes[0]["type"] == "snapshot"
+        assert all(b["prev"] == a["seq"] for a, b in pairwise(pushes))
+
+
+async def test_events_that_do_not_fit_are_answered_with_a_snapshot(autojump_clock):
+    settings = Settings(limits=Limits(pending_bytes=65_536))
+    async with room(channels=[EVENTS], settings=settings) as here:
+        await here.service.publish("alerts", "first", user=4)
+        peer, _ = await here.subscribed("alerts")
+        peer.reading = trio.Event()
+        for number in range(10):
+            await here.service.publish("alerts", [number, "x" * 20_000], user=4)
+            await trio.testing.wait_all_tasks_blocked()
+        peer.reading.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.sent[0]["prev"] == 1
+        seen, expected = 1, 2
+        for push in peer.sent:
+            if push["type"] == "snapshot":
+                seen += push["dropped"]
+                expected += push["dropped"]
+            assert push["seq"] == expected
+            seen, expected = seen + 1, expected + 1
+        assert seen == 11
+        assert any("dropped" in push for push in peer.sent)
+
+
+async def test_who_comes_back_is_sent_what_it_missed(autojump_clock):
+    async with room(channels=[EVENTS]) as here:
+        await here.service.publish("alerts", 0, user=4)
+        await here.service.publish("ticker.A", 0)
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=["alerts", "ticker.A"])
+        _, _, alerts, ticker = await peer.next(4)
+        peer.leave()
+        for number in (1, 2, 3):
+            await here.service.publish("alerts", number, user=4)
+            await here.service.publish("ticker.A", number)
+        back, _ = here.join()
+        back.say("auth", token="4")
+        back.say(
+            "subscribe",
+            args=[
+                {"channel": c["channel"], "since": {"epoch": c["epoch"], "seq": c["seq"]}}
+                for c in (alerts, ticker)
+            ],
+        )
+        _, reply, *missed = await back.next(6)
+        assert [result["recovered"] for result in reply["results"]] == [True, True]
+        assert [(m["type"], m["data"], m["prev"]) for m in missed] == [
+            ("update", 1, 1),
+            ("update", 2, 2),
+            ("update", 3, 3),
+            ("update", 3, 1),
+        ]
+        assert missed[-1]["merged"] == 3
+
+
+async def test_another_epoch_is_answered_with_a_snapshot(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=[{"channel": "ticker.A", "since": {"epoch": "old", "seq": 1}}])
+        _, reply, snapshot = await peer.next(3)
+        assert reply["results"][0]["recovered"] is False
+        assert snapshot["type"] == "snapshot"
+
+
+async def test_after_unsubscribing_nothing_more_comes(autojump_clock):
+    async with room() as here:
+        peer, _ = await here.subscribed("ticker.A", "ticker.B")
+        peer.say("unsubscribe", id=3, args=["ticker.A"])
+        assert (await peer.next())[0]["id"] == 3
+        await here.service.publish("ticker.A", 1)
+        await here.service.publish("ticker.B", 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert {push["channel"] for push in peer.sent} == {"ticker.B"}
+        peer.say("subscribe", args=["ticker.A"])
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.sent[-1]["type"] == "snapshot"
+        statistics = here.service.statistics()
+        assert statistics.subscribers_by_symbol == {"A": 1, "B": 1}
+        assert statistics.ledger.subscriptions_opened == 3
+        assert statistics.ledger.subscriptions_closed == 1
+
+
+async def test_what_cannot_be_published_says_so(autojump_clock):
+    async with room(channels=[Channel("news", per_user=False)]) as here:
+        service = here.service
+        await service.publish("news", "hello")
+        await service.publish("ticker.A", Ticker("A", last=Decimal("1.50")))
+        for channel, user in (("nope", 4), ("balance", None), ("news", 4), ("ticker.A", 4)):
+            with pytest.raises(ValueError, match=r"channel|user"):
+                await service.publish(channel, 1, user=user)
+        for value in (object(), Decimal("NaN"), {1j: 2}, Decimal("Infinity")):
+            with pytest.raises(PayloadError):
+                await service.publish("news", value)
+
+
+async def test_channels_of_the_applications_own_are_checked():
+    for name in ("Balance", "ticker", "a b", "", "x" * 33):
+        with pytest.raises(ConfigurationError, match="channel"):
+            Channel(name)
+    with pytest.raises(ConfigurationError, match="twice"):
+        async with open_push_service(authenticate=by_name, channels=[Channel("pnl")]):
+            pass
+    with pytest.raises(ConfigurationError, match=r"0\.1"):
+        Channel("margin", interval_s=0.01)
+
+
+async def test_without_a_key_there_is_no_service():
+    with pytest.raises(ConfigurationError, match="secret"):
+        async with open_push_service():
+            pass
+
+
+@attrs.frozen
+class Margin:
+    ratio: Decimal
+
+
+async def test_a_data_type_of_the_applications_own_is_polled(autojump_clock):
+    class Source:
+        async def fetch(self, user_id: str, data_type: str) -> object:
+            return Margin(Decimal("1E+2")) if data_type == "margin" else None
+
+    async with room(source=Source(), channels=[Channel("margin", interval_s=1)]) as here:
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=["margin_4"])
+        _, reply, push = await peer.next(3)
+        assert reply["results"] == [{"channel": "margin", "ok": True}]
+        assert push["data"] == {"ratio": "100"}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_a_reply_always_comes_before_the_first_push(autojump_clock, direct):
+    rng = random.Random(5)
+    async with room() as here:
+        peers: list[tuple[MemoryTransport, str]] = []
+
+        async def flow() -> None:
+            while True:
+                for symbol in range(10):
+                    await here.service.publish(f"ticker.S{symbol}", rng.random())
+
+        for symbol in range(10):
+            await here.service.publish(f"ticker.S{symbol}", 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flow)
+            for _ in range(1000):
+                peer, _ = here.join(direct=direct)
+                symbol = f"ticker.S{rng.randrange(10)}"
+                peer.say("auth", token="4")
+                peer.say("subscribe", args=[symbol])
+                peers.append((peer, symbol))
+                for _ in range(rng.randrange(3)):
+                    await trio.lowlevel.checkpoint()
+            for peer, symbol in peers:
+                while len(peer.sent) < 5:
+                    await trio.lowlevel.checkpoint()
+                assert [m.get("op") for m in peer.sent[:3]] == ["auth", "subscribe", None]
+                assert peer.sent[2]["type"] == "snapshot"
+                assert peer.sent[2]["channel"] == symbol
+                seq = peer.sent[2]["seq"]
+                for push in peer.sent[3:]:
+                    if push["type"] == "update":
+                        assert push["prev"] == seq
+                        seq = push["seq"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_over_hypercorn_with_a_bearer_token_and_the_subprotocol():
+    async with (
+        open_push_service(authenticate=JwtAuthenticator(Auth(), SECRET)) as service,
+        hypercorn_serving(service) as port,
+        trio_client(
+            port,
+            extra_headers=[(b"authorization", b"Bearer " + token(4).encode())],
+            subprotocols=["trading-push.v1"],
+        ) as peer,
+    ):
+        assert peer.socket.subprotocol == "trading-push.v1"
+        opening = await peer.receive()
+        assert opening["op"] == "auth"
+        assert opening["user"] == "4"
+        assert "id" not in opening
+        await service.publish("pnl", 5, user=4)
+        assert (await peer.request("subscribe", args=["pnl"]))["ok"]
+        assert (await peer.push())["data"] == 5
+
+
+async def test_msgspec_raw_is_published_as_it_is(autojump_clock):
+    async with room() as here:
+        await here.service.publish("pnl", msgspec.Raw(b"[1,2]"), user="4")
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=["pnl"])
+        assert (await peer.next(3))[2]["data"] == [1, 2]
