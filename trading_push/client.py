@@ -664,13 +664,16 @@ async def open_client(
                 if client._error is not None:
                     raise client._error
                 yield client
+            except trio.Cancelled:
+                raise
             except BaseException as error:
                 raised = error  # and not out of the nursery, which would cancel a polite close
-            client._leave()
-            client._pushes.close()  # a push that nobody takes any more holds nothing up
+            finally:
+                client._leave()
+                client._pushes.close()  # a push that nobody takes any more holds nothing up
     except BaseExceptionGroup:
         # What the body raised comes out alone. Where it was cancelled, the group says by what.
-        if raised is None or isinstance(raised, trio.Cancelled):
+        if raised is None:
             raise
     if raised is not None:
         raise raised

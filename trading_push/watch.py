@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -256,31 +256,28 @@ async def watch(
         BrokenPipeError: Nobody reads what is written.
     """
     failure: TradingPushError | BrokenPipeError | None = None
-    async with trio.open_nursery() as nursery:
-        reading = trio.CancelScope()
-        # An interrupt ends the reading and not the client, which then leaves politely; before
-        # there is one, and at the second interrupt, it ends all.
-        scopes = [nursery.cancel_scope]
-        await nursery.start(_end_at_interrupt, scopes)
-        try:
-            async with open_client(url, token, channels=channels) as client:
-                scopes.append(reading)
-                with reading:
-                    await _show(client, url, channels, count, descriptor)
-        except (TradingPushError, BrokenPipeError) as error:
-            failure = error  # and out of the nursery, which would wrap it in a group
-        nursery.cancel_scope.cancel()
+    reading = trio.CancelScope()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            # An interrupt ends the reading and not the client, which then leaves politely; before
+            # there is one, and at the second interrupt, it ends all.
+            scopes = [nursery.cancel_scope]
+            nursery.start_soon(_end_at_interrupt, signals, scopes)
+            try:
+                async with open_client(url, token, channels=channels) as client:
+                    scopes.append(reading)
+                    with reading:
+                        await _show(client, url, channels, count, descriptor)
+            except (TradingPushError, BrokenPipeError) as error:
+                failure = error  # and out of the nursery, which would wrap it in a group
+            nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
-async def _end_at_interrupt(
-    scopes: list[trio.CancelScope], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for _ in signals:
-            scopes.pop().cancel()
+async def _end_at_interrupt(signals: AsyncIterator[int], scopes: list[trio.CancelScope]) -> None:
+    async for _ in signals:
+        scopes.pop().cancel()
 
 
 async def _show(
