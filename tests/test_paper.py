@@ -21,6 +21,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import URL
 
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
@@ -831,5 +832,9 @@ async def test_an_empty_file_becomes_the_exchange(tmp_path: Path) -> None:
     path.touch()
     async with open_paper_exchange(path, market=SimulatedMarket(1), seed=1) as exchange:
         assert isinstance(exchange, PaperExchange)
+        source = SqlSource(URL.create("sqlite", database=str(path)), PAPER_QUERIES)
+        await source.check()
+        assert await source.fetch("1", "positions")
+        source.close()
     assert check_law(path) == []
     assert json.loads(rows(path, "SELECT by_symbol FROM accounts")[0][0]) == []

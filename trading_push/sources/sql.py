@@ -76,7 +76,8 @@ class SqlSource:
     """Reads each data type by its query; a `BatchSource`.
 
     Args:
-        url: The database as SQLAlchemy names it, with a synchronous driver.
+        url: The database as SQLAlchemy names it, with a synchronous driver. A path that may hold a
+            `?` goes into a `sqlalchemy.URL`.
         queries: A query for each data type. A type without one has nothing to say.
         threads: How many fetches may run at the same time, each with a connection.
 
@@ -84,7 +85,7 @@ class SqlSource:
         ConfigurationError: The URL, its driver or a query's shape is wrong.
     """
 
-    def __init__(self, url: str, queries: Mapping[str, Query], *, threads: int = 4) -> None:
+    def __init__(self, url: str | URL, queries: Mapping[str, Query], *, threads: int = 4) -> None:
         self._plans = {name: _plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
         self._url = _parse(url)
@@ -176,7 +177,7 @@ class SqlSource:
         return line.replace(str(password), "***") if password else line
 
 
-def _parse(url: str) -> URL:
+def _parse(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
