@@ -1,11 +1,13 @@
 """A program that embeds the service, with data that change at every fetch and a look inside.
 
 It prints its port. For each line on standard input it prints one JSON object: the statistics, the
-living tasks, the open descriptors, the resident memory in KiB, and what the recorder has seen.
+living tasks, the open descriptors, the memory in KiB (resident, and what of it is in use), and what
+the recorder has seen.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import json
@@ -55,6 +57,21 @@ class Ticking:
             await trio.sleep(0.05)
 
 
+class Mallinfo2(ctypes.Structure):
+    """What glibc's allocator says of itself, in bytes; see mallinfo(3)."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def in_use() -> int:
+    """Bytes that are allocated now: all of Python's under PYTHONMALLOC=malloc."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo2
+    said = mallinfo2()
+    return said.uordblks + said.hblkhd
+
+
 def look(service: PushService) -> str:
     gc.collect()
     process = psutil.Process()
@@ -65,6 +82,7 @@ def look(service: PushService) -> str:
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "descriptors": len(os.listdir("/proc/self/fd")),
             "rss_kib": process.memory_info().rss // 1024,
+            "in_use_kib": in_use() // 1024,
             "closes": recorder.closes,
             "violations": recorder.violations,
         }
