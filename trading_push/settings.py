@@ -10,13 +10,13 @@ setting from a file, the environment, a flag or an application's code meets the 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import attrs
+import msgspec
 import typed_settings
 from typed_settings.converters import TSConverter
 from typed_settings.dict_utils import set_path
@@ -156,7 +156,7 @@ def _is_query(value: str) -> bool:
 
 def _is_json(value: str) -> bool:
     try:
-        json.loads(value)
+        msgspec.json.decode(value)  # strict, where json takes NaN and Infinity
     except (ValueError, RecursionError):
         return False
     return True
