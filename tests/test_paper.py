@@ -26,7 +26,6 @@ from sqlalchemy import URL
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
 from trading_push.sources import market as market_module
-from trading_push.sources import paper
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import (
     PAPER_QUERIES,
@@ -37,6 +36,14 @@ from trading_push.sources.paper import (
     check_law,
     open_paper_exchange,
 )
+from trading_push.sources.paper import exchange as exchange_module
+from trading_push.sources.paper import file as file_module
+from trading_push.sources.paper import ledger as ledger_module
+from trading_push.sources.paper.book import Holding
+from trading_push.sources.paper.exchange import Trading
+from trading_push.sources.paper.file import open_file
+from trading_push.sources.paper.ledger import plain
+from trading_push.sources.paper.traders import Traders
 from trading_push.sources.sql import SqlSource
 
 D = Decimal
@@ -106,9 +113,18 @@ def test_the_size_of_a_side_is_shared_the_oldest_order_first() -> None:
     assert book.accounts["1"].imbalance() == 0
 
 
+def test_the_oldest_order_goes_first_after_a_restart_too() -> None:
+    book, _ = book_with()
+    book.deposit("2", D(100_000))
+    for user in ("2", "1"):
+        book.place(user, "BTCUSDT", "buy", D(2), 0, limit=D(100))
+    kept = Book(book.next_number, book.accounts)
+    assert [fill.order_id for fill in meet(kept, "99", "100", size="3")] == ["1", "2"]
+
+
 def test_a_short_has_a_negative_cost_and_one_fill_flips_a_position() -> None:
     _, account = book_with()
-    holding = account.holdings.setdefault("X", paper.Holding())
+    holding = account.holdings.setdefault("X", Holding())
     account.execute("X", D(-2), D(100), D(1))
     assert (holding.quantity, holding.cost, account.cash) == (-2, -200, D(100199))
     account.execute("X", D(5), D(90), D(0))
@@ -278,7 +294,7 @@ class Recorder:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything happens at a hundred times the speed."""
-    monkeypatch.setattr(paper, "STEP_S", 0.005)
+    monkeypatch.setattr(exchange_module, "STEP_S", 0.005)
     monkeypatch.setattr(market_module, "STEP_S", 0.005)
 
 
@@ -286,12 +302,12 @@ class Exchange:
     """An exchange's file, traded on step by step, without a clock."""
 
     def __init__(self, path: Path, seed: int = 7) -> None:
-        self.opened = paper._open(path)
+        self.opened = open_file(path)
         assert self.opened.ledger is not None
         self.market = SimulatedMarket(seed)
         self.book = self.opened.book
-        self.trading = paper._Trading(
-            self.opened.ledger, self.book, paper._Traders(self.book, seed), self.opened.tickers
+        self.trading = Trading(
+            self.opened.ledger, self.book, Traders(self.book, seed), self.opened.tickers
         )
         self.now = 1_763_600_000_000
 
@@ -351,7 +367,7 @@ def test_the_same_seed_trades_the_same(tmp_path: Path) -> None:
 def test_the_newest_fills_are_kept(
     tmp_path: Path, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paper, "FILLS_KEPT", 20)
+    monkeypatch.setattr(ledger_module, "FILLS_KEPT", 20)
     exchange.trade(150)
     ((count, newest),) = rows(tmp_path / "paper.db", "SELECT count(*), max(fill_id) FROM fills")
     assert count == 20
@@ -402,13 +418,13 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_step_that_cannot_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paper, "BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(file_module, "BUSY_TIMEOUT_S", 0.01)
     path = tmp_path / "paper.db"
     exchange = Exchange(path)
     exchange.trade(100)
     before = rows(path, "SELECT * FROM accounts")
     # No new marks, which would have the accounts written again anyway.
-    monkeypatch.setattr(paper, "MARK_S", 1e9)
+    monkeypatch.setattr(ledger_module, "MARK_S", 1e9)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     for _ in range(20):
@@ -549,10 +565,10 @@ async def test_the_queries_give_the_shapes_of_the_protocol(
 
 
 def test_small_amounts_have_no_exponent() -> None:
-    assert paper.plain(D("0E-8")) == "0"
-    assert paper.plain(D("1E-8")) == "0.00000001"
-    assert paper.plain(D("-1.500E+3")) == "-1500"
-    assert paper.plain(D("-0.0")) == "0"
+    assert plain(D("0E-8")) == "0"
+    assert plain(D("1E-8")) == "0.00000001"
+    assert plain(D("-1.500E+3")) == "-1500"
+    assert plain(D("-0.0")) == "0"
 
 
 # ---- the exchange as a feed
@@ -626,7 +642,8 @@ TRADER = """
 import sys
 from pathlib import Path
 import trio
-from trading_push.sources import market, paper
+from trading_push.sources import market
+from trading_push.sources.paper import exchange as paper
 
 paper.STEP_S = market.STEP_S = 0.002
 
@@ -737,7 +754,7 @@ async def test_two_processes_on_one_file(
 async def test_a_reader_says_when_nobody_trades_any_more(
     tmp_path: Path, fast: None, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paper, "STALE_S", 0.05)
+    monkeypatch.setattr(exchange_module, "STALE_S", 0.05)
     exchange.trade(5)
     sink = Recorder()
     async with (

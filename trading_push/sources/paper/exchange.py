@@ -1,0 +1,197 @@
+"""The running exchange: steps its traders beside the market, or follows who does; a TickerFeed."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
+from decimal import Decimal
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import attrs
+import trio
+
+from trading_push import logs
+from trading_push.errors import SourceError
+from trading_push.models import Ticker
+from trading_push.sources.base import MarketSink, TickerFeed
+from trading_push.sources.paper.book import Book
+from trading_push.sources.paper.file import connect, open_file
+from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
+from trading_push.sources.paper.traders import Traders
+
+__all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
+
+STEP_S = 0.25
+STALE_S = 10.0
+"""A reader says that the market stands still when the file has not changed for so long."""
+
+
+@runtime_checkable
+class _Resumable(Protocol):
+    """A market that can go on from kept prices."""
+
+    def resume(self, prices: Mapping[str, Decimal]) -> None: ...
+
+
+@attrs.define
+class Trading:
+    """What the trading process has; used by one worker thread at a time."""
+
+    ledger: Ledger
+    book: Book
+    traders: Traders
+    markets: dict[str, Ticker]
+
+    def step(self, moved: Sequence[Ticker], now: int) -> None:
+        """One step: fill, place, cancel, and write it all.
+
+        Raises:
+            sqlite3.Error: It could not be written; the next step writes it too.
+        """
+        self.markets |= {ticker.symbol: ticker for ticker in moved}
+        self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
+        self.ledger.save(self.book, moved, now)
+
+
+class PaperExchange:
+    """The exchange of one file; a `TickerFeed`. Made by `open_paper_exchange`."""
+
+    def __init__(
+        self, path: Path, market: TickerFeed, trading: Trading | None, tickers: dict[str, Ticker]
+    ) -> None:
+        self.path = path
+        self._market = market
+        self._trading = trading
+        self._tickers = tickers
+        self._moved: dict[str, Ticker] = {}
+        self._sink: MarketSink | None = None
+        self._failing = False
+
+    @property
+    def read_only(self) -> bool:
+        """Whether another process trades on the file."""
+        return self._trading is None
+
+    def knows(self, symbol: str) -> bool:
+        """Whether the market has `symbol`; for a reader, whether the file has."""
+        if self.read_only and self._tickers:
+            return symbol in self._tickers
+        return self._market.knows(symbol)
+
+    async def run(self, sink: MarketSink) -> None:
+        """Run the market and the demo users' trading, or follow the file of the one who does.
+
+        Cancellation waits for a step that is being written; the file is consistent at any moment.
+
+        Raises:
+            SourceError: A reader can no longer read the file.
+            Exception: What the market raises.
+        """
+        if self._trading is None:
+            await self._follow(sink)
+            return
+        self._sink = sink
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._trade, self._trading)
+            try:
+                await self._market.run(self)
+            except Exception as error:
+                failure = error
+            # The market is over: nothing more can be filled.
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            # Raised here, as what it is and not as a group.
+            raise failure
+        await self._step(self._trading)
+
+    def update(self, tickers: Sequence[Ticker]) -> None:
+        """Take the market's news, for the next step and for the service; as its sink."""
+        self._moved |= {ticker.symbol: ticker for ticker in tickers}
+        if self._sink is not None:
+            self._sink.update(tickers)
+
+    def stale(self, reason: str) -> None:
+        """Pass on that the market stands still."""
+        if self._sink is not None:
+            self._sink.stale(reason)
+
+    async def _trade(self, trading: Trading) -> None:
+        due = trio.current_time()
+        while True:
+            due = max(due + STEP_S, trio.current_time())
+            await trio.sleep_until(due)
+            await self._step(trading)
+
+    async def _step(self, trading: Trading) -> None:
+        moved, self._moved = list(self._moved.values()), {}
+        try:
+            # Not abandoned on cancellation: the step owns the connection until it has committed.
+            await trio.to_thread.run_sync(trading.step, moved, _now_ms())
+            self._failing = False
+        except sqlite3.Error as error:
+            # A full disk, say. The market goes on, and the next step writes this one too.
+            if not self._failing:
+                logs.emit(logs.line("paper_failed", error=error))
+            self._failing = True
+
+    async def _follow(self, sink: MarketSink) -> None:
+        if self._tickers:
+            sink.update(list(self._tickers.values()))
+        try:
+            with closing(await trio.to_thread.run_sync(connect, self.path, "ro")) as connection:
+                await self._read_changes(connection, sink)
+        except sqlite3.Error as error:
+            raise SourceError(f"{self.path} cannot be read: {error}") from None
+
+    async def _read_changes(self, connection: sqlite3.Connection, sink: MarketSink) -> None:
+        changed_at, stale = trio.current_time(), False
+        while True:
+            await trio.sleep(STEP_S)
+            tickers = await trio.to_thread.run_sync(read_tickers, connection)
+            changed = [t for t in tickers.values() if t != self._tickers.get(t.symbol)]
+            self._tickers = tickers
+            if changed:
+                changed_at, stale = trio.current_time(), False
+                sink.update(changed)
+            elif not stale and trio.current_time() - changed_at > STALE_S:
+                stale = True
+                sink.stale("source_timeout")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@asynccontextmanager
+async def open_paper_exchange(
+    path: Path, *, market: TickerFeed, seed: int
+) -> AsyncIterator[PaperExchange]:
+    """Open, or make, the exchange of a file for as long as the context lasts.
+
+    The one process that holds the lock `PATH.lock` trades; another reads, and logs that. A market
+    that has `resume(prices)` goes on from the prices that the file has.
+
+    Args:
+        path: The file. Its directory must be there.
+        market: What the orders fill against.
+        seed: The same seed places the same orders, as long as the market is the same.
+
+    Raises:
+        ConfigurationError: The path is not of a paper exchange, and cannot become one.
+
+    Cancellation waits for the file to be opened. Leaving closes the file; `run` must have ended.
+    """
+    with closing(await trio.to_thread.run_sync(open_file, path)) as opened:
+        if opened.ledger is None:
+            logs.emit(logs.line("paper_read_only", path=path))
+            yield PaperExchange(path, market, None, opened.tickers)
+            return
+        if isinstance(market, _Resumable):
+            market.resume(last_prices(opened.tickers))
+        traders = Traders(opened.book, seed)
+        trading = Trading(opened.ledger, opened.book, traders, opened.tickers)
+        yield PaperExchange(path, market, trading, {})

@@ -1,0 +1,137 @@
+"""The file: whether it is ours, who trades on it, how it is opened and made."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+import urllib.parse
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Literal
+
+import attrs
+
+from trading_push.errors import ConfigurationError
+from trading_push.models import Ticker
+from trading_push.sources.paper.book import Book
+from trading_push.sources.paper.ledger import Ledger, read_tickers
+from trading_push.sources.paper.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
+from trading_push.sources.paper.traders import demo_book
+
+__all__ = ["OpenedFile", "connect", "open_file"]
+
+BUSY_TIMEOUT_S = 5.0
+
+
+@attrs.define
+class OpenedFile:
+    """An exchange's file as it was found; without a ledger another process trades on it."""
+
+    tickers: dict[str, Ticker]
+    book: Book = attrs.field(factory=Book)
+    ledger: Ledger | None = None
+    _held: ExitStack = attrs.field(factory=ExitStack)
+
+    def close(self) -> None:
+        """Close the file, and let another process trade on it."""
+        self._held.close()
+
+
+def open_file(path: Path) -> OpenedFile:
+    """Open the file to trade on it, or to read where another process trades; make it if need be.
+
+    Raises:
+        ConfigurationError: The path is not of a paper exchange, and cannot become one.
+    """
+    # First of all: not even a lock is put beside a file that is another program's.
+    _holds_exchange(path)
+    try:
+        with ExitStack() as held:
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return OpenedFile(_wait_for_tickers(path))
+            # Once more: another process may have made the file before it gave up the lock.
+            if not _holds_exchange(path):
+                _make(path)
+            ledger = Ledger(held.enter_context(closing(connect(path, "rw"))))
+            book, tickers = ledger.load()
+            return OpenedFile(tickers, book, ledger, held.pop_all())
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigurationError(
+            f"{path} cannot be used for the accounts ({error}): give a path that can be written"
+        ) from None
+
+
+def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    """A connection to a file that is there, without transactions of its own."""
+    return sqlite3.connect(
+        f"file:{urllib.parse.quote(str(path))}?mode={mode}",
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        # Used by one worker thread at a time, but not always by the same.
+        check_same_thread=False,
+        isolation_level=None,
+    )
+
+
+def _holds_exchange(path: Path) -> bool:
+    """Whether the file holds the exchange already, or can become one; without writing.
+
+    Raises:
+        ConfigurationError: It is something else, or cannot be read.
+    """
+    hint = "give another path, or one where there is no file yet"
+    try:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a directory: give the path of a file")
+        if not path.parent.is_dir():
+            raise ConfigurationError(f"there is no directory {path.parent}: make it, or {hint}")
+        if not path.exists() or path.stat().st_size == 0:
+            return False
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise ConfigurationError(f"{path} is no SQLite database: {hint}")
+        with closing(connect(path, "ro")) as connection:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): {hint}") from None
+    if application == APPLICATION_ID and version == SCHEMA_VERSION:
+        return True
+    if application == APPLICATION_ID:
+        raise ConfigurationError(
+            f"{path} was written by another version of the paper exchange: {hint}"
+        )
+    if application or version or tables:
+        raise ConfigurationError(f"{path} is another program's database: {hint}")
+    return False
+
+
+def _make(path: Path) -> None:
+    """Make the file, beside and then in its place: it is there whole, or not at all."""
+    path = path.resolve()
+    new = path.with_name(path.name + ".new")
+    # What a kill has left, or somebody who deleted the file alone.
+    for leftover in (f"{new}", f"{new}-wal", f"{new}-shm", f"{path}-wal", f"{path}-shm"):
+        Path(leftover).unlink(missing_ok=True)
+    new.touch(mode=0o600)
+    with closing(connect(new, "rw")) as connection:
+        ledger = Ledger(connection)
+        connection.executescript(SCHEMA)
+        ledger.save(demo_book(), (), now=0)
+    new.replace(path)
+
+
+def _wait_for_tickers(path: Path) -> dict[str, Ticker]:
+    """The file's tickers, as soon as the process that trades on it has made the file."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while not _holds_exchange(path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with closing(connect(path, "ro")) as connection:
+        return read_tickers(connection)

@@ -1,0 +1,54 @@
+"""The check of a file against the law and its own sums."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from decimal import Decimal, localcontext
+from pathlib import Path
+
+from trading_push.sources.paper.book import EXACT, ZERO
+from trading_push.sources.paper.file import connect
+
+__all__ = ["check_law"]
+
+
+def check_law(path: Path) -> list[str]:
+    """Check a file, in one consistent reading, against the law and its own sums.
+
+    Returns:
+        What is wrong, a line each; nothing in a file that obeys the law.
+    """
+    with closing(connect(path, "ro")) as connection:
+        connection.execute("BEGIN")
+        accounts = connection.execute(
+            "SELECT user_id, deposits, cash, free, locked, realized, unrealized, fees, total "
+            "FROM accounts"
+        ).fetchall()
+        positions = connection.execute(
+            "SELECT user_id, cost, unrealized_pnl, realized, fees FROM positions"
+        ).fetchall()
+        orders = connection.execute(
+            "SELECT user_id, quantity, filled, unit_lock FROM orders"
+        ).fetchall()
+    wrong = []
+    with localcontext(EXACT):
+        for user, *texts in accounts:
+            deposits, cash, free, locked, realized, unrealized, fees, total = map(Decimal, texts)
+            held = [tuple(map(Decimal, row[1:])) for row in positions if row[0] == user]
+            cost, gain, made, paid = (
+                sum(column, ZERO) for column in zip(*held, (ZERO,) * 4, strict=True)
+            )
+            resting = [tuple(map(Decimal, row[1:])) for row in orders if row[0] == user]
+            kept = sum(((quantity - done) * unit for quantity, done, unit in resting), ZERO)
+            for name, left, right in (
+                ("law", deposits, cash + cost - realized + fees),
+                ("cash", cash, free + locked),
+                ("locked", locked, kept),
+                ("realized", realized, made),
+                ("unrealized", unrealized, gain),
+                ("fees", fees, paid),
+                ("total", total, realized + unrealized - fees),
+            ):
+                if left != right:
+                    wrong.append(f"user {user}: {name}: {left} is not {right}")
+    return wrong
