@@ -1,0 +1,73 @@
+"""The project's checks: `nox` runs tests, lint and types; `nox -s tests-3.12 -- -k tape` a part."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">= 2024.10.9"
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.default_venv_backend = "virtualenv"
+# CI would make it an error; the one that runs nox is there in any case.
+nox.options.error_on_missing_interpreters = False
+
+ROOT = Path(__file__).parent
+RUNNING = f"{sys.version_info[0]}.{sys.version_info[1]}"
+# Of the others, those that this machine has.
+PYTHONS = sorted({"3.11", "3.12", "3.13", RUNNING}, key=lambda version: int(version[2:]))
+
+
+def _look_behind_shims() -> None:
+    """Add pyenv's own directories to the end of PATH.
+
+    A shim of a version that is not selected is an executable that fails.
+    """
+    path = os.get_exec_path()
+    for shims in (Path(entry) for entry in path if Path(entry).name == "shims"):
+        path += map(str, sorted(shims.parent.glob("versions/3.*/bin")))
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys(path))
+
+
+_look_behind_shims()
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Test the installed package with each Python that is there; arguments go to pytest."""
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(".", *nox.project.dependency_groups(project, "test"))
+    # Not from the root, where processes that the tests start would import the source.
+    session.chdir("tests")
+    session.run("pytest", *map(_from_root, session.posargs))
+
+
+def _from_root(argument: str) -> str:
+    path = ROOT / argument.partition("::")[0]
+    return str(ROOT / argument) if argument.startswith("tests") and path.exists() else argument
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, its ASYNC rules among others, and flake8-async, which knows more of trio."""
+    session.install("ruff == 0.17.*", "flake8 == 7.*", "flake8-async == 26.*")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run(
+        "flake8",
+        "--isolated",
+        "--select=ASYNC1,ASYNC2,ASYNC3",  # ASYNC9 wants a checkpoint in every async function
+        "--startable-in-context-manager=run",
+        "trading_push",
+    )
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy on the source, and on a program that uses the installed package."""
+    session.install(".", "mypy == 2.*")
+    session.run("mypy", "--strict")
+    session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
+    session.run("mypy", "--strict", "-c", "from trading_push import open_push_service")
