@@ -1,0 +1,154 @@
+"""What the README prints is run as printed, and its table of settings is the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sqlite3
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import attrs
+import msgspec
+from support import SIX, TESTS, client, free_port, process, serving
+
+from trading_push import Channel, Principal, SqlSource, Ticker, load_settings, open_push_service
+from trading_push.settings import Settings
+
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+PRINTED_PORT = "127.0.0.1:8000"
+
+
+def block(name: str) -> str:
+    """The fenced block that is marked as tested by this name."""
+    (found,) = re.findall(rf"<!-- tested: {name} -->\n```\w+\n(.*?)^```$", README, re.S | re.M)
+    return found
+
+
+def test_every_marked_block_is_tested_here():
+    marked = re.findall(r"<!-- tested: (\w+) -->", README)
+    source = (TESTS / "test_readme.py").read_text(encoding="utf-8")
+    assert len(marked) == len(set(marked)) == 5
+    assert [name for name in marked if f'block("{name}")' not in source] == []
+
+
+def test_embedding_and_client_run_as_printed(tmp_path):
+    # As printed but for the port, which may be taken.
+    port = f"127.0.0.1:{free_port()}"
+    programs = {"embedding": block("embedding"), "client": block("client")}
+    for name, program in programs.items():
+        assert program.count(PRINTED_PORT) == 1
+        (tmp_path / f"{name}.py").write_text(program.replace(PRINTED_PORT, port))
+    with process(sys.executable, str(tmp_path / "embedding.py")) as server:
+        server.wait_for_line("Running on")
+        with process(sys.executable, str(tmp_path / "client.py")) as reader:
+            push = "balance snapshot [{'asset': 'USDT', 'total': '100.00'}]"
+            reader.wait_for_line(push, reader.out)
+            assert server.stop(signal.SIGTERM) == 0
+            assert server.traces() == reader.traces() == []
+
+
+TABLES = """
+CREATE TABLE balances (user_id INTEGER, asset TEXT, free TEXT, locked TEXT);
+CREATE TABLE positions (user_id INTEGER, symbol TEXT, side TEXT, quantity TEXT, entry_price TEXT,
+    mark_price TEXT, unrealized_pnl TEXT);
+CREATE TABLE pnl (user_id INTEGER, realized TEXT, unrealized TEXT, fees TEXT, total TEXT,
+    currency TEXT, by_symbol TEXT);
+CREATE TABLE orders (user_id INTEGER, order_id TEXT, symbol TEXT, side TEXT, type TEXT, price TEXT,
+    quantity TEXT, filled TEXT, status TEXT, created_at INTEGER, updated_at INTEGER);
+INSERT INTO positions VALUES (4, 'BTCUSDT', 'long', '0.5', '61000', '61500.10', '250.05');
+"""
+
+
+async def test_configuration_loads_and_its_queries_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
+    file = tmp_path / "trading-push.toml"
+    file.write_text(block("configuration"), encoding="utf-8")
+    settings = load_settings(config=file, flags={})
+    assert settings.intervals.balance == 2
+    path = tmp_path / "accounts.sqlite3"
+    database = sqlite3.connect(path)
+    database.executescript(TABLES)
+    database.close()
+    source = SqlSource(f"sqlite:///{path}", settings.database.queries)
+    try:
+        await source.check()
+        read = await source.fetch_many(["4", "5"], "positions")
+        (position,) = msgspec.json.decode(read["4"])
+        assert position["unrealized_pnl"] == "250.05"
+        assert msgspec.json.decode(read["5"]) == []
+        assert msgspec.json.decode(await source.fetch("4", "pnl"))["total"] == "0"
+        assert msgspec.json.decode(await source.fetch("4", "orders")) == []
+    finally:
+        source.close()
+
+
+class Silent:
+    async def fetch(self, user_id: str, data_type: str) -> None:
+        return None
+
+
+async def test_channels_are_published_as_printed(capsys):
+    program = "async def run():\n" + textwrap.indent(block("channels"), "    ")
+    names = {
+        "Channel": Channel,
+        "Ticker": Ticker,
+        "Decimal": Decimal,
+        "open_push_service": open_push_service,
+        "source": Silent(),
+        "authenticate": lambda token: Principal(token),
+    }
+    exec(compile(program, "README.md", "exec"), names)
+    await names["run"]()
+    assert capsys.readouterr().out == "0\n"
+
+
+def test_disconnect_is_logged_as_printed(tmp_path):
+    async def come_and_go(url: str) -> None:
+        async with client(url, 4) as each:
+            await each.subscribe(*SIX)
+            await each.until_snapshots(SIX)
+            await each.socket.close(1000, "done")
+
+    expected = block("disconnect").replace("192.168.100.172", "127.0.0.1").splitlines()
+    with serving(tmp_path) as server:
+        asyncio.run(come_and_go(server.url))
+        server.wait_for_line(expected[-1])
+        assert server.stop() == 0
+    assert server.err[-len(expected) :] == expected
+
+
+def settings_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in attrs.fields(type(tree)):
+        value = getattr(tree, field.name)
+        if attrs.has(type(value)):
+            yield from settings_of(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value or None if isinstance(value, dict) else value
+
+
+def unit_of(setting: str) -> str:
+    if setting.endswith(("_per_s", "_hz")):
+        return "1/s"
+    if setting.endswith("_s") or setting.startswith("intervals."):
+        return "s"
+    return "bytes" if setting.endswith("_bytes") else ""
+
+
+def test_table_of_settings_is_complete_and_right():
+    table = README.split("| setting | default | unit | meaning |", 1)[1].split("\n\n", 1)[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    printed = {}
+    for name, default, unit, meaning in rows:
+        assert meaning
+        setting = name.strip("`")
+        assert unit == unit_of(setting), setting
+        value = default.strip("`")
+        printed[setting] = None if default == "not set" else tomllib.loads(f"x = {value}")["x"]
+    assert printed == dict(settings_of(Settings()))
+    assert list(printed) == [name for name, _ in settings_of(Settings())]
