@@ -301,7 +301,10 @@ async def trio_client(
         if channels:
             reply = await made.request("subscribe", args=list(channels))
             assert reply["ok"], reply
-        yield made
-        with trio.move_on_after(2):
-            await socket.aclose()
+        try:
+            yield made
+            with trio.move_on_after(2):
+                await socket.aclose()
+        finally:
+            socket._stream.socket.close()  # its own clean-up leaves it open at some ends
         nursery.cancel_scope.cancel()

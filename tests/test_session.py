@@ -278,9 +278,10 @@ json_values = st.recursive(
     ),
     max_leaves=10,
 ).map(json.dumps)
+TOKENS = ["good", "good 5", "bad", "expired"]
 well_formed = (
     st.builds(dict, op=st.sampled_from(["subscribe", "unsubscribe"]), args=st.lists(items))
-    | st.builds(dict, op=st.just("auth"), token=st.sampled_from(["good", "good 5", "bad", "expired"]))
+    | st.builds(dict, op=st.just("auth"), token=st.sampled_from(TOKENS))
     | st.builds(dict, op=st.sampled_from(["list", "ping"]), id=st.integers(0, 9))
 ).map(json.dumps)
 messages = (

@@ -108,13 +108,13 @@ class Order(trio.abc.Instrument):
             self.events.append("sender ended")
 
     def watch(self, transport: MemoryTransport) -> None:
-        original = transport.abort
+        original = transport.close
 
-        def abort() -> None:
+        async def close(code: int, reason: str) -> None:
             self.events.append("transport closed")
-            original()
+            await original(code, reason)
 
-        transport.abort = abort  # type: ignore[method-assign]
+        transport.close = close  # type: ignore[method-assign]
 
     def check(self, senders: int) -> None:
         assert self.events == [
@@ -243,7 +243,7 @@ async def test_an_authenticate_that_raises(autojump_clock, caplog):
         assert traces[0].levelno == logging.ERROR
         assert unit(caplog)[0].startswith("⚠️ 连接关闭: code=1011")
         await here.service.publish("ticker.A", 1)
-        assert (await healthy.next())[0]["data"] == 1
+        assert (await healthy.next(2))[1]["data"] == 1
         assert healthy.closed_with is None
 
 

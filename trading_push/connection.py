@@ -148,7 +148,8 @@ class Connection:
             with trio.CancelScope(shield=True) as scope:
                 scope.deadline = trio.current_time() + hub.limits.close_timeout_s
                 await self._close_transport(close)
-            self._transport.abort()
+            if scope.cancelled_caught:
+                self._transport.abort()
             hub.gone(self)
 
     def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
@@ -204,9 +205,7 @@ class Connection:
 
     async def _close_transport(self, close: Close) -> None:
         try:
-            if not close.ours:
-                return
-            if self._farewell:
+            if self._farewell and close.ours:
                 await self._transport.send(self._farewell)
             await self._transport.close(close.code, close.reason)
         except TransportClosed:
@@ -301,7 +300,8 @@ class Connection:
         if scope.cancelled_caught:
             self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
             return
-        assert isinstance(principal, Principal), "authenticate must return a Principal"
+        if not isinstance(principal, Principal):
+            raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
         await self._authenticated(request_id, principal)
 
     async def _authenticated(self, request_id: protocol.Id, principal: Principal) -> None:

@@ -66,12 +66,10 @@ class Departure:
     Args:
         close: The close code and reason that decided.
         found_by_send: It was a send that found the peer gone.
-        errors: What went wrong while cleaning up.
     """
 
     close: Close
     found_by_send: bool = False
-    errors: tuple[BaseException, ...] = ()
 
 
 class Registry:
@@ -269,7 +267,7 @@ class Registry:
                 subscription.settle()
 
     def _left(self, member: Member, departure: Departure) -> None:
-        errors = list(departure.errors)
+        errors: list[Exception] = []
         close = departure.close
         lines = [
             logs.close_line(close.code, close.reason, ours=close.ours),
@@ -299,7 +297,7 @@ class Registry:
         lines += [self._connection_count(), line("online_count", users=len(self._online))]
         logs.emit(*lines)
 
-    def _block(self, member: Member, errors: list[BaseException]) -> list[Line]:
+    def _block(self, member: Member, errors: list[Exception]) -> list[Line]:
         if member.user is None:
             return [line("unauthenticated_left")]
         subscriptions = list(member.subscriptions.values())

@@ -43,7 +43,11 @@ __all__ = [
 ENVIRONMENT_PREFIX = "TRADING_PUSH_"
 _CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 # These begin like a setting and are none: which file to read, and the token of `watch`.
-_OTHER_VARIABLES = (_CONFIG_VARIABLE, ENVIRONMENT_PREFIX + "TOKEN")
+_OTHER_VARIABLES = (
+    _CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX + "TOKEN",
+    ENVIRONMENT_PREFIX + "UNGUARDED",
+)
 
 SECRET_BYTES = 32
 """How long the secret of HS256 is at least (RFC 7518, section 3.2)."""

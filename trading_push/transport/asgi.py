@@ -70,7 +70,7 @@ class AsgiTransport:
             self._stream.start(nursery)
 
     async def receive(self) -> str | bytes:
-        """The next message; raises TransportClosed when there is none to come."""
+        """The next message; TransportClosed, or SendTimeout, when there is none to come."""
         if self._ended:  # asked again, a server may block for ever
             raise TransportClosed("the peer is gone")
         message = await self._receive()
@@ -81,6 +81,8 @@ class AsgiTransport:
         code = message.get("code") or CloseCode.NO_STATUS
         if not self._close_sent and code != CloseCode.ABNORMAL:
             self._told = Close(code, message.get("reason") or "")
+        if self._stream is not None and self._stream.timed_out:
+            raise SendTimeout("the peer did not take a send in time")
         raise TransportClosed("the peer is gone")
 
     def try_send(self, frames: Sequence[bytes]) -> bool:

@@ -88,7 +88,6 @@ class GuardedTCPServer(TCPServer):
         super().__init__(app, config, context, state, self.push_stream)  # type: ignore[arg-type]
         self._scope = trio.CancelScope()
         self._handshake_until = trio.current_time() + limits.handshake_timeout_s
-        self._waits_for_handshake = self._handshake_until
         self._reap_at = math.inf
         guard.graceful_timeout_s = config.graceful_timeout
 
@@ -144,7 +143,7 @@ class GuardedTCPServer(TCPServer):
     async def protocol_send(self, event: Any) -> None:
         """Hypercorn's own; the request's head is complete when it stops being idle."""
         if isinstance(event, Updated) and not event.idle:
-            self._waits_for_handshake = math.inf
+            self._handshake_until = math.inf
             self._limit()
         await super().protocol_send(event)
 
@@ -152,16 +151,16 @@ class GuardedTCPServer(TCPServer):
 
     def websocket_begins(self) -> None:
         """The request asks for a WebSocket, which must be accepted in time."""
-        self._waits_for_handshake = self._handshake_until
+        self._handshake_until = trio.current_time() + guard.limits.handshake_timeout_s
         self._limit()
 
     def websocket_accepted(self) -> None:
         """The handshake is done."""
-        self._waits_for_handshake = math.inf
+        self._handshake_until = math.inf
         self._limit()
 
     def _limit(self, at: float = math.inf) -> None:
-        self._scope.deadline = min(self._waits_for_handshake, self._reap_at, at)
+        self._scope.deadline = min(self._handshake_until, self._reap_at, at)
 
     def _on_read(self, reading: bool) -> None:
         # Hypercorn stops reading when ten messages wait for a handler that takes none; it would
