@@ -8,9 +8,10 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">= 2024.10.9"
+nox.needs_version = ">= 2025.11.12"
 nox.options.sessions = ["tests", "lint", "types"]
 nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
 # CI would make it an error; the one that runs nox is there in any case.
 nox.options.error_on_missing_interpreters = False
 
