@@ -203,14 +203,14 @@ class AsgiDoor:
     ) -> None:
         offered = scope.get("subprotocols") or ()
         subprotocol = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
-        await send({"type": "websocket.accept", "subprotocol": subprotocol})
         link = hypercorn_link.find(send)
-        if link is not None:
+        if link is not None:  # before the first message can come
             link.limit_messages(self._hub.limits.message_bytes)
         elif not self._said_plain:
             self._said_plain = True
             server = "no guarded Hypercorn, or a middleware that wraps send"
             logs.emit(logs.line("plain_form", reason=server))
+        await send({"type": "websocket.accept", "subprotocol": subprotocol})
         transport = AsgiTransport(scope, receive, send, self._hub.limits.send_timeout_s)
         try:
             await Connection(self._hub, transport, principal).run()
