@@ -71,4 +71,4 @@ def types(session: nox.Session) -> None:
     session.install(".", "mypy == 2.*")
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
-    session.run("mypy", "--strict", "-c", "from trading_push import open_push_service")
+    session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")
