@@ -76,6 +76,9 @@ class MemoryTransport:
         self._take(frames)
         return True
 
+    def try_write(self, frame: bytes) -> bool:
+        return self.try_send([frame])
+
     async def send(self, frames: Sequence[bytes]) -> None:
         await trio.lowlevel.checkpoint()
         if self._gone or self.closed_with is not None:

@@ -17,6 +17,7 @@ def install() -> None:
     original_send = GuardedWSStream.app_send
     original_frames = PushStream.send_frames
     original_try = PushStream.try_send
+    original_write = PushStream.try_write
 
     async def app_send(self: GuardedWSStream, message: Any) -> None:
         global closes
@@ -43,6 +44,14 @@ def install() -> None:
             _violated("frames written after a close")
         return sent
 
+    def try_write(self: PushStream, frame: bytes) -> bool:
+        after = getattr(self, "recorded_close", False)
+        sent = original_write(self, frame)
+        if after and sent:
+            _violated("a frame written after a close")
+        return sent
+
+    PushStream.try_write = try_write
     GuardedWSStream.app_send = app_send
     PushStream.send_frames = send_frames
     PushStream.try_send = try_send

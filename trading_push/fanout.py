@@ -19,7 +19,8 @@ __all__ = ["deliver"]
 
 SLICE_S = 0.005
 """How long the fan-out goes on before it lets other tasks run."""
-_LOOK_EVERY = 64
+_CHUNK = 64
+"""How many deliveries there are between two looks at the clock."""
 
 Table = Mapping[Topic, Collection[Subscription]]
 
@@ -31,31 +32,33 @@ def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
     meanwhile.
     """
     deadline = time.perf_counter() + SLICE_S
-    parts = _one(batch[0], table) if len(batch) == 1 else _many(batch, table)
-    for count, _ in enumerate(parts):
-        if count % _LOOK_EVERY == 0 and time.perf_counter() > deadline:
+    for _ in _one(batch[0], table) if len(batch) == 1 else _many(batch, table):
+        if time.perf_counter() > deadline:
             yield
             deadline = time.perf_counter() + SLICE_S
 
 
 def _one(message: Message, table: Table) -> Iterator[None]:
-    subscribers = table.get(message.topic, ())
+    subscribers = list(table.get(message.topic, ()))
+    if not subscribers:
+        return
     if isinstance(message, StatusChange):
         for subscription in subscribers:
             subscription.offer(message)
-            yield
         return
     seq, epoch, prev = message.seq, message.epoch, message.seq - 1
-    shared: tuple[bytes] | None = None
-    for subscription in subscribers:
-        if subscription.direct and subscription.sent == prev and subscription.epoch == epoch:
-            if shared is None:
-                shared = (_shared_frame(message, subscription.head),)
-            if subscription.transport.try_send(shared):
+    frame = _shared_frame(message, subscribers[0].head)
+    for start in range(0, len(subscribers), _CHUNK):
+        for subscription in subscribers[start : start + _CHUNK]:
+            if (
+                subscription.direct
+                and subscription.sent == prev
+                and subscription.epoch == epoch
+                and subscription.write(frame)
+            ):
                 subscription.sent = seq
-                yield
-                continue
-        subscription.offer(message)
+            else:
+                subscription.offer(message)
         yield
 
 
@@ -64,7 +67,7 @@ def _many(batch: Sequence[Message], table: Table) -> Iterator[None]:
     for message in batch:
         for subscription in table.get(message.topic, ()):
             by_transport.setdefault(subscription.transport, []).append((subscription, message))
-            yield
+        yield
     shared: dict[int, bytes] = {}
     for transport, messages in by_transport.items():
         _together(transport, messages, shared)

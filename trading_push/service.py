@@ -126,7 +126,25 @@ class PushService:
 
         A checkpoint. What was published is published, also when cancelled.
         """
-        self._broker.publish([(self._topic(channel, user), protocol.encode_data(data))])
+        await self.publish_many([(channel, data, user)])
+
+    async def publish_many(self, values: Iterable[tuple[str, Any, str | int | None]]) -> None:
+        """Publish some values in one batch: each connection gets all of its own in one write.
+
+        Args:
+            values: Channel, data and user of each, as `publish` takes them.
+
+        Raises:
+            As `publish`; nothing is published then.
+
+        A checkpoint. What was published is published, also when cancelled.
+        """
+        self._broker.publish(
+            [
+                (self._topic(channel, user), protocol.encode_data(data))
+                for channel, data, user in values
+            ]
+        )
         await trio.lowlevel.checkpoint()
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:

@@ -48,6 +48,7 @@ class Subscription:
         "_period",
         "_shut",
         "_told",
+        "direct",
         "epoch",
         "head",
         "kind",
@@ -58,6 +59,7 @@ class Subscription:
         "status",
         "topic",
         "transport",
+        "write",
     )
 
     def __init__(
@@ -73,6 +75,9 @@ class Subscription:
         self.scope = trio.CancelScope()
         self.kind = kind
         self.transport = transport
+        self.write = transport.try_write
+        self.direct = False
+        """Whether a frame may be written past the sender task: it is idle and keeps no pace."""
         self.pending_bytes = pending_bytes
         self.head = protocol.channel_head(topic.channel)
         self.sent: int | None = None
@@ -90,14 +95,14 @@ class Subscription:
         if max_hz is not None:
             self.throttle(max_hz)
 
-    @property
-    def direct(self) -> bool:
-        """Whether a frame may be written past the sender task: it is idle and keeps no pace."""
-        return self._parked is not None and self._opened and not self._period
+    def _aim(self) -> None:
+        # Asked for at every delivery, changed seldom.
+        self.direct = self._parked is not None and self._opened and not self._period
 
     def throttle(self, max_hz: float) -> None:
         """Push at most so many times a second from now on."""
         self._period = 1 / max_hz
+        self._aim()
 
     def resume(self, epoch: str, seq: int) -> None:
         """The peer comes back and has the values up to `seq` of `epoch`."""
@@ -123,6 +128,7 @@ class Subscription:
         self._opened = False
         self._shut = True
         self._pending.clear()
+        self._aim()
 
     def open(self) -> None:
         """Open the gate: the reply, and the value that the peer begins with, are written.
@@ -164,6 +170,7 @@ class Subscription:
         if self._parked is not None:
             trio.lowlevel.reschedule(self._parked)
             self._parked = None
+            self.direct = False
 
     def frame_of(self, publication: Publication) -> bytes:
         """The frame of a publication for this peer alone, which has then been sent it."""
@@ -235,6 +242,7 @@ class Subscription:
             while self.idle:
                 # Directly here, not behind an Event in a helper: that costs 2 KB a connection.
                 self._parked = trio.lowlevel.current_task()
+                self._aim()
                 await trio.lowlevel.wait_task_rescheduled(self._unpark)
             if self._period:
                 await trio.sleep_until(next_at)
@@ -244,4 +252,5 @@ class Subscription:
 
     def _unpark(self, raise_cancel: object) -> trio.lowlevel.Abort:
         self._parked = None
+        self.direct = False
         return trio.lowlevel.Abort.SUCCEEDED

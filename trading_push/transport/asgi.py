@@ -89,6 +89,11 @@ class AsgiTransport:
         """Send now where the link allows it."""
         return self._stream is not None and self._stream.try_send(frames)
 
+    @property
+    def try_write(self) -> Callable[[bytes], bool]:
+        """`try_send` of one frame; the stream's own, so that no call stands between."""
+        return _never if self._stream is None else self._stream.try_write
+
     async def send(self, frames: Sequence[bytes]) -> None:
         """Send some frames in order; raises SendTimeout or TransportClosed."""
         if self._ended or self._close_sent:
@@ -136,6 +141,10 @@ class AsgiTransport:
         self._close_sent = True
         if self._stream is not None:
             self._stream.abort()
+
+
+def _never(frame: bytes) -> bool:
+    return False
 
 
 class AsgiDoor:

@@ -76,6 +76,10 @@ class Transport(Protocol):
         """
         ...
 
+    def try_write(self, frame: bytes) -> bool:
+        """`try_send` of one frame: what the fan-out does most."""
+        ...
+
     def hurry(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this; then the stream is aborted."""
         ...

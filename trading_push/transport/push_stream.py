@@ -6,14 +6,15 @@ Rules, each learnt where it was broken:
 2. What a short write left over is flushed at once by a task of its own, before anything else.
 3. Before a frame that begins with 0x88 (close) the stream is sealed: nothing of ours follows it.
 4. The whole stream interface is implemented; nothing is handed on by `__getattr__`.
-5. The descriptor is asked anew each time: a kept one may by then be somebody else's socket.
+5. A descriptor is never kept, for it may by then be somebody else's socket: a raw write goes
+   through the socket object, which knows when it was closed.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
@@ -24,7 +25,7 @@ __all__ = ["PushStream", "TlsPushStream", "wrap"]
 
 _CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
 _IOV_MAX: Final = 1024
-_CAN_WRITEV: Final = hasattr(os, "writev")
+_CAN_SEND_RAW: Final = hasattr(socket.socket, "sendmsg")
 
 Bytes = bytes | bytearray | memoryview
 
@@ -48,20 +49,25 @@ class PushStream(trio.abc.HalfCloseableStream):
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._stream: Any = stream
+        self._socket: socket.socket | None = None
+        if _CAN_SEND_RAW and isinstance(stream, trio.SocketStream):
+            self._stream, self._socket = _with_bare_socket(stream)
         self._send_timeout_s = send_timeout_s
         self._on_read = on_read
         self._on_end = on_end
-        # A semaphore and not a lock: a turn is taken by the fan-out and given back by the flush.
-        self._turn = trio.Semaphore(1, max_value=1)
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._taken = False
         self._writing: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._sealed = False
+        self._barred = True  # whether `try_send` must not write: taken, sealed, or no plain socket
         self._ended = False
         self.last_heard = trio.current_time()
         self.bytes_sent = 0
         self.timed_out = False
-        plain = _CAN_WRITEV and isinstance(stream, trio.SocketStream)
-        self._raw: trio.socket.SocketType | None = stream.socket if plain else None  # type: ignore[attr-defined]
+        if self._socket is not None:
+            self._raw_send, self._raw_sendmsg = self._socket.send, self._socket.sendmsg
+        self._bar()
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -72,6 +78,29 @@ class PushStream(trio.abc.HalfCloseableStream):
         """Take the nursery for flushes of what a short write left over."""
         self._nursery = nursery
 
+    # --- whose turn it is to write ---------------------------------------------------------
+
+    def _bar(self) -> None:
+        self._barred = self._taken or self._sealed or self._socket is None
+
+    async def _take_turn(self) -> None:
+        # Not a trio.Lock: a turn taken by the fan-out is given back by the task that flushes.
+        if self._taken:
+            await self._waiting.park()  # handed over by whoever had it
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._taken = self._barred = True
+
+    def _give_turn(self) -> None:
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._taken = False
+            self._bar()
+
+    def _seal(self) -> None:
+        self._sealed = self._barred = True
+
     # --- writing ---------------------------------------------------------------------------
 
     def try_send(self, frames: Sequence[bytes]) -> bool:
@@ -81,29 +110,40 @@ class PushStream(trio.abc.HalfCloseableStream):
             False where nothing was written: the stream is busy, sealed, full, gone or no plain
             socket. True where all of it was, or the rest is being flushed.
         """
-        if self._raw is None or self._sealed or self._turn.value == 0:
-            return False
-        descriptor = self._raw.fileno()
-        if descriptor < 0:
+        if len(frames) == 1:
+            return self.try_write(frames[0])
+        if self._barred:
             return False
         try:
-            if len(frames) == 1:
-                written = os.write(descriptor, frames[0])
-            elif len(frames) <= _IOV_MAX:
-                written = os.writev(descriptor, frames)
+            if len(frames) <= _IOV_MAX:
+                written = self._raw_sendmsg(frames)
             else:
-                written = os.write(descriptor, b"".join(frames))
+                written = self._raw_send(b"".join(frames))
         except OSError:
-            # Full, or broken: `send` waits, or finds out and says so.
             return False
         self.bytes_sent += written
-        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
-        if written < size:
-            self._turn.acquire_nowait()
-            rest = b"".join(frames)[written:]
-            assert self._nursery is not None, "start() comes before try_send()"
-            self._nursery.start_soon(self._flush, rest)
+        if written < sum(map(len, frames)):
+            self._flush_later(b"".join(frames)[written:])
         return True
+
+    def try_write(self, frame: bytes) -> bool:
+        """The same for one frame: what the fan-out does most, and nothing else."""
+        if self._barred:
+            return False
+        try:
+            written = self._raw_send(frame)
+        except OSError:
+            # Full, or broken: `send_frames` waits, or finds out and says so.
+            return False
+        self.bytes_sent += written
+        if written < len(frame):
+            self._flush_later(frame[written:])
+        return True
+
+    def _flush_later(self, rest: bytes) -> None:
+        assert self._nursery is not None, "start() comes before try_send()"
+        self._taken = self._barred = True
+        self._nursery.start_soon(self._flush, rest)
 
     async def _flush(self, rest: bytes) -> None:
         # The turn is taken already. Whoever finds the peer gone is the next to send.
@@ -112,7 +152,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         except TransportClosed:
             pass
         finally:
-            self._turn.release()
+            self._give_turn()
 
     async def send_frames(self, frames: Sequence[bytes]) -> None:
         """Write some frames, waiting as long as the deadline allows.
@@ -130,7 +170,7 @@ class PushStream(trio.abc.HalfCloseableStream):
     async def _in_turn(self, data: Bytes, *, ours: bool) -> None:
         deadline = trio.current_time() + self._send_timeout_s
         with trio.CancelScope(deadline=deadline) as waiting:
-            await self._turn.acquire()
+            await self._take_turn()
         if waiting.cancelled_caught:
             self._give_up()
         try:
@@ -138,7 +178,7 @@ class PushStream(trio.abc.HalfCloseableStream):
                 raise TransportClosed("a close frame was sent")
             await self._write(data, deadline)
         finally:
-            self._turn.release()
+            self._give_turn()
 
     async def _write(self, data: Bytes, deadline: float) -> None:
         # Shielded: cancelled in the middle, it would leave half a frame behind.
@@ -175,7 +215,7 @@ class PushStream(trio.abc.HalfCloseableStream):
             ClosedResourceError: The stream was closed.
         """
         if len(data) and data[0] == _CLOSE:
-            self._sealed = True
+            self._seal()
         try:
             await self._in_turn(data, ours=False)
         except TransportClosed as error:
@@ -183,17 +223,23 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until a send might not block; BusyResourceError where one is under way."""
-        self._refuse_when_busy()
-        await self._stream.wait_send_all_might_not_block()
+        with self._turn_or_busy():
+            await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
         """Send the end of file; BusyResourceError where a send is under way."""
-        self._refuse_when_busy()
-        await self._stream.send_eof()
+        with self._turn_or_busy():
+            await self._stream.send_eof()
 
-    def _refuse_when_busy(self) -> None:
-        if self._turn.value == 0:
+    @contextmanager
+    def _turn_or_busy(self) -> Iterator[None]:
+        if self._taken:
             raise trio.BusyResourceError("another task is sending")
+        self._taken = self._barred = True
+        try:
+            yield
+        finally:
+            self._give_turn()
 
     # --- reading and the end ---------------------------------------------------------------
 
@@ -223,13 +269,13 @@ class PushStream(trio.abc.HalfCloseableStream):
 
         TLS says good-bye first, within a second; cancelled or late, the socket is just closed.
         """
-        self._sealed = True
+        self._seal()
         with trio.move_on_after(1):
             await self._stream.aclose()
 
     def abort(self) -> None:
         """Close the socket at once, without a farewell; synchronous."""
-        self._sealed = True
+        self._seal()
         self._bare_socket().close()
 
     def _bare_socket(self) -> trio.socket.SocketType:
@@ -261,6 +307,16 @@ class TlsPushStream(PushStream):
     def selected_alpn_protocol(self) -> str | None:
         """The protocol that the TLS handshake has agreed on."""
         return self._stream.selected_alpn_protocol()  # type: ignore[no-any-return]
+
+
+def _with_bare_socket(stream: trio.SocketStream) -> tuple[trio.SocketStream, socket.socket]:
+    # trio keeps the socket object under its own to itself: the descriptor moves into one of ours,
+    # over which trio's is made anew. There is one object that owns it, before and after.
+    old = stream.socket
+    family, kind, proto = old.family, old.type, old.proto
+    bare = socket.socket(family, kind, proto, fileno=old.detach())
+    bare.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(bare)), bare
 
 
 def wrap(
