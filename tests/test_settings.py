@@ -88,7 +88,7 @@ def test_every_setting_has_a_variable_of_its_own(monkeypatch: pytest.MonkeyPatch
     values = {
         "TRADING_PUSH_JWT_SECRET": SECRET,
         "TRADING_PUSH_AUTH_PUBLIC_KEY_FILE": "/k.pem",
-        "TRADING_PUSH_LIMITS_UNAUTHENTICATED_PER_ADDRESS": "7",
+        "TRADING_PUSH_LIMITS_BAD_MESSAGES": "7",
         "TRADING_PUSH_LIMITS_SEND_TIMEOUT_S": "2.5",
         "TRADING_PUSH_MARKET_LOOP": "Yes",
         "TRADING_PUSH_DATABASE_PATH": "db.sqlite3",
@@ -100,7 +100,7 @@ def test_every_setting_has_a_variable_of_its_own(monkeypatch: pytest.MonkeyPatch
     settings = load_settings(config=None, flags={})
     assert settings.jwt_secret == SECRET
     assert settings.auth == Auth(public_key_file=Path("/k.pem"))
-    assert settings.limits == Limits(unauthenticated_per_address=7, send_timeout_s=2.5)
+    assert settings.limits == Limits(bad_messages=7, send_timeout_s=2.5)
     assert settings.market.loop is True
     assert settings.database == Database(path=Path.cwd() / "db.sqlite3")
     assert settings.log == Log(lang="en")

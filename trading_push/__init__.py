@@ -3,7 +3,7 @@
 ::
 
     async with open_push_service(MySource(), authenticate=my_authenticate) as service:
-        await hypercorn.trio.serve(service.asgi_app, config)
+        await serve(service, hypercorn.Config())
 """
 
 from trading_push.auth import Authenticate, JwtAuthenticator, Principal, issue_token
@@ -23,11 +23,13 @@ from trading_push.errors import (
     TransportClosed,
 )
 from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
+from trading_push.server import serve
 from trading_push.service import PushService, Statistics, open_push_service
 from trading_push.settings import Settings, load_settings
 from trading_push.sources.base import BatchSource, MarketSink, Source, TickerFeed
 from trading_push.sources.sql import SqlSource
 from trading_push.topics import Channel
+from trading_push.transport.hypercorn_link import install as guard_hypercorn
 
 __all__ = [
     "Authenticate",
@@ -62,8 +64,10 @@ __all__ = [
     "TickerFeed",
     "TradingPushError",
     "TransportClosed",
+    "guard_hypercorn",
     "issue_token",
     "load_settings",
     "open_client",
     "open_push_service",
+    "serve",
 ]

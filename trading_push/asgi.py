@@ -85,7 +85,7 @@ async def _drain_when_terminated(service: PushService) -> None:
         return
     await context.terminated.wait()
     limit = hypercorn_link.guard.graceful_timeout_s - _BEFORE_CUT_S
-    await service.drain(None if limit == math.inf else min(limit, service.drain_timeout_s))
+    await service.drain(None if limit == math.inf else min(limit, service.limits.drain_timeout_s))
 
 
 async def _terminate_at_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""`trading-push serve`: the configured service under Hypercorn, until a signal ends it."""
+"""A service under guarded Hypercorn, until a signal ends it; `trading-push serve` does this."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from trading_push import logs
 from trading_push.assembly import open_configured_service
 from trading_push.auth import Authenticate
 from trading_push.errors import ConfigurationError
+from trading_push.service import PushService
 from trading_push.settings import Settings
 from trading_push.transport import hypercorn_link
 
-__all__ = ["run_server"]
+__all__ = ["run_server", "serve"]
 
 BACKLOG = 4096
 _AFTER_DRAIN_S = 0.5
@@ -30,7 +31,7 @@ _AFTER_DRAIN_S = 0.5
 async def run_server(
     settings: Settings, *, authenticate: Authenticate, on_ready: Callable[[str, str], None]
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then drain; a second signal ends at once.
+    """Serve the configured service until SIGINT or SIGTERM; see `serve`.
 
     Log lines go to standard error, and to `log.file` as well.
 
@@ -44,35 +45,54 @@ async def run_server(
         LinkError: The installed Hypercorn is not the one that can be guarded.
     """
     log = settings.log
-    with logs.attached(
-        lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
-    ):
-        hypercorn_link.install(settings.limits)
-        await _run(settings, authenticate, on_ready)
-
-
-async def _run(
-    settings: Settings, authenticate: Authenticate, on_ready: Callable[[str, str], None]
-) -> None:
     with (
+        logs.attached(
+            lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
+        ),
         _listen(settings.server.host, settings.server.port) as listener,
-        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
     ):
         address = listener.getsockname()
-        async with (
-            open_configured_service(settings, authenticate) as service,
-            trio.open_nursery() as nursery,
-        ):
+        async with open_configured_service(settings, authenticate) as service:
+            await serve(
+                service,
+                _config(listener, settings),
+                on_ready=lambda: on_ready(*_urls(address, settings.server.path)),
+            )
+
+
+async def serve(
+    service: PushService,
+    config: hypercorn.config.Config,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve a service under guarded Hypercorn until SIGINT or SIGTERM, then drain it.
+
+    A second signal ends at once. To be called in the main thread.
+
+    Args:
+        service: A running service.
+        config: Hypercorn's configuration; certificates, for example.
+        on_ready: Called when the server answers.
+
+    Raises:
+        LinkError: The installed Hypercorn is not the one that can be guarded.
+
+    Cancelled, it cuts the connections; to have them told first, drain the service before.
+    """
+    hypercorn_link.install(service.limits)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
             drained = trio.Event()
             await nursery.start(
                 partial(
                     hypercorn.trio.serve,
                     cast(Any, service.asgi_app),
-                    _config(listener, settings),
+                    config,
                     shutdown_trigger=drained.wait,
                 )
             )
-            on_ready(*_urls(address, settings.server.path))
+            on_ready()
             await anext(signals)
             async with trio.open_nursery() as draining:
 

@@ -18,7 +18,7 @@ from trading_push.errors import CloseCode
 from trading_push.feed import MarketFeed
 from trading_push.poller import FetchContext, Poller
 from trading_push.registry import Ledger, Member, Registry
-from trading_push.settings import Settings
+from trading_push.settings import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.topics import (
     BUILTIN_CHANNELS,
@@ -183,9 +183,9 @@ class PushService:
         )
 
     @property
-    def drain_timeout_s(self) -> float:
-        """How long a drain may take before what is left is aborted."""
-        return self._settings.limits.drain_timeout_s
+    def limits(self) -> Limits:
+        """The bounds that it was opened with."""
+        return self._settings.limits
 
     # --- its life --------------------------------------------------------------------------
 
@@ -206,7 +206,9 @@ class PushService:
             notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
             connection.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
         try:
-            with trio.move_on_after(self.drain_timeout_s if timeout_s is None else timeout_s):
+            with trio.move_on_after(
+                self.limits.drain_timeout_s if timeout_s is None else timeout_s
+            ):
                 await self._hub.wait_empty()
         finally:
             for connection in list(connections):

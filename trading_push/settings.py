@@ -228,12 +228,8 @@ class Limits:
     handler_timeout_s: float = attrs.field(default=30, validator=number(1))
     """How long a handler may leave its peer's bytes unread."""
     connections: int = attrs.field(default=10_000, validator=whole(1))
-    connections_per_user: int = attrs.field(default=50, validator=whole(1))
-    unauthenticated_per_address: int = attrs.field(default=200, validator=whole(1))
     subscriptions: int = attrs.field(default=200, validator=whole(1))
     message_bytes: int = attrs.field(default=65_536, validator=whole(128))
-    messages_per_s: int = attrs.field(default=20, validator=whole(1))
-    message_burst: int = attrs.field(default=60, validator=whole(1))
     bad_messages: int = attrs.field(default=10, validator=whole(1))
     pending_bytes: int = attrs.field(default=1_048_576, validator=whole(65_536))
     first_value_wait_s: float = attrs.field(default=1, validator=number(0))
