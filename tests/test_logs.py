@@ -1,0 +1,124 @@
+"""The catalogue and its way out: two languages, escaping, unbroken units, a full queue."""
+
+from __future__ import annotations
+
+import logging
+import string
+import threading
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trading_push import SourceError, logs
+
+
+def fields(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name}
+
+
+@pytest.mark.parametrize("event", logs.CATALOGUE)
+def test_each_line_stands_in_both_languages(event):
+    _, chinese, english = logs.CATALOGUE[event]
+    assert fields(chinese) == fields(english)
+    # The mark decides the level, so it is the same; and what is indented is so in both.
+    assert chinese[0] == english[0] or (chinese[0], english[0]) == ("用", "U")
+    assert not any("\u4e00" <= character <= "\u9fff" for character in english)
+
+
+@given(st.text(st.characters(codec=None), max_size=100))
+def test_nothing_that_is_escaped_can_leave_its_line(text):
+    escaped = logs.escape(text)
+    assert len(escaped) <= logs.FIELD_LENGTH
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in escaped)
+    assert "'" not in escaped.replace("\\'", "")
+    assert len(escaped.splitlines()) <= 1
+
+
+def test_what_is_harmless_stays_as_it_is():
+    for text in ("BTCUSDT", "用户", "é", "a b", "😀", "a\\b"):
+        assert logs.escape(text) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(10.0, "10"), (0.2, "0.2"), (5, "5"), (0.25, "0.25")]
+)
+def test_an_interval_prints_at_its_shortest(caplog, seconds, shown):
+    caplog.set_level(logging.INFO, "trading_push")
+    logs.emit(logs.line("poller_started", data_type="pnl", interval=seconds))
+    assert caplog.messages == [f"🔄 启动pnl数据推送线程 - 推送间隔: {shown}秒"]
+
+
+def test_no_other_record_of_the_package_breaks_a_unit():
+    """Also not one from a worker thread, through a logger that knows nothing of units."""
+    seen: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    package = logging.getLogger("trading_push")
+    handler, level = Collect(), package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    stop = threading.Event()
+
+    def chatter() -> None:
+        other = logging.getLogger("trading_push.somebody")
+        while not stop.is_set():
+            other.info("chatter")
+
+    threads = [threading.Thread(target=chatter) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for number in range(300):
+            logs.emit(*(logs.line("left_room", room=f"{number}") for _ in range(20)))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        package.removeHandler(handler)
+        package.setLevel(level)
+    assert "chatter" in seen
+    for number in range(300):
+        line = f"   🚪 退出房间: {number}"
+        assert seen[seen.index(line) :][:20] == [line] * 20
+
+
+def test_what_a_full_queue_drops_is_counted_in_a_line():
+    handler = logs._BoundedQueueHandler(3)
+    records = [
+        logging.LogRecord("trading_push.x", logging.INFO, "", 0, f"line {n}", (), None)
+        for n in range(8)
+    ]
+    for record in records[:6]:
+        handler.handle(record)
+    kept = [handler.records.get_nowait().getMessage() for _ in range(3)]
+    assert kept == ["line 0", "line 1", "line 2"]
+    handler.handle(records[6])
+    handler.handle(records[7])
+    after = [handler.records.get_nowait().getMessage() for _ in range(3)]
+    assert after == ["⚠️ 日志输出过慢，已丢弃3行", "line 6", "line 7"]
+
+
+def test_an_error_is_told_in_one_line():
+    def told(error: BaseException) -> str:
+        return logs.line("fetch_failed", user="4", data_type="pnl", error=error).fields["error"]
+
+    assert told(ValueError("first\nsecond")) == "ValueError: first"
+    assert told(SourceError("the database is away")) == "the database is away"
+    assert told(RuntimeError()) == "RuntimeError"
+    assert "\x1b" not in told(ValueError("\x1b[2J"))
+
+
+def test_a_trace_cannot_carry_control_characters():
+    try:
+        raise ValueError("\x1b[2J\u202e")
+    except ValueError as error:
+        info = (ValueError, error, error.__traceback__)
+    text = logs.SafeFormatter().formatException(info)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert text.startswith("Traceback")
