@@ -33,6 +33,7 @@ class MemoryTransport:
         self._direct = direct
         self._send_timeout_s = send_timeout_s
         self._stuck: trio.CancelScope | None = None
+        self._turn = trio.Lock()
         self._gone = False
         self._messages, self._inbox = trio.open_memory_channel[str | bytes](math.inf)
         self.news = trio.Event()
@@ -71,7 +72,7 @@ class MemoryTransport:
             raise TransportClosed from None
 
     def try_send(self, frames: Sequence[bytes]) -> bool:
-        if not self._direct or self._gone or not self.reading.is_set():
+        if not self._direct or self._gone or not self.reading.is_set() or self._turn.locked():
             return False
         self._take(frames)
         return True
@@ -81,15 +82,16 @@ class MemoryTransport:
 
     async def send(self, frames: Sequence[bytes]) -> None:
         await trio.lowlevel.checkpoint()
-        if self._gone or self.closed_with is not None:
-            raise TransportClosed
-        with trio.CancelScope(shield=True) as self._stuck:
-            self._stuck.deadline = trio.current_time() + self._send_timeout_s
-            await self.reading.wait()
-        if self._stuck.cancelled_caught:
-            self._gone = True
-            raise SendTimeout
-        self._take(frames)
+        async with self._turn:
+            if self._gone or self.closed_with is not None:
+                raise TransportClosed
+            with trio.CancelScope(shield=True) as self._stuck:
+                self._stuck.deadline = trio.current_time() + self._send_timeout_s
+                await self.reading.wait()
+            if self._stuck.cancelled_caught:
+                self._gone = True
+                raise SendTimeout
+            self._take(frames)
 
     def _take(self, frames: Sequence[bytes]) -> None:
         assert self.closed_with is None, "sent after a close"

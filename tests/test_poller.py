@@ -18,7 +18,7 @@ from memory_transport import MemoryTransport
 from support import hypercorn_serving, trio_client
 from test_teardown import by_name, lines
 
-from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
 from trading_push.connection import Connection
 from trading_push.settings import Auth, Intervals, Limits, Settings
 
@@ -384,3 +384,87 @@ async def test_an_idle_topic_is_forgotten_and_comes_back_with_a_new_epoch(autoju
         again = await join("4", "pnl")
         [after] = await again.next()
         assert after["epoch"] != before["epoch"]
+
+
+async def test_a_recovery_with_nothing_new_takes_the_stale_back(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = 1
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        source.error = ConnectionError()
+        await trio.sleep(3)
+        source.error, source.values["4", "pnl"] = None, None
+        await trio.sleep(3)
+        assert [push["state"] for push in peer.sent] == ["stale", "live"]
+
+
+async def test_coming_back_does_not_make_a_failure_news_again(autojump_clock, caplog):
+    source = Table()
+    source.error = ConnectionError()
+    async with serving(source) as (_, join):
+        for _ in range(5):
+            peer = await join("4", "pnl")
+            await trio.sleep(2)
+            peer.leave()
+            await trio.sleep(2)
+    assert sum("获取用户4的pnl数据失败" in line for line in lines(caplog)) == 1
+
+
+async def test_coming_and_going_does_not_make_the_source_work_harder(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = 1
+    async with serving(source, settings=Settings(intervals=Intervals(pnl=60))) as (_, join):
+        peer = await join("4")
+        for _ in range(100):
+            peer.say("subscribe", args=["pnl"])
+            assert (await peer.next(2))[1]["data"] == 1
+            peer.say("unsubscribe", args=["pnl"])
+            await peer.next()
+        assert len(source.calls) == 1
+
+
+async def test_a_bad_value_of_one_user_leaves_the_others_of_the_batch_theirs(
+    autojump_clock, caplog
+):
+    class Strict(Batch):
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+            self.batches.append(tuple(user_ids))
+            if "7" in user_ids:
+                raise SourceError("what user 7 has is no amount", retryable=False)
+            return dict.fromkeys(user_ids, len(self.batches))
+
+    async with serving(Strict()) as (_, join):
+        peers = {user: await join(user, "pnl") for user in map(str, range(20))}
+        await trio.sleep(3)
+        for user, peer in peers.items():
+            types = [push["type"] for push in peer.sent]
+            assert types == ["status"] if user == "7" else types.count("update") >= 2
+        failed = [line for line in lines(caplog) if "失败" in line]
+        assert failed == ["❌ 获取用户7的pnl数据失败: what user 7 has is no amount"]
+
+
+async def test_a_thread_that_hangs_is_one_thread(caplog):
+    source = Blocking()
+    limits = Limits(fetch_timeout_s=0.1, fetches=2)
+    settings = Settings(intervals=Intervals(pnl=0.1), limits=limits)
+    async with serving(source, settings=settings) as (_, join):
+        await join("blocked", "pnl")
+        other = await join("5", "pnl")
+        pushes = await other.next(12)  # more rounds than there are threads
+        assert all(push["type"] != "status" for push in pushes)
+        source.release.set()
+    assert sum("获取用户blocked的pnl数据失败" in line for line in lines(caplog)) == 1
+
+
+async def test_an_exception_that_cannot_even_be_told_ends_nothing(autojump_clock, caplog):
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    source = Table()
+    source.error = Unspeakable()
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        assert (await peer.next())[0]["reason"] == "source_error"
+    assert "❌ 获取用户4的pnl数据失败: Unspeakable" in lines(caplog)

@@ -15,7 +15,8 @@ from typing import Any
 
 import attrs
 import msgspec
-from support import SIX, TESTS, client, free_port, process, serving
+import trio
+from support import SIX, TESTS, client, free_port, process, serving, trio_client
 
 from trading_push import Channel, Principal, SqlSource, Ticker, load_settings, open_push_service
 from trading_push.settings import Settings
@@ -33,7 +34,7 @@ def block(name: str) -> str:
 def test_every_marked_block_is_tested_here():
     marked = re.findall(r"<!-- tested: (\w+) -->", README)
     source = (TESTS / "test_readme.py").read_text(encoding="utf-8")
-    assert len(marked) == len(set(marked)) == 5
+    assert len(marked) == len(set(marked)) == 6
     assert [name for name in marked if f'block("{name}")' not in source] == []
 
 
@@ -106,6 +107,30 @@ async def test_channels_are_published_as_printed(capsys):
     exec(compile(program, "README.md", "exec"), names)
     await names["run"]()
     assert capsys.readouterr().out == "0\n"
+
+
+async def test_native_is_served_as_printed():
+    port = free_port()
+    program = "async def run():\n" + textwrap.indent(block("native"), "    ")
+    names = {
+        "open_push_service": open_push_service,
+        "source": Silent(),
+        "authenticate": lambda token: Principal("4"),
+    }
+    exec(compile(program.replace("8000", str(port)), "README.md", "exec"), names)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(names["run"])
+        with trio.fail_after(10):
+            while True:
+                try:
+                    stream = await trio.open_tcp_stream("127.0.0.1", port)
+                    break
+                except OSError:
+                    await trio.sleep(0.05)
+        await stream.aclose()
+        async with trio_client(port, 4) as peer:
+            assert (await peer.request("list"))["ok"]
+        nursery.cancel_scope.cancel()
 
 
 def test_disconnect_is_logged_as_printed(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
 
@@ -19,10 +21,12 @@ from trading_push import (
     Channel,
     ConfigurationError,
     JwtAuthenticator,
+    MarketSink,
     PayloadError,
     Ticker,
     open_push_service,
 )
+from trading_push.protocol import encode_data
 from trading_push.settings import Auth, Limits, Settings
 
 
@@ -312,3 +316,119 @@ async def test_msgspec_raw_is_published_as_it_is(autojump_clock):
         peer.say("auth", token="4")
         peer.say("subscribe", args=["pnl"])
         assert (await peer.next(3))[2]["data"] == [1, 2]
+
+
+async def test_one_item_twice_in_a_request_is_one_stream_at_the_later_pace(autojump_clock):
+    async with room() as here:
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", id=2, args=["ticker.A", {"channel": "ticker.A", "max_hz": 2}])
+        _, reply = await peer.next(2)
+        assert reply["ok"]
+        assert here.service.statistics().ledger.subscriptions_opened == 1
+        assert peer.closed_with is None
+
+
+async def test_a_faster_pace_counts_at_once(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = await here.subscribed({"channel": "ticker.A", "max_hz": 0.001})
+        await here.service.publish("ticker.A", 1)
+        await trio.sleep(5)
+        assert peer.sent == []
+        peer.say("subscribe", args=[{"channel": "ticker.A", "max_hz": 10}])
+        assert (await peer.next(2))[1]["data"] == 1
+        assert trio.current_time() < 7
+
+
+async def test_the_first_push_counts_in_the_pace(autojump_clock):
+    async with room(channels=[EVENTS]) as here:
+        await here.service.publish("alerts", 0, user=4)
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=[{"channel": "alerts", "max_hz": 1}])
+        began = trio.current_time()
+        await peer.next(3)
+        for number in range(1, 6):
+            await here.service.publish("alerts", number, user=4)
+        for number in range(1, 6):  # events keep their number, and the pace
+            [push] = await peer.next()
+            assert push["data"] == number
+            assert trio.current_time() - began == pytest.approx(number, abs=0.01)
+
+
+async def test_what_waits_is_bounded_for_a_whole_connection(autojump_clock):
+    channels = [Channel(f"events{number}", "events") for number in range(20)]
+    settings = Settings(limits=Limits(pending_bytes=100_000))
+    async with room(channels=channels, settings=settings) as here:
+        peer, connection = await here.subscribed(*(channel.name for channel in channels))
+        peer.reading = trio.Event()
+        for _ in range(10):
+            for channel in channels:
+                await here.service.publish(channel.name, "x" * 10_000, user=4)
+        await trio.testing.wait_all_tasks_blocked()
+        # One of each may stand beside the bound, for each is owed its latest.
+        assert connection._backlog.bytes <= 100_000 + 20 * 10_002
+        peer.leave()
+        await trio.testing.wait_all_tasks_blocked()
+        assert connection._backlog.bytes == 0
+
+
+async def test_a_subscription_without_a_value_logs_no_push(autojump_clock, caplog):
+    caplog.set_level("INFO", "trading_push")
+    async with room() as here:
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=["balance"])
+        assert (await peer.next(3))[2]["type"] == "status"
+        assert not [message for message in caplog.messages if "推送" in message and "📤" in message]
+
+
+async def test_a_ticker_is_published_as_clients_name_it(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.btcusdt", 1)
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say("subscribe", args=["ticker.BTCUSDT"])
+        assert (await peer.next(3))[2]["data"] == 1
+        for name in ("ticker.", "ticker.A\n", "ticker.ß"):
+            with pytest.raises(ValueError, match="channel"):
+                await here.service.publish(name, 1)
+
+
+def test_values_in_plain_notation_wherever_they_stand():
+    value = {
+        Decimal("1E+3"): [Decimal("0E-8"), {"at": datetime(2026, 1, 1, tzinfo=UTC)}],
+        "raw": msgspec.Raw(b'{"text":"NaN E+5","price":"1.50"}'),
+    }
+    assert json.loads(encode_data(value)) == {
+        "1000": ["0.00000000", {"at": 1_767_225_600_000}],
+        "raw": {"text": "NaN E+5", "price": "1.50"},
+    }
+
+
+async def test_a_handshake_that_is_under_way_when_the_drain_begins_is_not_forgotten(autojump_clock):
+    async with room() as here:
+        await here.service.drain()
+        late, _ = here.join()
+        await trio.testing.wait_all_tasks_blocked()
+        assert late.closed_with == (1012, "service restart")
+    assert here.service.statistics().ledger.balanced
+
+
+async def test_a_feed_with_a_value_that_cannot_be_sent_goes_on(autojump_clock, caplog):
+    class Feed:
+        def knows(self, symbol: str) -> bool:
+            return True
+
+        async def run(self, sink: MarketSink) -> None:
+            for _ in range(3):
+                sink.update([Ticker("BAD", last=Decimal("NaN")), Ticker("A", last=Decimal(1))])
+                await trio.sleep(1)
+            await trio.sleep_forever()
+
+    async with room(feed=Feed()) as here:
+        await here.subscribed("ticker.A")
+        await trio.sleep(5)
+        assert here.service.statistics().connections == 1
+    assert sum("BAD行情无法编码" in message for message in caplog.messages) == 1

@@ -13,11 +13,20 @@ import trio
 import trio.testing
 from memory_transport import MemoryTransport
 
-from trading_push import AuthenticationError, Principal, PushService, open_push_service
+from trading_push import (
+    AuthenticationError,
+    Principal,
+    PushService,
+    ServiceClosed,
+    SourceError,
+    open_push_service,
+)
 from trading_push.connection import Connection
 from trading_push.errors import CloseCode
-from trading_push.registry import Member, Registry
+from trading_push.registry import Departure, Member, Registry
 from trading_push.settings import Limits, Settings
+from trading_push.topics import Channels
+from trading_push.transport.base import Close
 
 
 async def by_name(token: str) -> Principal:
@@ -310,7 +319,7 @@ async def test_an_expired_token_is_the_end_unless_it_is_renewed(autojump_clock, 
         await trio.sleep(50)
         transport.say("auth", token="1100")
         assert (await transport.next())[0]["expires_in"] == 50
-        await trio.sleep(49)
+        await trio.sleep(54)  # the leeway is five seconds
         assert transport.closed_with is None
         await trio.sleep(2)
         assert transport.closed_with == (4003, "token expired")
@@ -377,3 +386,65 @@ async def test_a_registry_that_dies_is_heard(autojump_clock, caplog, monkeypatch
     # The leave that came later is counted all the same.
     assert here.service.statistics().ledger.balanced
     assert sum("❌ 订阅登记任务意外终止" in line for line in lines(caplog)) == 1
+
+
+async def renewable(token: str) -> Principal:
+    if token == "down":
+        raise SourceError("the key server does not answer")
+    return await by_name(token)
+
+
+@pytest.mark.parametrize("token", ["hang", "down"])
+async def test_a_renewal_that_cannot_be_checked_leaves_the_session(autojump_clock, caplog, token):
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=renewable) as service,
+    ):
+        here = Room(service, nursery)
+        transport, _ = await here.subscribed("ticker.A")
+        transport.say("auth", id=5, token=token)
+        [reply] = await transport.next()
+        assert (reply["id"], reply["error"]["code"]) == (5, "internal")
+        await service.publish("ticker.A", 1)
+        assert (await transport.next(2))[1]["data"] == 1
+        assert transport.closed_with is None
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_key_server_that_is_away_is_said_once_a_minute(autojump_clock, caplog):
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=renewable) as service,
+    ):
+        for _ in range(130):
+            transport, _ = Room(service, nursery).join()
+            transport.say("auth", token="down")
+            [reply] = await transport.next()
+            assert reply["error"]["retryable"]
+            await trio.sleep(1)
+            assert transport.closed_with == (1011, "internal error")
+    assert sum("暂时无法验证令牌" in line for line in lines(caplog)) == 3
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_the_peers_close_frame_counts_where_it_came_first(autojump_clock, caplog):
+    async with room() as here:
+        transport, connection = await here.subscribed("ticker.A")
+        transport.peer_close = Close(1000, "done")
+        connection.stop(CloseCode.SERVICE_RESTART, "service restart")
+        await trio.testing.wait_all_tasks_blocked()
+    assert unit(caplog)[0] == "🔌 连接关闭: code=1000 reason='done' (正常关闭)"
+
+
+async def test_a_leave_in_the_registrys_last_moment_is_counted_in_its_order(autojump_clock):
+    registry = Registry(Channels([]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(registry.run)
+        member = registry.connect("10.0.0.1")
+        registry.authenticate(member, "4")
+        registry.close()
+        registry.leave(member, Departure(Close(1000)))
+    assert registry.connections == registry.users_online() == 0
+    assert registry.ledger.balanced
+    with pytest.raises(ServiceClosed):
+        registry.connect("10.0.0.1")

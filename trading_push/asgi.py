@@ -55,13 +55,17 @@ class _Application:
                 await send(
                     {"type": "lifespan.startup.failed", "message": str(errors.exceptions[0])}
                 )
-            except* Exception:
-                # The registry has died, and said so. Hypercorn would serve on without us: this
-                # ends the worker, and its parent starts a new one.
+            except* Exception as errors:
+                # Hypercorn would serve on without us: this ends the worker, and its parent, which
+                # starts a new one only for a worker that ends in order.
+                logs.emit(logs.line("service_failed", error=errors)._replace(exception=errors))
                 context = hypercorn_link.worker()
-                if context is None:
-                    raise
-                await context.terminate.set()
+                if self._door is None or context is None:
+                    await send({"type": "lifespan.startup.failed", "message": str(errors)})
+                else:
+                    await context.terminate.set()
+                    await receive()
+                    await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         async with (

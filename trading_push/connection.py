@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import trio
 
 from trading_push import logs, protocol
 from trading_push.auth import Authenticate, Principal
-from trading_push.broker.base import Broker, StatusChange
+from trading_push.broker.base import Broker, Publication, StatusChange
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -24,6 +24,7 @@ from trading_push.errors import (
     RequestError,
     SendTimeout,
     ServiceClosed,
+    SourceError,
     TransportClosed,
 )
 from trading_push.registry import Departure, Member, Registry
@@ -38,24 +39,32 @@ from trading_push.session import (
     Wanted,
 )
 from trading_push.settings import Limits
-from trading_push.subscription import Subscription
+from trading_push.subscription import Backlog, Subscription
 from trading_push.topics import Channels, Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport
 
 __all__ = ["Connection", "Hub"]
 
+_REPEAT_S = 60
 
-@attrs.frozen(eq=False)
+
+@attrs.define(eq=False)
 class Hub:
     """What all connections of a service share.
 
     Args:
+        path: Where the doors serve the WebSocket.
+        leeway_s: By how much the clocks of who issues tokens and of this machine may differ.
         knows_symbol: Whether a symbol may exist.
         awaits_source: Whether the source has yet to answer for a topic for the first time since it
             is watched, so that the value there is may be old.
+        accepting: Whether the doors take new connections.
+        stopped: How many connections ended at the native door's firewall.
         connections: Those whose stream has not ended.
     """
 
+    path: str
+    leeway_s: float
     channels: Channels
     limits: Limits
     registry: Registry
@@ -63,8 +72,34 @@ class Hub:
     authenticate: Authenticate
     knows_symbol: Callable[[str], bool]
     awaits_source: Callable[[Topic], bool]
+    accepting: bool = True
+    stopped: int = 0
     connections: set[Connection] = attrs.field(factory=set)
+    _told_unavailable_at: float = -math.inf
     _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+
+    async def check(self, token: str) -> Principal:
+        """Whom a token stands for.
+
+        Raises:
+            AuthenticationError: It is refused.
+            SourceError: It cannot be checked now; said in the log once a minute at most.
+            TooSlowError: Neither, for `limits.authentication_timeout_s`.
+            Exception: A mistake of the application's own.
+        """
+        try:
+            with trio.fail_after(self.limits.authentication_timeout_s):
+                principal = self.authenticate(token)
+                if inspect.isawaitable(principal):
+                    principal = await principal
+        except SourceError as error:
+            if trio.current_time() - self._told_unavailable_at >= _REPEAT_S:
+                self._told_unavailable_at = trio.current_time()
+                logs.emit(logs.line("authentication_unavailable", error=error))
+            raise
+        if not isinstance(principal, Principal):
+            raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
+        return principal
 
     def gone(self, connection: Connection) -> None:
         """A connection's stream has ended."""
@@ -92,6 +127,7 @@ class Connection:
         self._transport = transport
         self._principal = principal
         self._subscriptions: dict[Topic, Subscription] = {}
+        self._backlog = Backlog(hub.limits.pending_bytes)
         self._member: Member
         self._session: Session
         self._nursery: trio.Nursery | None = None
@@ -100,12 +136,8 @@ class Connection:
         self._farewell: list[bytes] = []
         self._found_by_send = False
         self._limit = trio.current_time() + hub.limits.authentication_timeout_s
+        self._end_by = math.inf
         self.closed = False
-
-    @property
-    def user(self) -> str | None:
-        """The authenticated user."""
-        return self._session.user
 
     # --- the life of it --------------------------------------------------------------------
 
@@ -128,6 +160,8 @@ class Connection:
             clock=time.time,
         )
         hub.connections.add(self)
+        if not hub.accepting:  # its handshake was under way when the drain began
+            self.stop(CloseCode.SERVICE_RESTART, "service restart")
         try:
             try:
                 async with trio.open_nursery() as nursery:
@@ -162,6 +196,8 @@ class Connection:
         """
         if self.closed:
             return
+        if self._nursery is not None:
+            self._decide_by_peer()
         if farewell is not None:
             self._farewell.append(protocol.frame(farewell))
         self._decide(Close(code, reason, ours=True))
@@ -198,9 +234,7 @@ class Connection:
                 exception=error
             )
         )
-        internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")
-        reply = protocol.encode(protocol.error_reply(self._session.request_id, internal))
-        self._farewell.append(protocol.frame(reply))
+        self._farewell.append(self._internal_error())
         self._decide(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
     async def _close_transport(self, close: Close) -> None:
@@ -211,7 +245,8 @@ class Connection:
         except TransportClosed:
             pass  # the peer went first: there is nobody left to be polite to
         except Exception as error:
-            logs.emit(logs.line("cleanup_failed", error=error)._replace(exception=error))
+            line = logs.line("internal_error", address=self._transport.peer, error=error)
+            logs.emit(line._replace(exception=error))
 
     # --- receiving -------------------------------------------------------------------------
 
@@ -220,7 +255,8 @@ class Connection:
             if self._principal is not None:
                 await self._authenticated(None, self._principal)
             while True:
-                with trio.CancelScope(deadline=self._limit) as self._receiving:
+                limit = min(self._limit, self._end_by)
+                with trio.CancelScope(deadline=limit) as self._receiving:
                     message = await self._transport.receive()
                 if self._receiving.cancelled_caught:
                     self._time_is_up()
@@ -241,7 +277,7 @@ class Connection:
             self._decide(close)
 
     def _time_is_up(self) -> None:
-        if self._found_by_send:
+        if self.closed:  # a send has found the peer gone, and nothing more was to be read
             self._gone(TransportClosed())
         elif self._session.principal is None:
             self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
@@ -275,34 +311,42 @@ class Connection:
             raise
 
     def _send_failed(self, error: TransportClosed) -> None:
+        if self.closed or self._transport.peer_close is not None:
+            return
+        if isinstance(error, SendTimeout):
+            self._gone(error)
+        else:
+            self._found_by_send = True
         # The receive loop may still find the close frame that the peer sent before it went.
-        if not self.closed and self._transport.peer_close is None:
-            self._found_by_send = not isinstance(error, SendTimeout)
-            if isinstance(error, SendTimeout):
-                self._gone(error)
-            self._limit = min(self._limit, trio.current_time() + self._hub.limits.close_timeout_s)
-            if self._receiving is not None:
-                self._receiving.deadline = self._limit
+        self._end_by = trio.current_time() + self._hub.limits.close_timeout_s
+        if self._receiving is not None:
+            self._receiving.deadline = self._end_by
+        self._flag_closed()
 
     # --- authentication --------------------------------------------------------------------
 
     async def _check(self, request_id: protocol.Id, token: str) -> None:
-        limit = self._hub.limits.authentication_timeout_s
-        with trio.move_on_after(limit) as scope:
-            try:
-                principal = self._hub.authenticate(token)
-                if inspect.isawaitable(principal):
-                    principal = await principal
-            except AuthenticationError as error:
-                for action in self._session.refused(request_id, error):
-                    await self._carry_out(action)
-                return
-        if scope.cancelled_caught:
-            self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
-            return
-        if not isinstance(principal, Principal):
-            raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
-        await self._authenticated(request_id, principal)
+        try:
+            principal = await self._hub.check(token)
+        except AuthenticationError as error:
+            for action in self._session.refused(request_id, error):
+                await self._carry_out(action)
+        except trio.TooSlowError:
+            if self._session.principal is None:
+                self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
+            else:
+                await self._send([self._internal_error()])
+        except SourceError:  # nobody's token is to blame; a session goes on as it was
+            await self._send([self._internal_error()])
+            if self._session.principal is None:
+                self.stop(CloseCode.INTERNAL_ERROR, "internal error")
+        else:
+            await self._authenticated(request_id, principal)
+
+    def _internal_error(self) -> bytes:
+        internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")
+        reply = protocol.error_reply(self._session.request_id, internal)
+        return protocol.frame(protocol.encode(reply))
 
     async def _authenticated(self, request_id: protocol.Id, principal: Principal) -> None:
         first = self._session.principal is None
@@ -312,7 +356,9 @@ class Connection:
         assert self._session.principal is not None
         expires_at = self._session.principal.expires_at
         self._limit = (
-            math.inf if expires_at is None else trio.current_time() + expires_at - time.time()
+            math.inf
+            if expires_at is None
+            else trio.current_time() + expires_at + self._hub.leeway_s - time.time()
         )
         for action in actions:
             await self._carry_out(action)
@@ -321,31 +367,35 @@ class Connection:
 
     async def _subscribe(self, action: Subscribe) -> None:
         hub = self._hub
-        for topic, max_hz in action.throttled:
-            self._subscriptions[topic].throttle(max_hz)
         begun: list[Subscription] = []
         for wanted in action.wanted:
             subscription = Subscription(
                 wanted.topic,
                 hub.channels.kind_of(wanted.topic),
                 self._transport,
-                max_hz=wanted.max_hz,
-                pending_bytes=hub.limits.pending_bytes,
+                self._backlog,
+                wanted.max_hz,
             )
             self._subscriptions[wanted.topic] = subscription
             begun.append(subscription)
+        for topic, max_hz in action.throttled:
+            self._subscriptions[topic].throttle(max_hz)
         # What is published from here on is offered to them, and waits behind the gate.
         hub.registry.subscribe(self._member, begun)
         frames: list[bytes] = []
         ready: list[Subscription] = []
         pushed: list[Topic] = []
         for subscription, wanted in zip(begun, action.wanted, strict=True):
-            first = self._first_frames(subscription, wanted)
-            if first is not None:
-                ready.append(subscription)
-                frames += first
-                if first and wanted.topic.user is not None:
-                    pushed.append(wanted.topic)
+            first = self._first(subscription, wanted)
+            if first is None:
+                continue
+            ready.append(subscription)
+            frames += map(subscription.frame_of, first)
+            status = subscription.status_frame(self._status(wanted.topic))
+            if status is not None:
+                frames.append(status)
+            if first:
+                pushed.append(wanted.topic)
         await self._send([protocol.frame(protocol.encode(action.reply)), *frames])
         for topic in pushed:
             self._log_pushed(topic)
@@ -355,28 +405,19 @@ class Connection:
             assert self._nursery is not None
             self._nursery.start_soon(self._sender, subscription)
 
-    def _first_frames(self, subscription: Subscription, wanted: Wanted) -> list[bytes] | None:
-        # The frames that a subscription begins with; None where its value is yet to come.
+    def _first(self, subscription: Subscription, wanted: Wanted) -> Sequence[Publication] | None:
+        # What a subscription begins with; None where its value is yet to come.
         broker, topic = self._hub.broker, wanted.topic
-        frames: list[bytes] = []
-        recovered = False
         if wanted.since is not None:
             missed = broker.since(topic, wanted.since.epoch, wanted.since.seq)
-            recovered = missed is not None
-            wanted.result.recovered = recovered
+            wanted.result.recovered = missed is not None
             if missed is not None:
                 subscription.resume(wanted.since.epoch, wanted.since.seq)
-                frames = [subscription.frame_of(publication) for publication in missed]
-        if not recovered:
-            if self._hub.awaits_source(topic):
-                return None
-            snapshot = broker.snapshot(topic)
-            if snapshot is not None:
-                frames.append(subscription.frame_of(snapshot))
-        status = subscription.status_frame(self._status(topic))
-        if status is not None:
-            frames.append(status)
-        return frames
+                return missed
+        if self._hub.awaits_source(topic):
+            return None
+        snapshot = broker.snapshot(topic)
+        return () if snapshot is None else (snapshot,)
 
     def _status(self, topic: Topic) -> StatusChange:
         return StatusChange(topic, self._hub.broker.status(topic), round(time.time() * 1000))

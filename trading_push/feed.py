@@ -12,6 +12,7 @@ import trio
 
 from trading_push import logs
 from trading_push.broker.base import Broker, Status
+from trading_push.errors import PayloadError
 from trading_push.models import Ticker
 from trading_push.protocol import encode_data
 from trading_push.sources.base import TickerFeed
@@ -42,6 +43,7 @@ class MarketFeed:
         self._changed: dict[str, None] = {}
         self._stale: str | None = None
         self._told_stale: set[str] = set()
+        self._told_unusable: set[str] = set()
         self._wake = trio.Event()
 
     def update(self, tickers: Sequence[Ticker]) -> None:
@@ -85,7 +87,12 @@ class MarketFeed:
     def _publish(self) -> None:
         batch: list[tuple[Topic, bytes]] = []
         for symbol in self._changed:
-            topic, data = ticker_topic(symbol), encode_data(self._latest[symbol])
+            topic = ticker_topic(symbol)
+            try:
+                data = encode_data(self._latest[symbol])
+            except PayloadError as error:
+                self._say_unusable(symbol, error)
+                continue
             last = self._broker.snapshot(topic)
             if last is None or last.data != data:
                 batch.append((topic, data))
@@ -103,3 +110,8 @@ class MarketFeed:
             self._broker.mark(topics, Status("stale", self._stale))
             for symbol in symbols:
                 logs.emit(logs.line("symbol_stale", symbol=symbol))
+
+    def _say_unusable(self, symbol: str, error: PayloadError) -> None:
+        if symbol not in self._told_unusable:
+            self._told_unusable.add(symbol)
+            logs.emit(logs.line("ticker_unusable", symbol=symbol, error=error))

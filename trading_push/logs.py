@@ -202,6 +202,21 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 已拦截异常连接 - 来自: {address}: {error}",
         "⚠️ Stopped a faulty connection - from: {address}: {error}",
     ),
+    "authentication_unavailable": (
+        "connection",
+        "⚠️ 暂时无法验证令牌: {error}",
+        "⚠️ Tokens cannot be checked for now: {error}",
+    ),
+    "ticker_unusable": (
+        "feed",
+        "❌ {symbol}行情无法编码: {error}",
+        "❌ The {symbol} ticker cannot be encoded: {error}",
+    ),
+    "service_failed": (
+        "service",
+        "❌ 服务意外终止: {error}",
+        "❌ The service died: {error}",
+    ),
     "plain_form": (
         "link",
         "⚠️ 未使用Hypercorn加固连接，以普通ASGI方式运行: {reason}",
@@ -300,8 +315,11 @@ def line(event: str, **fields: Any) -> Line:
 
 def failure(error: BaseException) -> str:
     """An exception in one escaped line: its kind (unless it is ours) and its text's first line."""
-    text = str(error).strip().split("\n", 1)[0]
     kind = type(error).__name__
+    try:
+        text = str(error).strip().split("\n", 1)[0]
+    except Exception:  # a foreign exception's __str__ must not end whoever reports it
+        text = ""
     if not text:
         text = kind
     elif not isinstance(error, TradingPushError):
@@ -454,8 +472,14 @@ class _Output(NamedTuple):
     descriptor: int
     formatter: logging.Formatter
 
+    def _format(self, record: logging.LogRecord) -> str:
+        try:
+            return self.formatter.format(record)
+        except Exception:  # of a foreign record; the thread must go on
+            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH)
+
     def write(self, records: list[logging.LogRecord]) -> None:
-        lines = "".join(f"{self.formatter.format(record)}\n" for record in records)
+        lines = "".join(f"{self._format(record)}\n" for record in records)
         data = memoryview(lines.encode("utf-8", "backslashreplace"))
         while data:
             try:

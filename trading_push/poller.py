@@ -7,6 +7,7 @@ delays nobody else; a user's first subscription asks at once.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import (
@@ -14,6 +15,7 @@ from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
     nullcontext,
+    suppress,
 )
 from typing import Any
 
@@ -22,6 +24,7 @@ import trio
 
 from trading_push import logs
 from trading_push.broker.base import Broker, Status
+from trading_push.errors import SourceError
 from trading_push.protocol import encode_data
 from trading_push.settings import Limits
 from trading_push.sources.base import Source
@@ -34,6 +37,11 @@ FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextMa
 REPEAT_S = 60
 """How often at most a source that goes on failing for a user is logged."""
 _SLICE_S = 0.005
+_FRESH_S = 1.0
+
+
+class _StillRunning(SourceError):
+    """A fetch in a worker thread has taken too long, and goes on."""
 
 
 @attrs.define
@@ -81,29 +89,43 @@ class Poller:
         self._busy: set[str] = set()
         self._settled: set[str] = set()
         self._failures: dict[str, _Failure] = {}
+        self._answered_at: dict[str, float] = {}
+        self._threads = trio.CapacityLimiter(math.inf)  # bounded by `_limiter`
         self._wake = trio.Event()
 
     @property
     def failing(self) -> int:
         """For how many watched users the source fails."""
-        return len(self._failures)
+        return sum(user in self._watched for user in self._failures)
 
     def awaits(self, user: str) -> bool:
         """Whether the source has yet to answer for a user since they are watched."""
         return user not in self._settled
 
     def watch(self, user: str) -> None:
-        """The user's first subscriber has come: ask the source at once."""
+        """The user's first subscriber has come: ask the source at once.
+
+        Not where it answered a moment ago: coming and going is no way to make it work harder.
+        """
         self._watched[user] = None
-        self._new[user] = None
-        self._wake.set()
+        fresh_s = min(self.interval_s, _FRESH_S)
+        if trio.current_time() - self._answered_at.get(user, -math.inf) < fresh_s:
+            self._settle([user])
+        else:
+            self._new[user] = None
+            self._wake.set()
 
     def unwatch(self, user: str) -> None:
         """The user's last subscriber has gone."""
         self._watched.pop(user, None)
         self._new.pop(user, None)
         self._settled.discard(user)
-        self._failures.pop(user, None)
+
+    def _settle(self, users: Iterable[str]) -> None:
+        settled = [user for user in users if user in self._watched and user not in self._settled]
+        self._settled.update(settled)
+        if settled:
+            self._tell_settled([self._topic(user) for user in settled])
 
     async def run(self) -> None:
         """Poll until cancelled, which leaves nothing behind but worker threads that go on."""
@@ -114,6 +136,7 @@ class Poller:
                     await self._wake.wait()
                 self._wake = trio.Event()
                 if trio.current_time() >= tick:
+                    self._prune()
                     users: Iterable[str] = self._watched
                     tick += self.interval_s
                     tick = max(tick, trio.current_time())  # a late tick is not made up for
@@ -121,6 +144,16 @@ class Poller:
                     users = self._new
                 self._ask(nursery, [user for user in users if user not in self._busy])
                 self._new.clear()
+
+    def _prune(self) -> None:
+        # What is known of users who have gone, once it is of no use any more.
+        now = trio.current_time()
+        for user, failure in list(self._failures.items()):
+            if user not in self._watched and now - failure.logged_at >= REPEAT_S:
+                del self._failures[user]
+        for user, at in list(self._answered_at.items()):
+            if user not in self._watched and now - at >= _FRESH_S:
+                del self._answered_at[user]
 
     def _ask(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
@@ -131,44 +164,65 @@ class Poller:
     async def _round(self, users: Sequence[str]) -> None:
         try:
             if self._fetch_many is None:
-                answers = {users[0]: await self._call(self._fetch, users[0], self.data_type)}
+                answer = await self._call(users, self._fetch, users[0], self.data_type)
+                answers = {users[0]: answer}
             else:
-                answers = await self._call(self._fetch_many, users, self.data_type)
+                answers = await self._call(users, self._fetch_many, users, self.data_type)
             await self._take(users, answers)
-        except Exception as error:  # a source may raise anything: it is logged, and asked again
+        except _StillRunning as error:
+            # Its thread cannot be stopped: these users are not asked again before it has ended.
             self._failed(users, error)
-        finally:
-            self._busy.difference_update(users)
-        topics = []
-        for user in users:
-            if user in self._watched and user not in self._settled:
-                self._settled.add(user)
-                topics.append(self._topic(user))
-        if topics:
-            self._tell_settled(topics)
+            self._settle(users)
+            return
+        except Exception as error:  # a source may raise anything: it is logged, and asked again
+            if len(users) > 1 and isinstance(error, SourceError) and not error.retryable:
+                # It is what one of them has that it cannot give: the others shall have theirs.
+                middle = len(users) // 2
+                await self._round(users[:middle])
+                await self._round(users[middle:])
+                return
+            self._failed(users, error)
+        self._busy.difference_update(users)
+        self._settle(users)
 
-    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def _call(self, users: Sequence[str], function: Callable[..., Any], *args: Any) -> Any:
         context: Any = self._context()
         if not inspect.iscoroutinefunction(function):
             if not hasattr(context, "__aenter__"):
-                return await self._call_in_thread(context, function, *args)
+                return await self._call_in_thread(users, context, function, *args)
             async with context:
-                return await self._call_in_thread(nullcontext(), function, *args)
+                return await self._call_in_thread(users, nullcontext(), function, *args)
         async with self._limiter, _entered(context):
             with trio.fail_after(self._limits.fetch_timeout_s):
                 return await function(*args)
 
     async def _call_in_thread(
-        self, context: AbstractContextManager[Any], function: Callable[..., Any], *args: Any
+        self,
+        users: Sequence[str],
+        context: AbstractContextManager[Any],
+        function: Callable[..., Any],
+        *args: Any,
     ) -> Any:
-        def call() -> Any:
-            with context:
-                return function(*args)
+        ticket, token = object(), trio.lowlevel.current_trio_token()
+        await self._limiter.acquire_on_behalf_of(ticket)
 
-        with trio.fail_after(self._limits.fetch_timeout_s):
+        def ended() -> None:
+            self._limiter.release_on_behalf_of(ticket)
+            self._busy.difference_update(users)
+
+        def call() -> Any:
+            try:
+                with context:
+                    return function(*args)
+            finally:
+                with suppress(trio.RunFinishedError):
+                    token.run_sync_soon(ended)
+
+        with trio.move_on_after(self._limits.fetch_timeout_s):
             return await trio.to_thread.run_sync(
-                call, abandon_on_cancel=True, limiter=self._limiter
+                call, abandon_on_cancel=True, limiter=self._threads
             )
+        raise _StillRunning("the source did not answer in time")
 
     async def _take(self, users: Sequence[str], answers: Mapping[str, Any | None]) -> None:
         broker = self._broker
@@ -180,17 +234,16 @@ class Poller:
                 continue
             topic = self._topic(user)
             answer = answers.get(user)
-            if answer is not None:
-                try:
-                    data = encode_data(answer)
-                except Exception as error:
-                    self._failed([user], error)
-                    continue
-                last = broker.snapshot(topic)
-                if last is None or last.data != data:
-                    changed.append((topic, data))
-                else:
-                    unchanged.append(topic)
+            last = broker.snapshot(topic)
+            try:
+                data = None if answer is None else encode_data(answer)
+            except Exception as error:
+                self._failed([user], error)
+                continue
+            if data is not None and (last is None or last.data != data):
+                changed.append((topic, data))
+            elif last is not None:
+                unchanged.append(topic)
             self._answered(user)
             if time.perf_counter() > until:
                 broker.publish(changed)
@@ -204,12 +257,14 @@ class Poller:
         return Topic(self.data_type, user)
 
     def _answered(self, user: str) -> None:
+        self._answered_at[user] = trio.current_time()
         if self._failures.pop(user, None) is not None:
             logs.emit(logs.line("fetch_recovered", user=user, data_type=self.data_type))
 
     def _failed(self, users: Sequence[str], error: Exception) -> None:
         now = trio.current_time()
-        reason = "source_timeout" if isinstance(error, trio.TooSlowError) else "source_error"
+        late = isinstance(error, trio.TooSlowError | _StillRunning)
+        reason = "source_timeout" if late else "source_error"
         for user in users:
             if user not in self._watched:
                 continue

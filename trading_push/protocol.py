@@ -8,7 +8,6 @@ message strictly.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Final
@@ -46,6 +45,8 @@ __all__ = [
 ]
 
 SUBPROTOCOL: Final = "trading-push.v1"
+REASON_BYTES: Final = 123
+"""RFC 6455 section 5.5: a control frame carries 125 bytes, and the close code is two of them."""
 MAX_ITEMS: Final = 1024
 """Items of one request; more is refused whole, so that a small request has no giant reply."""
 
@@ -323,7 +324,9 @@ def encode_data(data: Any) -> bytes:
     try:
         encoded = _encoder.encode(data)
         if _NOT_PLAIN.search(encoded):
-            builtins = msgspec.to_builtins(data, builtin_types=(Decimal, datetime))
+            builtins = msgspec.to_builtins(
+                data, builtin_types=(Decimal, datetime), enc_hook=_decode_raw
+            )
             encoded = _encoder.encode(_plain(builtins))
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise PayloadError(f"a value cannot be encoded as JSON: {error}") from error
@@ -332,7 +335,7 @@ def encode_data(data: Any) -> bytes:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {_plain_key(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Decimal):
@@ -340,6 +343,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return milliseconds(value)
     return value
+
+
+def _plain_key(key: Any) -> Any:
+    plain = _plain(key)
+    return str(plain) if isinstance(key, datetime) else plain
+
+
+def _decode_raw(value: Any) -> Any:
+    if isinstance(value, Raw):
+        return msgspec.json.decode(value)
+    raise TypeError(f"{type(value).__name__} is no type that JSON knows")
 
 
 def plain_decimal(value: Decimal) -> str:
@@ -424,8 +438,3 @@ def payload_of(frame: bytes) -> bytes:
     """The payload of a frame that `frame` made."""
     length = frame[1]
     return frame[2 if length < 126 else 4 if length == 126 else 10 :]
-
-
-def total(frames: Sequence[bytes]) -> int:
-    """How many bytes some frames take."""
-    return sum(map(len, frames))

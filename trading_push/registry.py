@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -99,6 +99,7 @@ class Registry:
         self._watchers: dict[str, Counter[str]] = {}
         self._online: Counter[str] = Counter()
         self._connections = 0
+        self._late: list[tuple[Member, Departure]] = []
         self._ended = False
 
     # --- what others see -----------------------------------------------------------------
@@ -116,10 +117,6 @@ class Registry:
         """Whether a topic has a subscriber."""
         return topic in self._table
 
-    def watchers(self, channel: str) -> Mapping[str, int]:
-        """The users subscribed to a channel, with the number of their subscriptions."""
-        return self._watchers.get(channel, {})
-
     def counts(self) -> dict[str, int]:
         """The number of subscribed users by channel, where there are any."""
         return {channel: len(users) for channel, users in self._watchers.items()}
@@ -127,9 +124,10 @@ class Registry:
     # --- commands ------------------------------------------------------------------------
 
     def _command(self, command: Callable[..., Any], *args: Any) -> None:
-        if self._ended:
-            raise ServiceClosed("the registry runs no more")
-        self._post.send_nowait((command, args))
+        try:
+            self._post.send_nowait((command, args))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise ServiceClosed("the registry runs no more") from None
 
     def connect(self, address: str) -> Member:
         """A connection has come.
@@ -165,8 +163,11 @@ class Registry:
         """A connection has gone; never raises, and is counted even when the registry has ended."""
         try:
             self._command(self._left, member, departure)
-        except (ServiceClosed, trio.BrokenResourceError, trio.ClosedResourceError):
-            self._left(member, departure)
+        except ServiceClosed:
+            if self._ended:
+                self._left(member, departure)
+            else:  # it still works through what this connection has posted before
+                self._late.append((member, departure))
 
     def close(self) -> None:
         """Let the registry task end when it has worked through its inbox."""
@@ -189,6 +190,8 @@ class Registry:
             finally:
                 self._ended = True
                 self._inbox.close()
+                for member, departure in self._late:
+                    self._left(member, departure)
 
     def _connected(self, member: Member) -> None:
         member.present = True

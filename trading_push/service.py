@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
@@ -26,13 +27,14 @@ from trading_push.topics import (
     Channels,
     Topic,
     symbol_of,
-    ticker_topic,
 )
+from trading_push.transport import native
 from trading_push.transport.asgi import AsgiDoor
 from trading_push.transport.hypercorn_link import guard
 
 __all__ = ["PushService", "Statistics", "open_push_service"]
 
+_BACKLOG = 4096
 _FORGET_EVERY_S = 10
 _RECONNECT_AFTER_MS = (500, 3000)
 
@@ -46,7 +48,7 @@ class Statistics:
         subscribers_by_symbol: Subscribed users by symbol.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
-        connections_stopped: Connections of this process that ended at the firewall.
+        connections_stopped: Connections that ended at a firewall; the link's are of the process.
         connections_refused: Connections of this process refused over the limit.
         connections_reaped: Connections of this process whose handler had to be reaped.
     """
@@ -96,8 +98,9 @@ class PushService:
             None if feed is None else MarketFeed(feed, self._broker, settings.market.max_hz)
         )
         self._idle_since: dict[Topic, float] = {}
-        self._accepting = True
         self._hub = Hub(
+            path=settings.server.path,
+            leeway_s=settings.auth.leeway_s,
             channels=channels,
             limits=limits,
             registry=self._registry,
@@ -106,7 +109,7 @@ class PushService:
             knows_symbol=(lambda symbol: True) if feed is None else feed.knows,
             awaits_source=self._awaits_source,
         )
-        self.asgi_app = AsgiDoor(self._hub, settings.server.path, lambda: self._accepting)
+        self.asgi_app = AsgiDoor(self._hub)
         """The ASGI application: WebSocket at the configured path."""
 
     # --- for the application ---------------------------------------------------------------
@@ -118,6 +121,8 @@ class PushService:
             channel: A user channel, an application's own, or `ticker.SYMBOL`.
             data: Any object that msgspec encodes; see `protocol.encode_data`.
             user: Whose topic it is, for a channel where every user has their own.
+
+        The last value is kept for as long as the service runs, unless the channel is polled too.
 
         Raises:
             PayloadError: The data cannot be encoded.
@@ -139,20 +144,22 @@ class PushService:
 
         A checkpoint. What was published is published, also when cancelled.
         """
-        self._broker.publish(
-            [
-                (self._topic(channel, user), protocol.encode_data(data))
-                for channel, data, user in values
-            ]
-        )
+        batch = [
+            (self._topic(channel, user), protocol.encode_data(data))
+            for channel, data, user in values
+        ]
+        self._broker.publish(batch)
+        for topic, _ in batch:
+            if topic.channel in self._pollers and not self._registry.watched(topic):
+                self._idle_since[topic] = trio.current_time()  # the source can give it again
         await trio.lowlevel.checkpoint()
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:
-        symbol = symbol_of(channel)
-        if symbol is not None:
+        ticker = self._hub.channels.ticker(channel)
+        if ticker is not None:
             if user is not None:
                 raise ValueError("a ticker is everyone's: leave out the user")
-            return ticker_topic(symbol)
+            return ticker
         known = self._hub.channels.get(channel)
         if known is None:
             raise ValueError(f"there is no channel {channel!r}: add it to channels=")
@@ -160,6 +167,45 @@ class PushService:
             hint = "give the user" if known.per_user else "leave out the user"
             raise ValueError(f"{channel!r} is {'not ' * (not known.per_user)}per user: {hint}")
         return Topic(channel, None if user is None else str(user))
+
+    async def handle_stream(self, stream: trio.abc.Stream) -> None:
+        """Serve a WebSocket on a stream, plain or `trio.SSLStream`; the native door.
+
+        For `trio.serve_tcp`, `trio.serve_ssl_over_tcp` and `trio.serve_listeners`. Returns when
+        the peer is gone; no exception of its making, nor of a handler's, leaves it. Cancelled, it
+        says good-bye to the peer first, within `limits.close_timeout_s`.
+        """
+        await native.handle_stream(self._hub, stream)
+
+    async def serve_native(
+        self,
+        host: str,
+        port: int,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listen, and serve every connection by `handle_stream`, until cancelled.
+
+        Args:
+            host: The address to listen on.
+            port: Its port; 0 for any free one (`task_status` tells the listeners).
+            ssl_context: Serve over TLS with this.
+
+        Raises:
+            OSError: The address cannot be listened on.
+
+        To have the clients told of the end, `drain` the service before it is cancelled.
+        """
+        listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
+        task_status.started(listeners)
+
+        async def over_tls(stream: trio.SocketStream) -> None:
+            assert ssl_context is not None
+            await self.handle_stream(trio.SSLStream(stream, ssl_context, server_side=True))
+
+        handler = self.handle_stream if ssl_context is None else over_tls
+        await trio.serve_listeners(handler, listeners)
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""
@@ -177,7 +223,7 @@ class PushService:
             },
             ledger=attrs.evolve(self._registry.ledger),
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
-            connections_stopped=guard.stopped,
+            connections_stopped=guard.stopped + self._hub.stopped,
             connections_refused=guard.refused,
             connections_reaped=guard.reaped,
         )
@@ -197,7 +243,7 @@ class PushService:
 
         Cancelled, it aborts what is left at once.
         """
-        self._accepting = False
+        self._hub.accepting = False
         connections = self._hub.connections
         if not connections:
             return

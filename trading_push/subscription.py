@@ -7,22 +7,30 @@ sender task, of kind `events` all of them do, in order, up to a bound.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from trading_push import protocol
-from trading_push.broker.base import Message, Publication, Status, StatusChange
+from trading_push.broker.base import Message, Publication, StatusChange
 from trading_push.topics import Kind, Topic
 
 if TYPE_CHECKING:
     from trading_push.transport.base import Transport
 
-__all__ = ["Subscription"]
+__all__ = ["Backlog", "Subscription"]
 
-_LIVE = Status("live")
+
+@attrs.define
+class Backlog:
+    """How many bytes of events wait for one connection, and how many may."""
+
+    limit: int
+    bytes: int = 0
 
 
 class Subscription:
@@ -35,24 +43,27 @@ class Subscription:
         topic: What is subscribed.
         kind: Whether publications may be merged.
         transport: Where they go.
+        backlog: The connection's; events that would exceed it are dropped, and the peer is
+            resynchronised.
         max_hz: At most so many pushes a second; None for as many as there are.
-        pending_bytes: How much of kind `events` may wait before the peer is resynchronised.
     """
 
     __slots__ = (
+        "_backlog",
         "_bytes",
         "_dropped",
         "_opened",
         "_parked",
+        "_pause",
         "_pending",
         "_period",
+        "_sent_at",
         "_shut",
         "_told",
         "direct",
         "epoch",
         "head",
         "kind",
-        "pending_bytes",
         "scope",
         "sent",
         "settled",
@@ -67,29 +78,30 @@ class Subscription:
         topic: Topic,
         kind: Kind,
         transport: Transport,
-        *,
+        backlog: Backlog,
         max_hz: float | None = None,
-        pending_bytes: int = 2**20,
     ) -> None:
         self.topic = topic
-        self.scope = trio.CancelScope()
         self.kind = kind
+        self.scope = trio.CancelScope()
         self.transport = transport
         self.write = transport.try_write
         self.direct = False
         """Whether a frame may be written past the sender task: it is idle and keeps no pace."""
-        self.pending_bytes = pending_bytes
         self.head = protocol.channel_head(topic.channel)
         self.sent: int | None = None
         self.epoch = ""
         self.status: StatusChange | None = None
         self.settled = False
-        self._told = _LIVE.state
+        self._told = "live"
         self._period = 0.0
+        self._pause: trio.CancelScope | None = None
+        self._sent_at = -math.inf
         self._opened = False
         self._shut = False
         self._parked: trio.lowlevel.Task | None = None
         self._pending: deque[Publication] = deque()
+        self._backlog = backlog
         self._bytes = 0
         self._dropped = 0
         if max_hz is not None:
@@ -100,8 +112,10 @@ class Subscription:
         self.direct = self._parked is not None and self._opened and not self._period
 
     def throttle(self, max_hz: float) -> None:
-        """Push at most so many times a second from now on."""
+        """Push at most so many times a second, from the last push on."""
         self._period = 1 / max_hz
+        if self._pause is not None:
+            self._pause.deadline = self._sent_at + self._period
         self._aim()
 
     def resume(self, epoch: str, seq: int) -> None:
@@ -123,25 +137,35 @@ class Subscription:
         self.open()
         return fresh
 
-    def shut(self) -> None:
-        """Shut the gate for good: nothing more is sent."""
-        self._opened = False
-        self._shut = True
-        self._pending.clear()
-        self._aim()
-
     def open(self) -> None:
         """Open the gate: the reply, and the value that the peer begins with, are written.
 
         Pending publications that are not newer than that value are dropped.
         """
+        if self._shut:
+            return
         while self._pending and not self._is_news(self._pending[0]):
-            self._bytes -= len(self._pending.popleft().data)
+            self._spend(-len(self._pending.popleft().data))
         self._opened = True
         self._wake()
 
     def _is_news(self, publication: Publication) -> bool:
         return self.sent is None or publication.epoch != self.epoch or publication.seq > self.sent
+
+    def shut(self) -> None:
+        """Shut the gate for good: nothing more is sent."""
+        self._opened = False
+        self._shut = True
+        self._clear()
+        self._aim()
+
+    def _spend(self, size: int) -> None:
+        self._bytes += size
+        self._backlog.bytes += size
+
+    def _clear(self) -> None:
+        self._pending.clear()
+        self._spend(-self._bytes)
 
     def offer(self, message: Message) -> None:
         """Keep a message for the sender task."""
@@ -149,16 +173,17 @@ class Subscription:
             return
         if isinstance(message, StatusChange):
             self.status = message
+        elif self.kind == "state":
+            self._pending.clear()
+            self._pending.append(message)
         else:
-            if self.kind == "state":
-                self._pending.clear()
-            elif self._bytes + len(message.data) > self.pending_bytes and self._pending:
+            size = len(message.data)
+            if self._pending and self._backlog.bytes + size > self._backlog.limit:
                 # The peer cannot follow: it gets the latest as a snapshot, and the number it lost.
                 self._dropped += len(self._pending)
-                self._pending.clear()
-                self._bytes = 0
+                self._clear()
             self._pending.append(message)
-            self._bytes += len(message.data)
+            self._spend(size)
         self._wake()
 
     def settle(self) -> None:
@@ -190,6 +215,7 @@ class Subscription:
         )
         self._dropped = 0
         self.epoch, self.sent = publication.epoch, publication.seq
+        self._sent_at = trio.current_time()
         return protocol.frame(payload)
 
     def status_frame(self, change: StatusChange) -> bytes | None:
@@ -202,10 +228,16 @@ class Subscription:
         )
 
     def _take(self) -> list[bytes]:
-        frames = [self.frame_of(publication) for publication in self._pending]
-        self._pending.clear()
-        self._bytes = 0
-        if self.status is not None:
+        frames: list[bytes] = []
+        while self._pending:
+            publication = self._pending.popleft()
+            frames.append(self.frame_of(publication))
+            if self._period and self._pending:
+                self._spend(-len(publication.data))  # events keep the pace one by one
+                break
+        else:
+            self._spend(-self._bytes)
+        if self.status is not None and not self._pending:
             live = self.status.status.state == "live"
             frame = self.status_frame(self.status)
             self.status = None
@@ -237,7 +269,6 @@ class Subscription:
                     self._parked = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._unpark)
             begin(self)
-        next_at = 0.0
         while True:
             while self.idle:
                 # Directly here, not behind an Event in a helper: that costs 2 KB a connection.
@@ -245,8 +276,9 @@ class Subscription:
                 self._aim()
                 await trio.lowlevel.wait_task_rescheduled(self._unpark)
             if self._period:
-                await trio.sleep_until(next_at)
-                next_at = trio.current_time() + self._period
+                with trio.CancelScope(deadline=self._sent_at + self._period) as self._pause:
+                    await trio.sleep_forever()
+                self._pause = None
             if frames := self._take():
                 await self.transport.send(frames)
 

@@ -114,6 +114,14 @@ class Channels:
         """Where a channel that is no ticker stands in the log's order."""
         return self._rank.get(name, len(self._rank))
 
+    def ticker(self, name: str) -> Topic | None:
+        """The topic of a ticker channel as anybody may spell it; None where it is none."""
+        if not name.startswith(TICKER_PREFIX):
+            return None
+        # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
+        symbol = name[len(TICKER_PREFIX) :].translate(_ASCII_UPPER)
+        return ticker_topic(symbol) if _SYMBOL.fullmatch(symbol) else None
+
     def resolve(self, name: str, user: str) -> Topic:
         """The topic that `user` means by `name`, in the new spelling or as one of their own rooms.
 
@@ -135,11 +143,7 @@ class Channels:
         return topic
 
     def _by_channel_name(self, name: str, user: str) -> Topic | None:
-        if name.startswith(TICKER_PREFIX):
-            # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
-            symbol = name[len(TICKER_PREFIX) :].translate(_ASCII_UPPER)
-            return ticker_topic(symbol) if _SYMBOL.fullmatch(symbol) else None
         channel = self._by_name.get(name)
         if channel is None:
-            return None
+            return self.ticker(name)
         return Topic(name, user if channel.per_user else None)

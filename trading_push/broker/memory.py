@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from trading_push.broker.base import Message, Publication, State, Status, StatusChange
+from trading_push.broker.base import Message, Publication, Status, StatusChange
 from trading_push.topics import Channels, Topic
 
 __all__ = ["MemoryBroker"]
@@ -113,10 +113,6 @@ class MemoryBroker:
     def forget(self, topic: Topic) -> None:
         """Drop all that is known of a topic; it comes back with a new epoch."""
         self._topics.pop(topic, None)
-
-    def count(self, state: State) -> int:
-        """How many topics are in a state."""
-        return sum(each.status.state == state for each in self._topics.values())
 
 
 def _now_ms() -> int:

@@ -37,7 +37,13 @@ class BatchSource(Source, Protocol):
     """A source that answers for many users in one go."""
 
     async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any | None]:
-        """The current values by user id; a user left out, or None, keeps the last value."""
+        """The current values by user id; a user left out, or None, keeps the last value.
+
+        Raises:
+            SourceError: Not `retryable`: what one of the users has cannot be given. They are asked
+                for in smaller batches then, so that the others have theirs.
+            Exception: Anything else is a failure for all of them until the next poll.
+        """
         ...
 
 

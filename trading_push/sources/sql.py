@@ -39,7 +39,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import Query
@@ -141,7 +141,9 @@ class SqlSource:
                 if self._closed:
                     connection.detach()
         except SQLAlchemyError as error:
-            raise SourceError(self._first_line(error)) from None
+            raise SourceError(
+                self._first_line(error), retryable=not isinstance(error, DataError)
+            ) from None
         return {user: _value(plan, rows.get(user)) for user in user_ids}
 
     def _check(self) -> None:
@@ -322,7 +324,10 @@ def _records(
 
 def _convert(plan: _Plan, column: str, value: Any) -> Any:
     if isinstance(value, Decimal | float) and not math.isfinite(value):
-        raise SourceError(f"{plan.data_type}: column {column} holds {value}, which is no amount")
+        raise SourceError(
+            f"{plan.data_type}: column {column} holds {value}, which is no amount",
+            retryable=False,
+        )
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, datetime):
@@ -338,7 +343,9 @@ def _splice(plan: _Plan, column: str, value: str) -> msgspec.Raw:
         _validate(value)
         return msgspec.Raw(value.encode())
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        raise SourceError(f"{plan.data_type}: column {column} is not JSON") from None
+        raise SourceError(
+            f"{plan.data_type}: column {column} is not JSON", retryable=False
+        ) from None
 
 
 def _value(plan: _Plan, records: list[dict[str, Any]] | None) -> msgspec.Raw | None:
@@ -352,4 +359,6 @@ def _value(plan: _Plan, records: list[dict[str, Any]] | None) -> msgspec.Raw | N
     try:
         return msgspec.Raw(_encode(records[0] if plan.single else records))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise SourceError(f"{plan.data_type}: a row cannot be encoded: {error}") from None
+        raise SourceError(
+            f"{plan.data_type}: a row cannot be encoded: {error}", retryable=False
+        ) from None

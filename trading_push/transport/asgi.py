@@ -7,7 +7,6 @@ frame is an ASGI message, and what the server does not tell is not known.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -16,14 +15,9 @@ import trio
 from trading_push import logs, protocol
 from trading_push.auth import Principal
 from trading_push.connection import Connection, Hub
-from trading_push.errors import (
-    AuthenticationError,
-    CloseCode,
-    SendTimeout,
-    ServiceClosed,
-    TransportClosed,
-)
+from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.transport import hypercorn_link
+from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close
 
 __all__ = ["AsgiDoor", "AsgiTransport"]
@@ -33,21 +27,19 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-REASON_BYTES = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two are the code
-
 
 class AsgiTransport:
     """A `Transport` over an accepted ASGI WebSocket."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, send_timeout_s: float) -> None:
-        client = scope.get("client")
-        self._peer = str(client[0]) if client else "-"
+        self._peer = _peer(scope)
         self._receive = receive
         self._send = send
         self._send_timeout_s = send_timeout_s
         self._link = hypercorn_link.find(send)
         self._stream = None if self._link is None else self._link.push_stream
         self._turn = trio.Lock()
+        self._sending: trio.CancelScope | None = None
         self._ended = False
         self._close_sent = False
         self._told: Close | None = None
@@ -103,21 +95,28 @@ class AsgiTransport:
             return
         async with self._turn:
             # Shielded: a send that is cancelled half-way corrupts what follows.
-            with trio.CancelScope(shield=True) as scope:
-                scope.deadline = trio.current_time() + self._send_timeout_s
+            deadline = trio.current_time() + self._send_timeout_s
+            with trio.CancelScope(deadline=deadline, shield=True) as self._sending:
                 for frame in frames:
                     # After a disconnect a server's send returns at once, without a checkpoint.
                     if self._ended or self._close_sent:
                         raise TransportClosed("the peer is gone")
                     text = protocol.payload_of(frame).decode()
-                    await self._send({"type": "websocket.send", "text": text})
-            if scope.cancelled_caught:
+                    try:
+                        await self._send({"type": "websocket.send", "text": text})
+                    except hypercorn_link.PeerFault as error:
+                        raise SendTimeout(str(error)) from error
+                    await trio.lowlevel.checkpoint()
+            if self._sending.cancelled_caught:
                 self.abort()
                 raise SendTimeout("the peer did not take a send in time")
 
     def hurry(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this."""
         self._send_timeout_s = min(self._send_timeout_s, grace_s)
+        if self._sending is not None:
+            deadline = trio.current_time() + grace_s
+            self._sending.deadline = min(self._sending.deadline, deadline)
         if self._stream is not None:
             self._stream.hurry(grace_s)
 
@@ -127,7 +126,7 @@ class AsgiTransport:
             return
         async with self._turn:
             self._close_sent = True
-            cut = reason.encode()[:REASON_BYTES].decode(errors="ignore")
+            cut = reason.encode()[: protocol.REASON_BYTES].decode(errors="ignore")
             await self._send({"type": "websocket.close", "code": code, "reason": cut})
         # Left at once, unread bytes of the peer would reset the stream and lose the close frame.
         while not self._ended:
@@ -139,6 +138,8 @@ class AsgiTransport:
     def abort(self) -> None:
         """Drop the peer, where the link allows it; nothing more is sent in any case."""
         self._close_sent = True
+        if self._sending is not None:
+            self._sending.cancel()
         if self._stream is not None:
             self._stream.abort()
 
@@ -152,14 +153,10 @@ class AsgiDoor:
 
     Args:
         hub: What the connections share.
-        path: Where the WebSocket is served.
-        accepting: Whether new connections are taken.
     """
 
-    def __init__(self, hub: Hub, path: str, accepting: Callable[[], bool]) -> None:
+    def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._path = path
-        self._accepting = accepting
         self._said_plain = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,43 +166,21 @@ class AsgiDoor:
         elif scope["type"] == "lifespan":
             await lifespan(receive, send)
         else:
-            await _not_found(send)
+            await _answer(send, "http.response", Refused(404, "there is nothing here"))
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] != "websocket.connect":
             return
-        if _path(scope) != self._path:
-            await _refuse(scope, send, 404, f"the WebSocket is at {self._path}")
+        headers = [(bytes(name).lower(), bytes(value)) for name, value in scope["headers"]]
+        try:
+            principal = await admit(self._hub, _path(scope), headers, _peer(scope))
+        except Refused as refused:
+            if "websocket.http.response" in (scope.get("extensions") or {}):
+                await _answer(send, "websocket.http.response", refused)
+            else:  # the server says 403
+                await send({"type": "websocket.close", "code": CloseCode.NORMAL})
             return
-        if not self._accepting():
-            await _refuse(scope, send, 503, "shutting down")
-            return
-        headers = _headers(scope)
-        principal: Principal | None = None
-        token = _bearer(headers)
-        if token is not None:
-            try:
-                principal = await self._authenticate(token)
-            except AuthenticationError as error:
-                await _refuse(scope, send, 401, error.message)
-                return
-            except Exception as error:  # the application's own code: one trace, one answer
-                address = str((scope.get("client") or "-")[0])
-                logs.emit(
-                    logs.line("internal_error", address=address, error=error)._replace(
-                        exception=error
-                    )
-                )
-                await _refuse(scope, send, 500, "an error of ours; try again later")
-                return
         await self._serve(scope, receive, send, principal)
-
-    async def _authenticate(self, token: str) -> Principal:
-        limit = self._hub.limits.authentication_timeout_s
-        with trio.move_on_after(limit):
-            principal = self._hub.authenticate(token)
-            return await principal if inspect.isawaitable(principal) else principal
-        raise AuthenticationError("the token could not be checked in time")
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, principal: Principal | None
@@ -242,33 +217,13 @@ def _path(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
-def _headers(scope: Scope) -> dict[bytes, bytes]:
-    return {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else "-"
 
 
-def _bearer(headers: Mapping[bytes, bytes]) -> str | None:
-    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else None
-
-
-async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
-    if "websocket.http.response" not in (scope.get("extensions") or {}):
-        await send({"type": "websocket.close", "code": CloseCode.NORMAL})  # the server says 403
-        return
-    await _answer(send, "websocket.http.response", status, why)
-
-
-async def _not_found(send: Send) -> None:
-    await _answer(send, "http.response", 404, "there is nothing here")
-
-
-async def _answer(send: Send, kind: str, status: int, why: str) -> None:
-    body = why.encode() + b"\n"
-    headers = [
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": f"{kind}.start", "status": status, "headers": headers})
-    await send({"type": f"{kind}.body", "body": body, "more_body": False})
+async def _answer(send: Send, kind: str, refused: Refused) -> None:
+    length = str(len(refused.body)).encode()
+    headers = [*refused.headers, (b"content-length", length)]
+    await send({"type": f"{kind}.start", "status": refused.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": refused.body, "more_body": False})

@@ -29,6 +29,7 @@ import hypercorn.trio.run
 import trio
 from hypercorn.events import Updated
 from hypercorn.protocol.events import Body, Data, Request, StreamClosed
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, StreamBuffer
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -296,6 +297,22 @@ class GuardedWSStream(WSStream):
         if self._raw and self.server_connection is not None:
             self.server_connection.websocket_accepted()
 
+    async def _send_wsproto_event(self, event: Any) -> None:
+        if not (self._raw or isinstance(event, CloseConnection)):
+            await self._room()
+        await super()._send_wsproto_event(event)
+
+    async def _room(self) -> None:
+        # Over HTTP/2 Hypercorn's own high-water mark does not hold: a peer that leaves its window
+        # shut makes the buffer of its stream grow without a bound.
+        buffers = getattr(getattr(self.send, "__self__", None), "stream_buffers", {})
+        buffer = buffers.get(self.stream_id)
+        if buffer is not None and len(buffer.buffer) >= BUFFER_HIGH_WATER:
+            with trio.move_on_after(guard.limits.send_timeout_s) as scope:
+                await buffer.drain()
+            if scope.cancelled_caught:
+                raise PeerFault("it does not take what it is sent")
+
     async def _handle_events(self) -> None:
         if self._over:
             return
@@ -352,6 +369,7 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (WebsocketBuffer, "__init__", "self max_length"),
     (WebsocketBuffer, "extend", "self event"),
     (WorkerContext, "__init__", "self max_requests"),
+    (StreamBuffer, "drain", "self"),
     (TextMessage, "__init__", "self data frame_finished message_finished"),
 )
 

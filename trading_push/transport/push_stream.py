@@ -37,7 +37,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         stream: The stream underneath.
         send_timeout_s: How long one send may take, its wait for a turn included.
         on_read: Called with True before a read and with False when it has returned.
-        on_end: Called once, when the peer's end of file or a broken stream was seen.
+        on_end: Called once, at the peer's end of file, at a broken stream or at our close.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         self._barred = True  # whether `try_send` must not write: taken, sealed, or no plain socket
         self._ended = False
         self.last_heard = trio.current_time()
-        self.bytes_sent = 0
         self.timed_out = False
         if self._socket is not None:
             self._raw_send, self._raw_sendmsg = self._socket.send, self._socket.sendmsg
@@ -73,6 +72,15 @@ class PushStream(trio.abc.HalfCloseableStream):
     def socket(self) -> trio.socket.SocketType:
         """The socket underneath (AttributeError over TLS)."""
         return self._stream.socket  # type: ignore[no-any-return]
+
+    @property
+    def peer(self) -> str:
+        """The peer's address; "-" where there is none."""
+        try:
+            name = self._bare_socket().getpeername()
+        except OSError:
+            return "-"
+        return str(name[0]) if isinstance(name, tuple) else "-"
 
     def start(self, nursery: trio.Nursery) -> None:
         """Take the nursery for flushes of what a short write left over."""
@@ -121,7 +129,6 @@ class PushStream(trio.abc.HalfCloseableStream):
                 written = self._raw_send(b"".join(frames))
         except OSError:
             return False
-        self.bytes_sent += written
         if written < sum(map(len, frames)):
             self._flush_later(b"".join(frames)[written:])
         return True
@@ -135,7 +142,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         except OSError:
             # Full, or broken: `send_frames` waits, or finds out and says so.
             return False
-        self.bytes_sent += written
         if written < len(frame):
             self._flush_later(frame[written:])
         return True
@@ -185,7 +191,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         try:
             with trio.CancelScope(deadline=deadline, shield=True) as self._writing:
                 await self._stream.send_all(data)
-                self.bytes_sent += len(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             if self.timed_out:
                 raise SendTimeout("the peer did not take a send in time") from error
@@ -270,6 +275,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         TLS says good-bye first, within a second; cancelled or late, the socket is just closed.
         """
         self._seal()
+        self._end()
         with trio.move_on_after(1):
             await self._stream.aclose()
 

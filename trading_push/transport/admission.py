@@ -1,0 +1,76 @@
+"""Who is let in at a door: the path, the moment, and a token in the handshake's headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from trading_push import logs
+from trading_push.auth import Principal
+from trading_push.connection import Hub
+from trading_push.errors import AuthenticationError, SourceError, TradingPushError
+
+__all__ = ["Refused", "admit"]
+
+
+class Refused(TradingPushError):
+    """The handshake is answered with an HTTP status and a reason instead of being accepted."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+        self.body = why.encode() + b"\n"
+        self.headers = [(b"content-type", b"text/plain; charset=utf-8")]
+        if status == 401:
+            self.headers.append((b"www-authenticate", b"Bearer"))
+
+
+async def admit(
+    hub: Hub, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
+) -> Principal | None:
+    """Let a handshake in.
+
+    Args:
+        hub: What the connections share.
+        path: The path asked for, without its query.
+        headers: The request's, names in lower case.
+        address: The peer's, for the log.
+
+    Returns:
+        Whom an `Authorization: Bearer` header names; None without one.
+
+    Raises:
+        Refused: With the status to answer: 404, 401, 503, or 500 for an error of ours (one trace).
+    """
+    if path != hub.path:
+        raise Refused(404, f"the WebSocket is at {hub.path}")
+    if not hub.accepting:
+        raise Refused(503, "shutting down")
+    if len(hub.connections) >= hub.limits.connections:
+        raise Refused(503, "too many connections")
+    token = _bearer(headers)
+    if token is None:
+        return None
+    try:
+        principal = await hub.check(token)
+    except AuthenticationError as error:
+        raise Refused(401, error.message) from None
+    except (SourceError, trio.TooSlowError):
+        raise Refused(503, "the token cannot be checked now") from None
+    except Exception as error:  # the application's own code: one trace, one answer
+        line = logs.line("internal_error", address=address, error=error)
+        logs.emit(line._replace(exception=error))
+        raise Refused(500, "an error of ours; try again later") from None
+    if not hub.accepting:  # while the token was being checked, the end has come
+        raise Refused(503, "shutting down")
+    return principal
+
+
+def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.decode("latin-1").partition(" ")
+            if scheme.lower() == "bearer":
+                return token.strip()
+    return None

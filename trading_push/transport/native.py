@@ -1,0 +1,145 @@
+"""The native door: WebSockets for trio applications without ASGI, by trio-websocket.
+
+trio-websocket does the handshake, the control frames and the close, on a PushStream of ours, over
+which frames go straight to the socket. Its reader runs in a nursery of its own, outside the one
+that a connection cancels: cancelled first, it could not read the peer's close frame any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import trio
+import trio_websocket
+import wsproto.utilities
+
+from trading_push import logs, protocol
+from trading_push.connection import Connection, Hub
+from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.transport.admission import Refused, admit
+from trading_push.transport.base import Close
+from trading_push.transport.push_stream import PushStream, wrap
+
+__all__ = ["NativeTransport", "handle_stream"]
+
+
+class NativeTransport:
+    """A `Transport` over an accepted trio-websocket connection."""
+
+    def __init__(
+        self,
+        socket: trio_websocket.WebSocketConnection,
+        stream: PushStream,
+        peer: str,
+        message_bytes: int,
+    ) -> None:
+        self._socket = socket
+        self._stream = stream
+        self._peer = peer
+        self._message_bytes = message_bytes
+        self._our_close: Close | None = None
+        self.try_write: Callable[[bytes], bool] = stream.try_write
+        self.try_send: Callable[[Sequence[bytes]], bool] = stream.try_send
+        self.hurry: Callable[[float], None] = stream.hurry
+        self.abort: Callable[[], None] = stream.abort
+        self.start: Callable[[trio.Nursery], None] = stream.start
+
+    @property
+    def peer(self) -> str:
+        """The peer's address."""
+        return self._peer
+
+    @property
+    def peer_close(self) -> Close | None:
+        """The close frame that decided; a broken frame counts as the one it is answered with."""
+        if self._our_close is not None:
+            return self._our_close
+        told = self._socket.closed
+        if told is None or told.code == CloseCode.ABNORMAL:
+            return None
+        return Close(told.code, told.reason or "")
+
+    async def receive(self) -> str | bytes:
+        """The next message; TransportClosed, or SendTimeout, when there is none to come."""
+        try:
+            message = await self._socket.get_message()
+        except trio_websocket.ConnectionClosed:
+            if self._stream.timed_out:
+                raise SendTimeout("the peer did not take a send in time") from None
+            raise TransportClosed("the peer is gone") from None
+        if isinstance(message, str) and len(message.encode()) > self._message_bytes:
+            # trio-websocket counts characters.
+            await self.close(CloseCode.TOO_BIG, "message over the limit")
+            raise TransportClosed("message over the limit")
+        return message
+
+    async def send(self, frames: Sequence[bytes]) -> None:
+        """Send some frames in order; raises SendTimeout or TransportClosed."""
+        if self._socket.closed is not None:
+            raise TransportClosed("the peer is gone")
+        await self._stream.send_frames(frames)
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send a close frame, once, and wait for the peer's."""
+        if self._socket.closed is not None:
+            return
+        cut = reason.encode()[: protocol.REASON_BYTES].decode(errors="ignore")
+        self._our_close = Close(code, cut, ours=True)
+        await self._socket.aclose(code, cut)
+
+
+async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
+    """Serve one stream, plain or TLS, until its peer is gone or it is stopped; then close it.
+
+    No exception of the peer's or of a handler's making leaves it.
+    """
+    handshake = trio.CancelScope(deadline=trio.current_time() + hub.limits.handshake_timeout_s)
+    push_stream = wrap(stream, hub.limits.send_timeout_s, on_end=handshake.cancel)
+    try:
+        push_stream.set_user_timeout(2 * hub.limits.heartbeat_s)
+        async with trio.open_nursery() as reader:
+            await _serve(hub, push_stream, reader, handshake)
+            reader.cancel_scope.cancel()
+    except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+        pass  # the peer went during the handshake
+    except* wsproto.utilities.LocalProtocolError:
+        pass  # trio-websocket answers a ping that comes after a close of ours, and must not
+    except* Exception as errors:
+        hub.stopped += 1
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        address = push_stream.peer
+        logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
+    finally:
+        push_stream.abort()
+
+
+async def _serve(
+    hub: Hub, stream: PushStream, reader: trio.Nursery, handshake: trio.CancelScope
+) -> None:
+    with handshake:
+        if hasattr(stream, "do_handshake"):
+            await stream.do_handshake()
+        # Nobody else ends this wait when the peer leaves: the stream does, by `on_end`.
+        request = await trio_websocket.wrap_server_stream(
+            reader, stream, max_message_size=hub.limits.message_bytes
+        )
+        try:
+            path = request.path.partition("?")[0]
+            principal = await admit(hub, path, request.headers, stream.peer)
+        except Refused as refused:
+            await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
+            return
+        offered = request.proposed_subprotocols
+        subprotocol = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
+        socket = await request.accept(subprotocol=subprotocol)
+    if handshake.cancelled_caught:
+        return
+    del request  # it would keep the handshake's headers as long as the connection lasts
+    transport = NativeTransport(socket, stream, stream.peer, hub.limits.message_bytes)
+    try:
+        await Connection(hub, transport, principal).run()
+    except ServiceClosed:
+        with trio.move_on_after(hub.limits.close_timeout_s):
+            await transport.close(CloseCode.SERVICE_RESTART, "service restart")
