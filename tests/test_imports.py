@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport", "sources", "broker"),
     ("service",),
     ("assembly",),
-    ("server", "asgi"),
+    ("server", "asgi", "testing"),
     ("client",),
     ("watch",),
     ("", "cli", "__main__"),

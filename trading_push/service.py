@@ -98,7 +98,7 @@ class PushService:
             None if feed is None else MarketFeed(feed, self._broker, settings.market.max_hz)
         )
         self._idle_since: dict[Topic, float] = {}
-        self._hub = Hub(
+        self.hub = Hub(
             path=settings.server.path,
             leeway_s=settings.auth.leeway_s,
             channels=channels,
@@ -109,7 +109,7 @@ class PushService:
             knows_symbol=(lambda symbol: True) if feed is None else feed.knows,
             awaits_source=self._awaits_source,
         )
-        self.asgi_app = AsgiDoor(self._hub)
+        self.asgi_app = AsgiDoor(self.hub)
         """The ASGI application: WebSocket at the configured path."""
 
     # --- for the application ---------------------------------------------------------------
@@ -155,12 +155,12 @@ class PushService:
         await trio.lowlevel.checkpoint()
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:
-        ticker = self._hub.channels.ticker(channel)
+        ticker = self.hub.channels.ticker(channel)
         if ticker is not None:
             if user is not None:
                 raise ValueError("a ticker is everyone's: leave out the user")
             return ticker
-        known = self._hub.channels.get(channel)
+        known = self.hub.channels.get(channel)
         if known is None:
             raise ValueError(f"there is no channel {channel!r}: add it to channels=")
         if known.per_user != (user is not None):
@@ -175,7 +175,7 @@ class PushService:
         the peer is gone; no exception of its making, nor of a handler's, leaves it. Cancelled, it
         says good-bye to the peer first, within `limits.close_timeout_s`.
         """
-        await native.handle_stream(self._hub, stream)
+        await native.handle_stream(self.hub, stream)
 
     async def serve_native(
         self,
@@ -223,7 +223,7 @@ class PushService:
             },
             ledger=attrs.evolve(self._registry.ledger),
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
-            connections_stopped=guard.stopped + self._hub.stopped,
+            connections_stopped=guard.stopped + self.hub.stopped,
             connections_refused=guard.refused,
             connections_reaped=guard.reaped,
         )
@@ -243,8 +243,8 @@ class PushService:
 
         Cancelled, it aborts what is left at once.
         """
-        self._hub.accepting = False
-        connections = self._hub.connections
+        self.hub.accepting = False
+        connections = self.hub.connections
         if not connections:
             return
         logs.emit(logs.line("shutting_down", connections=len(connections)))
@@ -255,12 +255,12 @@ class PushService:
             with trio.move_on_after(
                 self.limits.drain_timeout_s if timeout_s is None else timeout_s
             ):
-                await self._hub.wait_empty()
+                await self.hub.wait_empty()
         finally:
             for connection in list(connections):
                 connection.abort()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await self._hub.wait_empty()
+                await self.hub.wait_empty()
 
     def _watched(self, topic: Topic, watched: bool) -> None:
         poller = self._pollers.get(topic.channel)

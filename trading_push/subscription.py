@@ -144,13 +144,22 @@ class Subscription:
         """
         if self._shut:
             return
-        while self._pending and not self._is_news(self._pending[0]):
-            self._spend(-len(self._pending.popleft().data))
+        while self._pending and not self._is_unsent(self._pending[0]):
+            publication = self._pending.popleft()
+            if self.kind == "events":
+                self._spend(-len(publication.data))
         self._opened = True
         self._wake()
 
-    def _is_news(self, publication: Publication) -> bool:
+    def _is_unsent(self, publication: Publication) -> bool:
         return self.sent is None or publication.epoch != self.epoch or publication.seq > self.sent
+
+    def _is_news(self, publication: Publication) -> bool:
+        # A snapshot may be taken of what the fan-out has yet to hand out: that comes once more.
+        if self._pending:
+            last = self._pending[-1]
+            return publication.epoch != last.epoch or publication.seq > last.seq
+        return self._is_unsent(publication)
 
     def shut(self) -> None:
         """Shut the gate for good: nothing more is sent."""
@@ -173,6 +182,8 @@ class Subscription:
             return
         if isinstance(message, StatusChange):
             self.status = message
+        elif not self._is_news(message):
+            return
         elif self.kind == "state":
             self._pending.clear()
             self._pending.append(message)

@@ -1,0 +1,198 @@
+"""For tests of an application that embeds the service: a peer in memory, without a socket.
+
+::
+
+    async def test_margin(autojump_clock):
+        async with (
+            open_push_service(MySource(), authenticate=..., channels=[MARGIN]) as service,
+            peer(service, "4") as four,
+        ):
+            await four.subscribe("margin")
+            assert (await four.push())["data"] == {"ratio": "0.5"}
+
+Everything between the peer and the source is the real thing: the connection's nursery, the
+registry, the push loops; only the bytes on the wire are not. With pytest-trio's `autojump_clock`
+no test waits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from trading_push import protocol
+from trading_push.auth import Principal
+from trading_push.connection import Connection
+from trading_push.errors import SendTimeout, TransportClosed
+from trading_push.service import PushService
+from trading_push.transport.base import Close
+
+__all__ = ["MemoryTransport", "peer"]
+
+
+class MemoryTransport:
+    """A `Transport` whose peer is the test.
+
+    Args:
+        direct: Whether the fan-out may write past the sender tasks, as over a plain socket.
+        send_timeout_s: How long a send waits for a peer that does not read.
+    """
+
+    peer = "10.0.0.1"
+    """The peer's address, as the log shows it."""
+
+    def __init__(self, *, direct: bool = True, send_timeout_s: float = 10) -> None:
+        self.sent: list[dict[str, Any]] = []
+        """What has been sent to the peer and not been taken by the test."""
+        self.closed_with: tuple[int, str] | None = None
+        """The code and reason that the service has closed with."""
+        self.peer_close: Close | None = None
+        self.reading = trio.Event()
+        """Replaced by an event that is not set, it makes the peer stop reading: sends get stuck."""
+        self.reading.set()
+        self._direct = direct
+        self._send_timeout_s = send_timeout_s
+        self._turn = trio.Lock()
+        self._stuck: trio.CancelScope | None = None
+        self._gone = False
+        self._messages, self._inbox = trio.open_memory_channel[str | bytes](math.inf)
+        self._news = trio.Event()
+
+    # --- what the test does --------------------------------------------------------------
+
+    def say(self, op: str, **fields: Any) -> None:
+        """Send a request; synchronous."""
+        self.say_text(json.dumps({"op": op, **fields}))
+
+    def say_text(self, message: str | bytes) -> None:
+        """Send anything; bytes are a binary message."""
+        self._messages.send_nowait(message)
+
+    async def next(self, count: int = 1) -> list[dict[str, Any]]:
+        """Take the next messages, replies and pushes alike; waits until there are so many."""
+        while len(self.sent) < count:
+            self._news = trio.Event()
+            await self._news.wait()
+        taken, self.sent = self.sent[:count], self.sent[count:]
+        return taken
+
+    async def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send a request and take its reply; pushes that came before it stay in `sent`."""
+        self.say(op, **fields)
+        while True:
+            for message in self.sent:
+                if "op" in message:
+                    self.sent.remove(message)
+                    return message
+            self._news = trio.Event()
+            await self._news.wait()
+
+    async def subscribe(self, *args: Any) -> None:
+        """Subscribe to channels.
+
+        Raises:
+            AssertionError: One of them was refused.
+        """
+        reply = await self.request("subscribe", args=list(args))
+        assert reply["ok"], reply
+
+    async def push(self) -> dict[str, Any]:
+        """Take the next message."""
+        return (await self.next())[0]
+
+    def leave(self, code: int | None = None, reason: str = "") -> None:
+        """Go; with a close frame where `code` is given."""
+        if code is not None:
+            self.peer_close = Close(code, reason)
+        self._gone = True
+        self._messages.close()
+
+    # --- what the connection does: see `transport.base.Transport` -----------------------------
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Nothing is ever left over here."""
+
+    async def receive(self) -> str | bytes:
+        """The next message of the test."""
+        try:
+            return await self._inbox.receive()
+        except trio.EndOfChannel:
+            raise TransportClosed("the peer is gone") from None
+
+    def try_write(self, frame: bytes) -> bool:
+        """`try_send` of one frame."""
+        return self.try_send((frame,))
+
+    def try_send(self, frames: Sequence[bytes]) -> bool:
+        """Send now, unless the peer does not read or another send is under way."""
+        if not self._direct or self._gone or self._turn.locked() or not self.reading.is_set():
+            return False
+        self._take(frames)
+        return True
+
+    async def send(self, frames: Sequence[bytes]) -> None:
+        """Send in turn; waits while the peer does not read."""
+        await trio.lowlevel.checkpoint()
+        async with self._turn:
+            if self._gone or self.closed_with is not None:
+                raise TransportClosed("the peer is gone")
+            deadline = trio.current_time() + self._send_timeout_s
+            with trio.CancelScope(deadline=deadline, shield=True) as self._stuck:
+                await self.reading.wait()
+            if self._stuck.cancelled_caught:
+                self._gone = True
+                raise SendTimeout("the peer did not take a send in time")
+            self._take(frames)
+
+    def _take(self, frames: Sequence[bytes]) -> None:
+        assert self.closed_with is None, "sent after a close"
+        self.sent += [json.loads(protocol.payload_of(frame)) for frame in frames]
+        self._news.set()
+
+    def hurry(self, grace_s: float) -> None:
+        """Give a stuck send, and each later one, no longer than this."""
+        self._send_timeout_s = min(self._send_timeout_s, grace_s)
+        if self._stuck is not None:
+            self._stuck.deadline = min(self._stuck.deadline, trio.current_time() + grace_s)
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close; the test finds `closed_with`."""
+        assert self.closed_with is None, "closed twice"
+        if not self._gone:
+            self.closed_with = code, reason
+            self._news.set()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """Drop the peer."""
+        self._gone = True
+        self._messages.close()
+
+
+@asynccontextmanager
+async def peer(
+    service: PushService, user: str | None = None, **options: Any
+) -> AsyncIterator[MemoryTransport]:
+    """A peer of a running service, connected while the context is open.
+
+    Args:
+        service: The service.
+        user: Authenticated as this user from the start, as by a header of the handshake; the reply
+            that opens the connection is taken already. None leaves it to the test.
+        options: For `MemoryTransport`.
+    """
+    transport = MemoryTransport(**options)
+    principal = None if user is None else Principal(user)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Connection(service.hub, transport, principal).run)
+        if user is not None:
+            await transport.next()
+        try:
+            yield transport
+        finally:
+            transport.leave()
