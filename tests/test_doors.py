@@ -1,4 +1,4 @@
-"""What holds at every door: the same tests on the linked, the plain, the native and TLS ones."""
+"""What holds at every door, by the same tests: linked, plain, native, over TLS and in memory."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from test_firewall import KILLERS, attack, handshake
 from trading_push import AuthenticationError, JwtAuthenticator, Principal, open_push_service
 from trading_push.service import PushService
 from trading_push.settings import Auth, Limits, Settings
+from trading_push.testing import MemoryTransport, peer
 from trading_push.transport.hypercorn_link import guard
 
 KINDS = ["linked", "plain", "native", "linked-tls", "native-tls"]
+EVERY = [*KINDS, "memory"]
 RAW = ["linked", "native"]
 
 
@@ -55,6 +57,9 @@ def certificates(tmp_path_factory):
 async def served(kind: str, service: PushService, certificates: Any) -> AsyncIterator[int]:
     pem, _ = certificates
     tls = kind.endswith("tls")
+    if kind == "memory":
+        yield 0
+        return
     if kind.startswith("native"):
         context = None
         if tls:
@@ -99,6 +104,10 @@ async def open_door(
             async def connect(
                 user: str | int | None = None, *channels: Any, **options: Any
             ) -> AsyncIterator[TrioClient]:
+                if kind == "memory":
+                    async with in_memory(service, user, *channels) as made:
+                        yield made
+                    return
                 path = options.pop("path", "/ws")
                 tls = certificates[1] if kind.endswith("tls") else False
                 async with trio.open_nursery() as nursery:
@@ -127,6 +136,41 @@ async def open_door(
             assert service.statistics().ledger.balanced
     finally:
         guard.limits = old
+
+
+class MemorySocket:
+    """The transport in memory, with the few methods of a trio-websocket that the tests use."""
+
+    def __init__(self, transport: MemoryTransport) -> None:
+        self._transport = transport
+
+    async def send_message(self, message: str | bytes) -> None:
+        self._transport.say_text(message)
+
+    async def get_message(self) -> str:
+        while not self._transport.sent:
+            if self._transport.closed_with is not None:
+                reason = trio_websocket.CloseReason(*self._transport.closed_with)
+                raise trio_websocket.ConnectionClosed(reason)
+            await trio.sleep(0.001)
+        return json.dumps((await self._transport.next())[0])
+
+    async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
+        self._transport.leave(code, reason or "")
+
+
+@asynccontextmanager
+async def in_memory(
+    service: PushService, user: str | int | None, *channels: Any
+) -> AsyncIterator[TrioClient]:
+    async with peer(service) as transport:
+        made = TrioClient(MemorySocket(transport))  # type: ignore[arg-type]
+        if user is not None:
+            assert (await made.request("auth", token=token(user)))["ok"]
+        if channels:
+            assert (await made.request("subscribe", args=list(channels)))["ok"]
+        yield made
+        await made.socket.aclose()
 
 
 async def status_of(door: Door, request: bytes, certificates: Any) -> int:
@@ -158,21 +202,22 @@ def quiet(caplog):
     assert len([record for record in records if record.exc_info]) == expected
 
 
-every_door = pytest.mark.parametrize("kind", KINDS)
+every_door = pytest.mark.parametrize("kind", EVERY)
+every_server = pytest.mark.parametrize("kind", KINDS)
 
 
 @every_door
 async def test_values_arrive_whole_and_in_order(kind, certificates):
     async with open_door(kind, certificates) as door:
         await door.service.publish("pnl", [0, ""], user=4)
-        async with door.connect(4, "pnl") as peer:
-            assert (await peer.push())["data"] == [0, ""]
+        async with door.connect(4, "pnl") as client:
+            assert (await client.push())["data"] == [0, ""]
             seq = 1
             for number in range(1, 300):
                 size = (10, 200, 70_000)[number % 3]
                 await door.service.publish("pnl", [number, "x" * size], user=4)
             while True:
-                push = await peer.push()
+                push = await client.push()
                 assert push["prev"] == seq
                 assert push.get("merged", 1) == push["seq"] - push["prev"]
                 seq = push["seq"]
@@ -181,19 +226,19 @@ async def test_values_arrive_whole_and_in_order(kind, certificates):
                     break
 
 
-@every_door
+@every_server
 async def test_handshake_subprotocol_token_and_path(kind, certificates):
     async with open_door(kind, certificates) as door:
         bearer = [(b"authorization", b"Bearer " + token(4).encode())]
         options = {"extra_headers": bearer, "subprotocols": ["trading-push.v1", "other"]}
-        async with door.connect(**options) as peer:
-            assert peer.socket.subprotocol == "trading-push.v1"
-            opening = await peer.receive()
+        async with door.connect(**options) as client:
+            assert client.socket.subprotocol == "trading-push.v1"
+            opening = await client.receive()
             assert (opening["op"], opening["user"]) == ("auth", "4")
             assert "id" not in opening
-        async with door.connect(path="/ws?a=b") as peer:
-            assert peer.socket.subprotocol is None
-            assert (await peer.request("ping", id=1))["op"] == "pong"
+        async with door.connect(path="/ws?a=b") as client:
+            assert client.socket.subprotocol is None
+            assert (await client.request("ping", id=1))["op"] == "pong"
         wrong = handshake(b"Authorization: Bearer rubbish")
         assert await status_of(door, wrong, certificates) == 401
         assert await status_of(door, handshake(path=b"/other"), certificates) == 404
@@ -203,8 +248,8 @@ async def test_handshake_subprotocol_token_and_path(kind, certificates):
 @pytest.mark.parametrize(("code", "reason"), [(1000, "done"), (1001, None), (4001, "bye")])
 async def test_the_close_code_and_reason_are_the_peers(kind, certificates, caplog, code, reason):
     async with open_door(kind, certificates) as door:
-        async with door.connect(4, "ticker.A") as peer:
-            await peer.socket.aclose(code, reason)
+        async with door.connect(4, "ticker.A") as client:
+            await client.socket.aclose(code, reason)
         with trio.fail_after(5):
             while door.service.statistics().connections:
                 await trio.sleep(0.01)
@@ -218,32 +263,32 @@ async def test_the_close_code_and_reason_are_the_peers(kind, certificates, caplo
 @every_door
 async def test_our_close_reaches_the_peer(kind, certificates):
     async with open_door(kind, certificates) as door:
-        async with door.connect() as peer:
-            await peer.socket.send_message(b"binary")
+        async with door.connect() as client:
+            await client.socket.send_message(b"binary")
             with pytest.raises(trio_websocket.ConnectionClosed) as closed:
-                await peer.receive()
+                await client.receive()
             assert closed.value.reason.code == 1003
-        async with door.connect(4) as peer:
+        async with door.connect(4) as client:
             for _ in range(10):
-                await peer.socket.send_message("{")
-            replies = [await peer.receive() for _ in range(10)]
+                await client.socket.send_message("{")
+            replies = [await client.receive() for _ in range(10)]
             assert {reply["error"]["code"] for reply in replies} == {"bad_json"}
             with pytest.raises(trio_websocket.ConnectionClosed) as closed:
-                await peer.receive()
+                await client.receive()
             assert closed.value.reason.code == 4501
 
 
-@every_door
+@every_server
 async def test_a_message_over_the_limit(kind, certificates):
     async with open_door(kind, certificates, limits=Limits(message_bytes=1000)) as door:
         for text in ("x" * 1001, "é" * 501):
-            async with door.connect(4) as peer:
-                await peer.socket.send_message(text)
+            async with door.connect(4) as client:
+                await client.socket.send_message(text)
                 if kind == "plain":  # the server's own limit is what holds there
-                    assert (await peer.receive())["error"]["code"] == "bad_json"
+                    assert (await client.receive())["error"]["code"] == "bad_json"
                     continue
                 with pytest.raises(trio_websocket.ConnectionClosed) as closed:
-                    await peer.receive()
+                    await client.receive()
                 assert closed.value.reason.code in (1009, 1006)
 
 
@@ -258,11 +303,11 @@ async def test_a_bug_in_a_handler_is_one_trace_and_nobody_elses(kind, certificat
         open_door(kind, certificates, authenticate=authenticate) as door,
         door.connect(4, "ticker.A") as healthy,
     ):
-        async with door.connect() as peer:
-            reply = await peer.request("auth", id=5, token="bug")
+        async with door.connect() as client:
+            reply = await client.request("auth", id=5, token="bug")
             assert (reply["id"], reply["error"]["code"]) == (5, "internal")
             with pytest.raises(trio_websocket.ConnectionClosed) as closed:
-                await peer.receive()
+                await client.receive()
             assert closed.value.reason.code == 1011
         await door.service.publish("ticker.A", 1)
         while "data" not in (push := await healthy.push()):
@@ -274,19 +319,20 @@ async def test_a_bug_in_a_handler_is_one_trace_and_nobody_elses(kind, certificat
 async def test_the_drain_tells_everyone(kind, certificates):
     async with (
         open_door(kind, certificates) as door,
-        door.connect(4, "ticker.A") as peer,
+        door.connect(4, "ticker.A") as client,
         door.connect() as nobody,
     ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(door.service.drain)
-            for each in (peer, nobody):
+            for each in (client, nobody):
                 while "op" not in (notice := await each.receive()):
                     pass
                 assert notice["code"] == "shutdown"
                 with pytest.raises(trio_websocket.ConnectionClosed) as closed:
                     await each.receive()
                 assert closed.value.reason.code == 1012
-        assert await status_of(door, handshake(), certificates) == 503
+        if kind != "memory":
+            assert await status_of(door, handshake(), certificates) == 503
 
 
 def raw_client(port: int) -> socket.socket:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -46,6 +47,7 @@ from trading_push.transport.base import ABNORMAL, Close, Transport
 __all__ = ["Connection", "Hub"]
 
 _REPEAT_S = 60
+_RECONNECT_AFTER_MS = (500, 3000)
 
 
 @attrs.define(eq=False)
@@ -161,7 +163,7 @@ class Connection:
         )
         hub.connections.add(self)
         if not hub.accepting:  # its handshake was under way when the drain began
-            self.stop(CloseCode.SERVICE_RESTART, "service restart")
+            self.dismiss()
         try:
             try:
                 async with trio.open_nursery() as nursery:
@@ -204,6 +206,12 @@ class Connection:
         self._flag_closed()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+
+    def dismiss(self) -> None:
+        """End the connection because the service ends: the notice, then 1012; synchronous."""
+        # Not all at once: who comes back is spread over a few seconds.
+        notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
+        self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
 
     def abort(self) -> None:
         """Drop the peer without a close frame; synchronous."""

@@ -107,7 +107,7 @@ class MemoryTransport:
 
     def leave(self, code: int | None = None, reason: str = "") -> None:
         """Go; with a close frame where `code` is given."""
-        if code is not None:
+        if code is not None and not self._gone:
             self.peer_close = Close(code, reason)
         self._gone = True
         self._messages.close()
