@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
@@ -15,7 +14,6 @@ from trading_push import logs, protocol
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connection import Hub
-from trading_push.errors import CloseCode
 from trading_push.feed import MarketFeed
 from trading_push.poller import FetchContext, Poller
 from trading_push.registry import Ledger, Member, Registry
@@ -36,7 +34,6 @@ __all__ = ["PushService", "Statistics", "open_push_service"]
 
 _BACKLOG = 4096
 _FORGET_EVERY_S = 10
-_RECONNECT_AFTER_MS = (500, 3000)
 
 
 @attrs.frozen
@@ -249,8 +246,7 @@ class PushService:
             return
         logs.emit(logs.line("shutting_down", connections=len(connections)))
         for connection in list(connections):
-            notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
-            connection.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
+            connection.dismiss()
         try:
             with trio.move_on_after(
                 self.limits.drain_timeout_s if timeout_s is None else timeout_s

@@ -60,6 +60,7 @@ class MemoryTransport:
         self._turn = trio.Lock()
         self._stuck: trio.CancelScope | None = None
         self._gone = False
+        self._left = False
         self._messages, self._inbox = trio.open_memory_channel[str | bytes](math.inf)
         self._news = trio.Event()
 
@@ -107,8 +108,9 @@ class MemoryTransport:
 
     def leave(self, code: int | None = None, reason: str = "") -> None:
         """Go; with a close frame where `code` is given."""
-        if code is not None and not self._gone:
+        if code is not None and not self._left:
             self.peer_close = Close(code, reason)
+        self._left = True
         self._gone = True
         self._messages.close()
 
