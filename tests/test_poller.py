@@ -14,13 +14,13 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from memory_transport import MemoryTransport
 from support import hypercorn_serving, trio_client
 from test_teardown import by_name, lines
 
 from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
 from trading_push.connection import Connection
 from trading_push.settings import Auth, Intervals, Limits, Settings
+from trading_push.testing import MemoryTransport
 
 FAST = Settings(intervals=Intervals(balance=1, positions=1, pnl=1, orders=1))
 
@@ -54,7 +54,7 @@ async def serving(source: Any, **options: Any) -> AsyncIterator[tuple[PushServic
 
         async def join(user: str, *channels: Any) -> MemoryTransport:
             transport = MemoryTransport()
-            nursery.start_soon(Connection(service._hub, transport).run)
+            nursery.start_soon(Connection(service.hub, transport).run)
             transport.say("auth", token=user)
             transport.say("subscribe", args=list(channels))
             await transport.next(2)

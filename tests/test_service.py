@@ -13,7 +13,6 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from memory_transport import MemoryTransport
 from support import SECRET, hypercorn_serving, token, trio_client
 from test_teardown import by_name, room
 
@@ -28,6 +27,7 @@ from trading_push import (
 )
 from trading_push.protocol import encode_data
 from trading_push.settings import Auth, Limits, Settings
+from trading_push.testing import MemoryTransport
 
 
 async def test_a_published_value_reaches_its_user_alone(autojump_clock):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from memory_transport import MemoryTransport
 
 from trading_push import (
     AuthenticationError,
@@ -25,6 +24,7 @@ from trading_push.connection import Connection
 from trading_push.errors import CloseCode
 from trading_push.registry import Departure, Member, Registry
 from trading_push.settings import Limits, Settings
+from trading_push.testing import MemoryTransport
 from trading_push.topics import Channels
 from trading_push.transport.base import Close
 
@@ -50,7 +50,7 @@ class Room:
 
     def join(self, **options: Any) -> tuple[MemoryTransport, Connection]:
         transport = MemoryTransport(**options)
-        connection = Connection(self.service._hub, transport)
+        connection = Connection(self.service.hub, transport)
         self._nursery.start_soon(connection.run)
         return transport, connection
 
