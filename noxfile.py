@@ -72,3 +72,11 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
     session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure against other servers; arguments go to tests/bench/run.py (`-- --help`)."""
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(".", *nox.project.dependency_groups(project, "bench"))
+    session.run("python", "tests/bench/run.py", *session.posargs)

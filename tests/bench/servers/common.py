@@ -1,64 +1,91 @@
-"""What the servers of the benchmark share: the message, and how `run.py` drives them.
+"""What the servers of the benchmark share: the messages, and how `run.py` drives them.
 
-A server prints the port it listens on, then takes one JSON command a line:
-`{"batches": B, "topics": T, "interval_s": S}`: publish B batches of T messages, one a topic, S
-seconds apart; it answers with a line when all are handed to the kernel or to its own buffers.
+A server prints `{"port": N}` (or `{"skip": "why"}`), then takes one JSON command a line and answers
+each with one: `{"do": "publish", "batches": B, "topics": T, "interval_s": S}` publishes B batches
+of T messages, one a topic, S seconds apart, and answers when all are handed to the kernel or to its
+own buffers; with `"bytes": B` each message is so long. `{"do": "collect"}` collects garbage.
 """
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 TOPICS = [f"SYM{number}USDT" for number in range(10)]
 
+SIZE = 161
+"""How long a message is, so that its frame is as long as our own push of a ticker."""
 
-class Numbers:
-    """Numbers the messages of each topic, or of all together where clients see them as one."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __call__(self) -> int:
-        self.next += 1
-        return self.next
-
-
-numbers = Numbers()
+numbers: Counter[str] = Counter()
+"""How many messages there have been of each topic."""
 
 
 def ticker(symbol: str) -> dict[str, Any]:
-    """The value that is published: what matters is that every server sends as many bytes."""
-    return {"symbol": symbol, "n": numbers(), "at": time.monotonic_ns(), "last": "61837.63"}
+    """The value that is published."""
+    numbers[symbol] += 1
+    return {"symbol": symbol, "n": numbers[symbol], "at": time.monotonic_ns(), "last": "61837.63"}
 
 
-def payload(symbol: str) -> str:
-    """The value as the other servers send it, as long as our own push is."""
+def message(symbol: str) -> dict[str, Any]:
+    """What the other servers send of it."""
     value = ticker(symbol)
-    message = {"channel": f"ticker.{symbol}", "type": "update", "seq": value["n"], "data": value}
-    return json.dumps(message, separators=(",", ":")).ljust(SIZE)
+    return {"channel": f"ticker.{symbol}", "type": "update", "seq": value["n"], "data": value}
 
 
-SIZE = 161
+def payload(symbol: str, size: int = SIZE) -> str:
+    """The same as JSON, as long as our own push."""
+    return json.dumps(message(symbol), separators=(",", ":")).ljust(size)
 
 
-def listening(port: int) -> None:
-    print(port, flush=True)
+def say(**answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
 
 
-def answered() -> None:
-    print("{}", flush=True)
-
-
-def commands_to(take: Callable[[dict[str, Any]], None]) -> None:
-    """Hand each command to `take`, from a thread."""
+def each_command(take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand each command to `take`, from a thread; the process ends with the last."""
 
     def read() -> None:
         for line in sys.stdin:
             take(json.loads(line))
 
     threading.Thread(target=read, daemon=True).start()
+
+
+Publish = Callable[[list[str], int], Awaitable[None]]
+
+
+async def obey(publish: Publish) -> None:
+    """Carry out the commands on asyncio; `publish` takes the topics of a batch and a size."""
+    loop = asyncio.get_running_loop()
+    commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    each_command(lambda command: loop.call_soon_threadsafe(commands.put_nowait, command) and None)
+    while True:
+        command = await commands.get()
+        if command.pop("do") == "collect":
+            collect()
+        else:
+            await publish_batches(publish, **command)
+        say()
+
+
+async def publish_batches(
+    publish: Publish, batches: int, topics: int, interval_s: float, bytes: int = SIZE
+) -> None:
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    for _ in range(batches):
+        await publish(TOPICS[:topics], bytes)
+        due += interval_s
+        await asyncio.sleep(max(0.0, due - loop.time()))
+
+
+def collect() -> None:
+    for _ in range(3):
+        gc.collect()
