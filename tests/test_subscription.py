@@ -84,7 +84,7 @@ async def test_a_new_epoch_is_a_snapshot(autojump_clock):
 async def test_after_it_is_shut_nothing_is_sent(autojump_clock):
     async with subscription("events") as (made, transport):
         made.offer(publication(1, "events"))
-        made.shut()
+        made.close()
         made.open()
         made.offer(publication(2, "events"))
         await trio.sleep(2)

@@ -228,7 +228,7 @@ class Connection:
             return
         self.closed = True
         for subscription in self._subscriptions.values():
-            subscription.shut()
+            subscription.close()
         gone = self._close is not None and not self._close.ours
         self._transport.hurry(0 if gone else self._hub.limits.close_timeout_s)
 
@@ -431,6 +431,8 @@ class Connection:
         return StatusChange(topic, self._hub.broker.status(topic), round(time.time() * 1000))
 
     def _begin(self, subscription: Subscription) -> None:
+        if subscription.shut:
+            return
         topic = subscription.topic
         if subscription.begin(self._hub.broker.snapshot(topic), self._status(topic)):
             self._log_pushed(topic)
@@ -443,22 +445,20 @@ class Connection:
         ledger = self._hub.registry.ledger
         ledger.senders_started += 1
         try:
-            with subscription.scope:
-                if not self._hub.awaits_source(subscription.topic):
-                    subscription.settle()
-                await subscription.run(self._hub.limits.first_value_wait_s, self._begin)
+            if not self._hub.awaits_source(subscription.topic):
+                subscription.settle()
+            await subscription.run(self._hub.limits.first_value_wait_s, self._begin)
         except TransportClosed as error:
             self._send_failed(error)
         finally:
-            if not subscription.scope.cancelled_caught:
+            if not subscription.shut:
                 self._flag_closed()  # it ends with its connection, which is flagged first
             ledger.senders_ended += 1
 
     async def _unsubscribe(self, action: Unsubscribe) -> None:
         ended = [self._subscriptions.pop(topic) for topic in action.topics]
         for subscription in ended:
-            subscription.shut()
-            subscription.scope.cancel()
+            subscription.close()
         if ended:
             self._hub.registry.unsubscribe(self._member, ended)
         await self._send([protocol.frame(protocol.encode(action.reply))])

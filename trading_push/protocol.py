@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -408,8 +409,9 @@ def push(
     )
 
 
+@lru_cache(4096)
 def channel_head(channel: str) -> bytes:
-    """The beginning of every push of a channel."""
+    """The beginning of every push of a channel; the same object for all who subscribe to it."""
     return b'{"channel":%s,"type":' % _encoder.encode(channel)
 
 

@@ -8,7 +8,6 @@ sender task, of kind `events` all of them do, in order, up to a bound.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,9 @@ class Backlog:
 
     limit: int
     bytes: int = 0
+
+
+_NOTHING: list[Publication] = []
 
 
 class Subscription:
@@ -58,15 +60,14 @@ class Subscription:
         "_pending",
         "_period",
         "_sent_at",
-        "_shut",
         "_told",
         "direct",
         "epoch",
         "head",
         "kind",
-        "scope",
         "sent",
         "settled",
+        "shut",
         "status",
         "topic",
         "transport",
@@ -83,7 +84,6 @@ class Subscription:
     ) -> None:
         self.topic = topic
         self.kind = kind
-        self.scope = trio.CancelScope()
         self.transport = transport
         self.write = transport.try_write
         self.direct = False
@@ -98,9 +98,10 @@ class Subscription:
         self._pause: trio.CancelScope | None = None
         self._sent_at = -math.inf
         self._opened = False
-        self._shut = False
+        self.shut = False
         self._parked: trio.lowlevel.Task | None = None
-        self._pending: deque[Publication] = deque()
+        # Mostly empty, and then one for all: a list or deque of its own is up to 0.7 KB of memory.
+        self._pending: list[Publication] = _NOTHING
         self._backlog = backlog
         self._bytes = 0
         self._dropped = 0
@@ -142,12 +143,10 @@ class Subscription:
 
         Pending publications that are not newer than that value are dropped.
         """
-        if self._shut:
+        if self.shut:
             return
-        while self._pending and not self._is_unsent(self._pending[0]):
-            publication = self._pending.popleft()
-            if self.kind == "events":
-                self._spend(-len(publication.data))
+        if self._pending:
+            self._hold([each for each in self._pending if self._is_unsent(each)])
         self._opened = True
         self._wake()
 
@@ -161,40 +160,45 @@ class Subscription:
             return publication.epoch != last.epoch or publication.seq > last.seq
         return self._is_unsent(publication)
 
-    def shut(self) -> None:
-        """Shut the gate for good: nothing more is sent."""
+    def close(self) -> None:
+        """Shut the gate for good: nothing more is sent, and the sender task ends."""
+        self.shut = True
         self._opened = False
-        self._shut = True
-        self._clear()
+        self._hold(_NOTHING)
+        if self._pause is not None:
+            self._pause.cancel()
+        self._wake()
         self._aim()
 
-    def _spend(self, size: int) -> None:
-        self._bytes += size
-        self._backlog.bytes += size
-
-    def _clear(self) -> None:
-        self._pending.clear()
-        self._spend(-self._bytes)
+    def _hold(self, pending: list[Publication]) -> None:
+        self._pending = pending
+        if self.kind == "events":
+            size = sum(len(each.data) for each in pending)
+            self._backlog.bytes += size - self._bytes
+            self._bytes = size
 
     def offer(self, message: Message) -> None:
         """Keep a message for the sender task."""
-        if self._shut:
+        if self.shut:
             return
         if isinstance(message, StatusChange):
             self.status = message
         elif not self._is_news(message):
             return
         elif self.kind == "state":
-            self._pending.clear()
-            self._pending.append(message)
+            self._pending = [message]
         else:
             size = len(message.data)
             if self._pending and self._backlog.bytes + size > self._backlog.limit:
                 # The peer cannot follow: it gets the latest as a snapshot, and the number it lost.
                 self._dropped += len(self._pending)
-                self._clear()
-            self._pending.append(message)
-            self._spend(size)
+                self._hold([message])
+            elif self._pending:
+                self._pending.append(message)
+                self._bytes += size
+                self._backlog.bytes += size
+            else:
+                self._hold([message])
         self._wake()
 
     def settle(self) -> None:
@@ -239,16 +243,12 @@ class Subscription:
         )
 
     def _take(self) -> list[bytes]:
-        frames: list[bytes] = []
-        while self._pending:
-            publication = self._pending.popleft()
-            frames.append(self.frame_of(publication))
-            if self._period and self._pending:
-                self._spend(-len(publication.data))  # events keep the pace one by one
-                break
-        else:
-            self._spend(-self._bytes)
-        if self.status is not None and not self._pending:
+        # Events keep the pace one by one; states have been merged into one.
+        count = 1 if self._period else len(self._pending)
+        taken, left = self._pending[:count], self._pending[count:]
+        self._hold(left or _NOTHING)
+        frames = [self.frame_of(publication) for publication in taken]
+        if self.status is not None and not left:
             live = self.status.status.state == "live"
             frame = self.status_frame(self.status)
             self.status = None
@@ -272,16 +272,16 @@ class Subscription:
         Raises:
             TransportClosed: The peer is gone.
 
-        Runs until cancelled, which leaves no half-written frame behind.
+        Runs until `close`, or until cancelled; neither leaves a half-written frame behind.
         """
         if not self._opened:
             with trio.move_on_after(first_value_wait_s):
-                while not self.settled:
+                while not (self.settled or self.shut):
                     self._parked = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._unpark)
             begin(self)
         while True:
-            while self.idle:
+            while self.idle and not self.shut:
                 # Directly here, not behind an Event in a helper: that costs 2 KB a connection.
                 self._parked = trio.lowlevel.current_task()
                 self._aim()
@@ -290,6 +290,8 @@ class Subscription:
                 with trio.CancelScope(deadline=self._sent_at + self._period) as self._pause:
                     await trio.sleep_forever()
                 self._pause = None
+            if self.shut:
+                return
             if frames := self._take():
                 await self.transport.send(frames)
 

@@ -171,9 +171,8 @@ class AsgiDoor:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] != "websocket.connect":
             return
-        headers = [(bytes(name).lower(), bytes(value)) for name, value in scope["headers"]]
         try:
-            principal = await admit(self._hub, _path(scope), headers, _peer(scope))
+            principal = await admit(self._hub, _path(scope), _headers(scope), _peer(scope))
         except Refused as refused:
             if "websocket.http.response" in (scope.get("extensions") or {}):
                 await _answer(send, "websocket.http.response", refused)
@@ -195,6 +194,8 @@ class AsgiDoor:
             server = "no guarded Hypercorn, or a middleware that wraps send"
             logs.emit(logs.line("plain_form", reason=server))
         await send({"type": "websocket.accept", "subprotocol": subprotocol})
+        if link is not None:
+            link.forget_handshake()
         transport = AsgiTransport(scope, receive, send, self._hub.limits.send_timeout_s)
         try:
             await Connection(self._hub, transport, principal).run()
@@ -215,6 +216,10 @@ async def lifespan(receive: Receive, send: Send) -> None:
 def _path(scope: Scope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    return [(bytes(name).lower(), bytes(value)) for name, value in scope["headers"]]
 
 
 def _peer(scope: Scope) -> str:

@@ -30,6 +30,7 @@ import trio
 from hypercorn.events import Updated
 from hypercorn.protocol.events import Body, Data, Request, StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, StreamBuffer
+from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -266,6 +267,14 @@ class GuardedWSStream(WSStream):
     def limit_messages(self, size: int) -> None:
         """A message of more bytes than this is closed with 1009."""
         self.buffer.max_length = size
+
+    def forget_handshake(self) -> None:
+        """Let go of the request, its headers and h11's connection: nobody asks for them again."""
+        self.scope["headers"] = []
+        self.handshake.key = self.handshake.subprotocols = self.handshake.connection_tokens = None
+        connection = getattr(getattr(self.send, "__self__", None), "connection", None)
+        if isinstance(connection, H11WSConnection):
+            connection.h11_connection = None  # type: ignore[assignment]
 
     def decide(self, code: int, reason: str | None, *, ours: bool) -> None:
         """A close frame is sent or was received; the first one counts."""
