@@ -17,7 +17,7 @@ import select
 import threading
 import unicodedata
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -394,13 +394,18 @@ def _emit(each: Line) -> None:
 def _unbroken(logger: logging.Logger | None) -> Iterator[None]:
     # A record reaches its handlers one by one, each under the handler's own (re-entrant) lock:
     # whoever holds those locks is alone until done, and other threads' records wait their turn.
-    with ExitStack() as held:
+    held = []
+    try:
         while logger is not None:
             for handler in logger.handlers:
                 if handler.lock is not None:
-                    held.enter_context(handler.lock)
+                    handler.lock.acquire()
+                    held.append(handler.lock)
             logger = logger.parent if logger.propagate else None
         yield
+    finally:
+        for lock in reversed(held):
+            lock.release()
 
 
 class SafeFormatter(logging.Formatter):

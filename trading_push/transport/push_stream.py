@@ -174,17 +174,33 @@ class PushStream(trio.abc.HalfCloseableStream):
         await self._in_turn(frames[0] if len(frames) == 1 else b"".join(frames), ours=True)
 
     async def _in_turn(self, data: Bytes, *, ours: bool) -> None:
+        sent = self._send_now(data)
+        if sent == len(data):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
         deadline = trio.current_time() + self._send_timeout_s
-        with trio.CancelScope(deadline=deadline) as waiting:
-            await self._take_turn()
-        if waiting.cancelled_caught:
-            self._give_up()
+        if sent:
+            self._taken = self._barred = True
+        else:
+            with trio.CancelScope(deadline=deadline) as waiting:
+                await self._take_turn()
+            if waiting.cancelled_caught:
+                self._give_up()
         try:
-            if ours and self._sealed:
+            if ours and self._sealed and not sent:
                 raise TransportClosed("a close frame was sent")
-            await self._write(data, deadline)
+            await self._write(memoryview(data)[sent:], deadline)
         finally:
             self._give_turn()
+
+    def _send_now(self, data: Bytes) -> int:
+        # Most often the socket takes it all at once: no deadline is needed for that, nor a scope.
+        if self._taken or self._socket is None or self._send_timeout_s <= 0:
+            return 0
+        try:
+            return self._raw_send(data)
+        except OSError:
+            return 0
 
     async def _write(self, data: Bytes, deadline: float) -> None:
         # Shielded: cancelled in the middle, it would leave half a frame behind.
