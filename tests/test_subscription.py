@@ -22,16 +22,25 @@ def publication(seq: int, kind: Kind, epoch: str = "e") -> Publication:
     return Publication(TOPIC, kind, epoch, seq, 0, b"%d" % seq)
 
 
+class Owner:
+    first_value_wait_s = 1
+
+    def begin(self, subscription: Subscription) -> None:
+        subscription.begin(None, LIVE)
+
+    def sender_started(self, subscription: Subscription) -> None: ...
+
+    def send_failed(self, error: Exception) -> None: ...
+
+    def sender_ended(self, subscription: Subscription) -> None: ...
+
+
 @asynccontextmanager
 async def subscription(kind: Kind) -> AsyncIterator[tuple[Subscription, MemoryTransport]]:
     transport = MemoryTransport()
     made = Subscription(TOPIC, kind, transport, Backlog(1000))
     async with trio.open_nursery() as nursery:
-
-        async def run() -> None:
-            await made.run(1, lambda subscription: subscription.begin(None, LIVE) and None)
-
-        nursery.start_soon(run)
+        nursery.start_soon(made.run, Owner())
         yield made, transport
         nursery.cancel_scope.cancel()
 
@@ -63,7 +72,7 @@ async def test_what_is_not_newer_than_the_beginning_is_dropped_at_the_gate(autoj
     made.frame_of(publication(5, kind))  # its frame goes with the reply
     made.open()  # which is written; the sender task is started now
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(made.run, 1, lambda subscription: None)
+        nursery.start_soon(made.run, Owner())
         await trio.testing.wait_all_tasks_blocked()
         assert transport.sent == []
         made.offer(publication(6, kind))

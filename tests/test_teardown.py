@@ -113,7 +113,7 @@ class Order(trio.abc.Instrument):
         monkeypatch.setattr(Registry, "leave", left)
 
     def task_exited(self, task: trio.lowlevel.Task) -> None:
-        if task.name.endswith("Connection._sender"):
+        if task.name.endswith("Subscription.run"):
             self.events.append("sender ended")
 
     def watch(self, transport: MemoryTransport) -> None:

@@ -315,21 +315,8 @@ class Connection:
         try:
             await self._transport.send(frames)
         except TransportClosed as error:
-            self._send_failed(error)
+            self.send_failed(error)
             raise
-
-    def _send_failed(self, error: TransportClosed) -> None:
-        if self.closed or self._transport.peer_close is not None:
-            return
-        if isinstance(error, SendTimeout):
-            self._gone(error)
-        else:
-            self._found_by_send = True
-        # The receive loop may still find the close frame that the peer sent before it went.
-        self._end_by = trio.current_time() + self._hub.limits.close_timeout_s
-        if self._receiving is not None:
-            self._receiving.deadline = self._end_by
-        self._flag_closed()
 
     # --- authentication --------------------------------------------------------------------
 
@@ -411,7 +398,7 @@ class Connection:
             subscription.open()
         for subscription in begun:
             assert self._nursery is not None
-            self._nursery.start_soon(self._sender, subscription)
+            self._nursery.start_soon(subscription.run, self)
 
     def _first(self, subscription: Subscription, wanted: Wanted) -> Sequence[Publication] | None:
         # What a subscription begins with; None where its value is yet to come.
@@ -430,30 +417,9 @@ class Connection:
     def _status(self, topic: Topic) -> StatusChange:
         return StatusChange(topic, self._hub.broker.status(topic), round(time.time() * 1000))
 
-    def _begin(self, subscription: Subscription) -> None:
-        if subscription.shut:
-            return
-        topic = subscription.topic
-        if subscription.begin(self._hub.broker.snapshot(topic), self._status(topic)):
-            self._log_pushed(topic)
-
     def _log_pushed(self, topic: Topic) -> None:
         if topic.user is not None and logs.enabled("pushed"):
             logs.emit(logs.line("pushed", data_type=topic.channel, user=topic.user))
-
-    async def _sender(self, subscription: Subscription) -> None:
-        ledger = self._hub.registry.ledger
-        ledger.senders_started += 1
-        try:
-            if not self._hub.awaits_source(subscription.topic):
-                subscription.settle()
-            await subscription.run(self._hub.limits.first_value_wait_s, self._begin)
-        except TransportClosed as error:
-            self._send_failed(error)
-        finally:
-            if not subscription.shut:
-                self._flag_closed()  # it ends with its connection, which is flagged first
-            ledger.senders_ended += 1
 
     async def _unsubscribe(self, action: Unsubscribe) -> None:
         ended = [self._subscriptions.pop(topic) for topic in action.topics]
@@ -462,3 +428,44 @@ class Connection:
         if ended:
             self._hub.registry.unsubscribe(self._member, ended)
         await self._send([protocol.frame(protocol.encode(action.reply))])
+
+    # --- what a sender task asks of its owner: see `subscription.Owner` --------------------
+
+    @property
+    def first_value_wait_s(self) -> float:
+        """How long a subscription waits for the source's first answer."""
+        return self._hub.limits.first_value_wait_s
+
+    def begin(self, subscription: Subscription) -> None:
+        """Give a subscription the value or the status that there is by now."""
+        topic = subscription.topic
+        if not subscription.shut and subscription.begin(
+            self._hub.broker.snapshot(topic), self._status(topic)
+        ):
+            self._log_pushed(topic)
+
+    def sender_started(self, subscription: Subscription) -> None:
+        """Count it; and the source may have answered while the reply was being written."""
+        self._hub.registry.ledger.senders_started += 1
+        if not self._hub.awaits_source(subscription.topic):
+            subscription.settle()
+
+    def send_failed(self, error: TransportClosed) -> None:
+        """The peer is gone, or too slow."""
+        if self.closed or self._transport.peer_close is not None:
+            return
+        if isinstance(error, SendTimeout):
+            self._gone(error)
+        else:
+            self._found_by_send = True
+        # The receive loop may still find the close frame that the peer sent before it went.
+        self._end_by = trio.current_time() + self._hub.limits.close_timeout_s
+        if self._receiving is not None:
+            self._receiving.deadline = self._end_by
+        self._flag_closed()
+
+    def sender_ended(self, subscription: Subscription) -> None:
+        """Count it; if it did not end by itself, its connection ends, and is flagged first."""
+        if not subscription.shut:
+            self._flag_closed()
+        self._hub.registry.ledger.senders_ended += 1

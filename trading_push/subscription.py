@@ -8,14 +8,14 @@ sender task, of kind `events` all of them do, in order, up to a bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import trio
 
 from trading_push import protocol
 from trading_push.broker.base import Message, Publication, StatusChange
+from trading_push.errors import TransportClosed
 from trading_push.topics import Kind, Topic
 
 if TYPE_CHECKING:
@@ -30,6 +30,31 @@ class Backlog:
 
     limit: int
     bytes: int = 0
+
+
+class Owner(Protocol):
+    """Whose subscription it is, as its sender task sees it. All methods are synchronous."""
+
+    @property
+    def first_value_wait_s(self) -> float:
+        """Where the gate is still shut, how long to wait for the source's first answer."""
+        ...
+
+    def begin(self, subscription: Subscription) -> None:
+        """That is there, or the wait is over: open the gate."""
+        ...
+
+    def sender_started(self, subscription: Subscription) -> None:
+        """The sender task runs."""
+        ...
+
+    def send_failed(self, error: TransportClosed) -> None:
+        """A send has found the peer gone, or has met its deadline."""
+        ...
+
+    def sender_ended(self, subscription: Subscription) -> None:
+        """The sender task ends."""
+        ...
 
 
 _NOTHING: list[Publication] = []
@@ -261,39 +286,39 @@ class Subscription:
         """Whether nothing waits for the sender task."""
         return not self._pending and self.status is None
 
-    async def run(self, first_value_wait_s: float, begin: Callable[[Subscription], None]) -> None:
+    async def run(self, owner: Owner) -> None:
         """The sender task, started when the reply is written: deliver what is offered.
 
-        Args:
-            first_value_wait_s: Where the gate is still shut, how long to wait for the source's
-                first answer.
-            begin: Called when that is there or the wait is over; it opens the gate.
+        It parks in this one frame: a task for each subscription is cheap only as long as it has
+        no second frame, no scope of its own and no Event.
 
-        Raises:
-            TransportClosed: The peer is gone.
-
-        Runs until `close`, or until cancelled; neither leaves a half-written frame behind.
+        Runs until `close`, until the peer is gone, or until cancelled; none of these leaves a
+        half-written frame behind. The owner is told of its end in any case.
         """
-        if not self._opened:
-            with trio.move_on_after(first_value_wait_s):
-                while not (self.settled or self.shut):
+        owner.sender_started(self)
+        try:
+            if not self._opened:
+                with trio.move_on_after(owner.first_value_wait_s):
+                    while not (self.settled or self.shut):
+                        self._parked = trio.lowlevel.current_task()
+                        await trio.lowlevel.wait_task_rescheduled(self._unpark)
+                owner.begin(self)
+            while not self.shut:
+                if self.idle:
                     self._parked = trio.lowlevel.current_task()
+                    self._aim()
                     await trio.lowlevel.wait_task_rescheduled(self._unpark)
-            begin(self)
-        while True:
-            while self.idle and not self.shut:
-                # Directly here, not behind an Event in a helper: that costs 2 KB a connection.
-                self._parked = trio.lowlevel.current_task()
-                self._aim()
-                await trio.lowlevel.wait_task_rescheduled(self._unpark)
-            if self._period:
-                with trio.CancelScope(deadline=self._sent_at + self._period) as self._pause:
-                    await trio.sleep_forever()
-                self._pause = None
-            if self.shut:
-                return
-            if frames := self._take():
-                await self.transport.send(frames)
+                    continue
+                if self._period:
+                    with trio.CancelScope(deadline=self._sent_at + self._period) as self._pause:
+                        await trio.sleep_forever()
+                    self._pause = None
+                if frames := self._take():
+                    await self.transport.send(frames)
+        except TransportClosed as error:
+            owner.send_failed(error)
+        finally:
+            owner.sender_ended(self)
 
     def _unpark(self, raise_cancel: object) -> trio.lowlevel.Abort:
         self._parked = None
