@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 from trading_push.transport.hypercorn_link import GuardedWSStream
@@ -10,6 +11,7 @@ from trading_push.transport.push_stream import PushStream
 
 violations: list[str] = []
 closes = 0
+closed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def install() -> None:
@@ -22,30 +24,30 @@ def install() -> None:
     async def app_send(self: GuardedWSStream, message: Any) -> None:
         global closes
         if message is not None:
-            if getattr(self, "recorded_close", False):
+            if self in closed:
                 _violated(f"{message['type']} after a close")
             if message["type"] == "websocket.close":
                 closes += 1
-                self.recorded_close = True
+                closed.add(self)
                 if self.push_stream is not None:
-                    self.push_stream.recorded_close = True
+                    closed.add(self.push_stream)
         await original_send(self, message)
 
     async def send_frames(self: PushStream, frames: Any) -> None:
-        after = getattr(self, "recorded_close", False)
+        after = self in closed
         await original_frames(self, frames)
         if after:
             _violated("frames sent after a close")
 
     def try_send(self: PushStream, frames: Any) -> bool:
-        after = getattr(self, "recorded_close", False)
+        after = self in closed
         sent = original_try(self, frames)
         if after and sent:
             _violated("frames written after a close")
         return sent
 
     def try_write(self: PushStream, frame: bytes) -> bool:
-        after = getattr(self, "recorded_close", False)
+        after = self in closed
         sent = original_write(self, frame)
         if after and sent:
             _violated("a frame written after a close")

@@ -124,6 +124,24 @@ class Connection:
         principal: Whom the handshake has authenticated, where it has.
     """
 
+    __slots__ = (
+        "_backlog",
+        "_close",
+        "_end_by",
+        "_farewell",
+        "_found_by_send",
+        "_hub",
+        "_limit",
+        "_member",
+        "_nursery",
+        "_principal",
+        "_receiving",
+        "_session",
+        "_subscriptions",
+        "_transport",
+        "closed",
+    )
+
     def __init__(self, hub: Hub, transport: Transport, principal: Principal | None = None) -> None:
         self._hub = hub
         self._transport = transport

@@ -98,6 +98,18 @@ class Session:
         clock: The time in seconds since the epoch.
     """
 
+    __slots__ = (
+        "_bad",
+        "_channels",
+        "_clock",
+        "_connection_id",
+        "_knows_symbol",
+        "_limits",
+        "principal",
+        "request_id",
+        "topics",
+    )
+
     def __init__(
         self,
         channels: Channels,

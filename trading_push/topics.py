@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import attrs
@@ -73,8 +74,9 @@ def symbol_of(channel: str) -> str | None:
     return channel[len(TICKER_PREFIX) :] if channel.startswith(TICKER_PREFIX) else None
 
 
+@lru_cache(4096)
 def ticker_topic(symbol: str) -> Topic:
-    """The topic of a symbol's ticker."""
+    """The topic of a symbol's ticker; the same object for all who subscribe to it."""
     return Topic(TICKER_PREFIX + symbol)
 
 

@@ -31,6 +31,20 @@ Send = Callable[[Message], Awaitable[None]]
 class AsgiTransport:
     """A `Transport` over an accepted ASGI WebSocket."""
 
+    __slots__ = (
+        "_close_sent",
+        "_ended",
+        "_link",
+        "_peer",
+        "_receive",
+        "_send",
+        "_send_timeout_s",
+        "_sending",
+        "_stream",
+        "_told",
+        "_turn",
+    )
+
     def __init__(self, scope: Scope, receive: Receive, send: Send, send_timeout_s: float) -> None:
         self._peer = _peer(scope)
         self._receive = receive

@@ -26,6 +26,14 @@ __all__ = ["NativeTransport", "handle_stream"]
 class NativeTransport:
     """A `Transport` over an accepted trio-websocket connection."""
 
+    __slots__ = (
+        "_message_bytes",
+        "_our_close",
+        "_peer",
+        "_socket",
+        "_stream",
+    )
+
     def __init__(
         self,
         socket: trio_websocket.WebSocketConnection,
@@ -38,11 +46,6 @@ class NativeTransport:
         self._peer = peer
         self._message_bytes = message_bytes
         self._our_close: Close | None = None
-        self.try_write: Callable[[bytes], bool] = stream.try_write
-        self.try_send: Callable[[Sequence[bytes]], bool] = stream.try_send
-        self.hurry: Callable[[float], None] = stream.hurry
-        self.abort: Callable[[], None] = stream.abort
-        self.start: Callable[[trio.Nursery], None] = stream.start
 
     @property
     def peer(self) -> str:
@@ -58,6 +61,27 @@ class NativeTransport:
         if told is None or told.code == CloseCode.ABNORMAL:
             return None
         return Close(told.code, told.reason or "")
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Take the connection's nursery."""
+        self._stream.start(nursery)
+
+    def try_send(self, frames: Sequence[bytes]) -> bool:
+        """Send now, over a plain socket."""
+        return self._stream.try_send(frames)
+
+    @property
+    def try_write(self) -> Callable[[bytes], bool]:
+        """`try_send` of one frame; the stream's own, so that no call stands between."""
+        return self._stream.try_write
+
+    def hurry(self, grace_s: float) -> None:
+        """Give a send that is under way no longer than this."""
+        self._stream.hurry(grace_s)
+
+    def abort(self) -> None:
+        """Drop the peer."""
+        self._stream.abort()
 
     async def receive(self) -> str | bytes:
         """The next message; TransportClosed, or SendTimeout, when there is none to come."""

@@ -40,6 +40,26 @@ class PushStream(trio.abc.HalfCloseableStream):
         on_end: Called once, at the peer's end of file, at a broken stream or at our close.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_barred",
+        "_ended",
+        "_nursery",
+        "_on_end",
+        "_on_read",
+        "_raw_send",
+        "_raw_sendmsg",
+        "_sealed",
+        "_send_timeout_s",
+        "_socket",
+        "_stream",
+        "_taken",
+        "_waiting",
+        "_writing",
+        "last_heard",
+        "timed_out",
+    )
+
     def __init__(
         self,
         stream: trio.abc.Stream,
@@ -316,6 +336,8 @@ class PushStream(trio.abc.HalfCloseableStream):
 
 class TlsPushStream(PushStream):
     """A PushStream over TLS: no raw writes, and what a server asks of a TLS stream."""
+
+    __slots__ = ()
 
     @property
     def transport_stream(self) -> trio.abc.Stream:
