@@ -80,7 +80,7 @@ PANELS = [
     ("fanout-1000", "cpu_us", "Server CPU a delivery, 1,000 subscribers (µs)"),
     ("burst-1000", "cpu_us", "Server CPU a delivery, bursts of 10 (µs)"),
     ("latency", "p99_ms", "Latency p99, 1,000 subscribers (ms)"),
-    ("memory-deflate", "kb", "Memory a connection at 5,000, as browsers connect (KB)"),
+    ("memory-deflate", "kb", "Memory a connection, six subscriptions (KB)"),
 ]
 OURS, PEER, FLOOR = "#0b7a5b", "#9aa5b1", "#3d4852"
 OF_OURS = ("hypercorn", "native", "plain")

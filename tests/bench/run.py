@@ -39,7 +39,9 @@ def parsed() -> argparse.Namespace:
         "--only", metavar="WORKLOADS", help="for example fanout,burst: those that begin so"
     )
     parser.add_argument("--servers", metavar="SERVERS", help=f"of {','.join(SERVERS)}")
-    parser.add_argument("--rounds", type=int, help="how many rounds (5; polling 3; quick 1)")
+    parser.add_argument(
+        "--rounds", type=int, help="how many rounds (5; latency and memory 3; polling 2)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -94,7 +96,8 @@ class Progress:
 def rounds_of(name: str, options: argparse.Namespace) -> int:
     if options.rounds:
         return int(options.rounds)
-    return 1 if options.quick else 3 if name.startswith("polling") else 5
+    few = {"latency": 3, "memory": 3, "polling": 2}
+    return 1 if options.quick else few.get(name.partition("-")[0], 5)
 
 
 def run(

@@ -405,14 +405,14 @@ def polling(place: Place, server: Server, users: int, seconds: float, source: st
         pushes = pair.load.ask("watch", seconds + 30, seconds=seconds)["pushes"]
         lag = pair.process.answer(seconds + 30)
         cost = pair.process.cpu_s() - before
-    expected = 0 if source == "none" else users * seconds * (1 / 10 + 1 / 5 + 1 / 5 + 1 / 15)
-    if pushes < 0.9 * expected:
-        raise Failed(f"{pushes} pushes instead of {expected:.0f}")
+    # A tick that comes late is not made up for: some less than all says that it was too much.
+    due = users * seconds * (1 / 10 + 1 / 5 + 1 / 5 + 1 / 15) if source != "none" else pushes or 1
     return {
         "core_percent": cost / seconds * 100,
+        "pushes_percent": pushes / due * 100,
         "lag_p99_ms": lag["p99"],
         "lag_max_ms": lag["max"],
-        "pushes": pushes,
+        "gc_max_ms": lag["gc_max"],
     }
 
 
@@ -450,8 +450,10 @@ DEPARTURE = {
 MEMORY = {"kb": ("KB", "private memory a connection")}
 POLLING = {
     "core_percent": ("%", "of one core"),
+    "pushes_percent": ("%", "of the pushes that were due"),
     "lag_p99_ms": ("ms", "lag of the event loop, p99"),
     "lag_max_ms": ("ms", "at most"),
+    "gc_max_ms": ("ms", "garbage collection, at most"),
 }
 
 
@@ -482,7 +484,7 @@ def workloads(quick: bool) -> dict[str, Workload]:
         "burst-1000", "Bursts of 10 symbols in a batch to 1,000 subscribers of all", 1000, 10, 18
     )
 
-    batches = 20 if quick else 150
+    batches = 20 if quick else 100
     for name, stalled, title in (
         ("latency", 0, "Publish to receipt, 1,000 subscribers, 10 batches a second"),
         ("latency-stalled", 10, "The same with 1 % of the clients not reading"),
@@ -492,7 +494,7 @@ def workloads(quick: bool) -> dict[str, Workload]:
             LATENCY,
             tuple(each for each in EVERY if each != "floor" or not stalled),
             1000,
-            20 + 5 * bool(stalled),
+            16 + 5 * bool(stalled),
             each_alone(
                 lambda place, server, stalled=stalled: latency(
                     place, server, 1000, batches, stalled

@@ -9,6 +9,7 @@ seconds), `trace` and `where` (what the memory since then was taken by).
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 import tracemalloc
 from collections import Counter
@@ -71,15 +72,28 @@ async def gone(service: PushService) -> dict[str, Any]:
 
 
 async def lag(seconds: float) -> dict[str, Any]:
-    """How late a task that wakes every 10 ms is."""
+    """How late a task that wakes every 10 ms is, and how long the garbage collector took."""
     late: list[float] = []
+    pauses = [0.0]
+    began = 0.0
+
+    def collecting(phase: str, info: dict[str, int]) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.perf_counter()
+        else:
+            pauses.append((time.perf_counter() - began) * 1000)
+
+    gc.callbacks.append(collecting)
     until = trio.current_time() + seconds
     while (due := trio.current_time() + 0.01) < until:
         await trio.sleep_until(due)
         late.append((trio.current_time() - due) * 1000)
+    gc.callbacks.remove(collecting)
     late.sort()
     return {name: late[int(len(late) * share)] for name, share in SHARES.items()} | {
-        "max": late[-1]
+        "max": late[-1],
+        "gc_max": max(pauses),
     }
 
 
