@@ -18,7 +18,6 @@ def install() -> None:
     """Record every `websocket.close` and each message or raw frame that comes after one."""
     original_send = GuardedWSStream.app_send
     original_frames = PushStream.send_frames
-    original_try = PushStream.try_send
     original_write = PushStream.try_write
 
     async def app_send(self: GuardedWSStream, message: Any) -> None:
@@ -39,13 +38,6 @@ def install() -> None:
         if after:
             _violated("frames sent after a close")
 
-    def try_send(self: PushStream, frames: Any) -> bool:
-        after = self in closed
-        sent = original_try(self, frames)
-        if after and sent:
-            _violated("frames written after a close")
-        return sent
-
     def try_write(self: PushStream, frame: bytes) -> bool:
         after = self in closed
         sent = original_write(self, frame)
@@ -56,7 +48,6 @@ def install() -> None:
     PushStream.try_write = try_write
     GuardedWSStream.app_send = app_send
     PushStream.send_frames = send_frames
-    PushStream.try_send = try_send
 
 
 def _violated(what: str) -> None:

@@ -220,10 +220,10 @@ def check(texts: list[str], newest: int) -> None:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, ways: dict[str, int]) -> None:
-    originals = PushStream.try_send, PushStream._flush_later, PushStream.send_frames
+    originals = PushStream.try_write, PushStream._flush_later, PushStream.send_frames
 
-    def try_send(self: PushStream, frames: Any) -> bool:
-        sent = originals[0](self, frames)
+    def try_write(self: PushStream, data: bytes) -> bool:
+        sent = originals[0](self, data)
         ways["raw"] += sent
         return sent
 
@@ -235,6 +235,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, ways: dict[str, int]) -> None:
         ways["waited"] += 1
         await originals[2](self, frames)
 
-    monkeypatch.setattr(PushStream, "try_send", try_send)
+    monkeypatch.setattr(PushStream, "try_write", try_write)
     monkeypatch.setattr(PushStream, "_flush_later", flush_later)
     monkeypatch.setattr(PushStream, "send_frames", send_frames)

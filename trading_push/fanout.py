@@ -63,42 +63,54 @@ def _one(message: Message, table: Table) -> Iterator[None]:
 
 
 def _many(batch: Sequence[Message], table: Table) -> Iterator[None]:
-    by_transport: dict[Transport, list[tuple[Subscription, Message]]] = {}
+    # Each connection's frames, with the subscriptions that they are for.
+    groups: dict[Transport, tuple[list[bytes], list[Subscription]]] = {}
+    published: dict[bytes, Publication] = {}
     for message in batch:
-        for subscription in table.get(message.topic, ()):
-            by_transport.setdefault(subscription.transport, []).append((subscription, message))
+        subscribers = table.get(message.topic)
+        if not subscribers:
+            continue
+        if isinstance(message, StatusChange):
+            for subscription in subscribers:
+                subscription.offer(message)
+            continue
+        seq, epoch, prev = message.seq, message.epoch, message.seq - 1
+        frame = _shared_frame(message, next(iter(subscribers)).head)
+        published[frame] = message
+        for subscription in subscribers:
+            if subscription.direct and subscription.sent == prev and subscription.epoch == epoch:
+                group = groups.get(subscription.transport)
+                if group is None:
+                    group = groups[subscription.transport] = ([], [])
+                group[0].append(frame)
+                group[1].append(subscription)
+                subscription.sent = seq
+            else:
+                subscription.offer(message)
         yield
-    shared: dict[int, bytes] = {}
-    for transport, messages in by_transport.items():
-        _together(transport, messages, shared)
+    # Those who watch the same get the same bytes: they are joined once.
+    last: list[bytes] = []
+    joined = b""
+    for transport, (frames, subscriptions) in groups.items():
+        if frames != last:
+            last, joined = frames, b"".join(frames)
+        if not transport.try_write(joined):
+            _take_back(frames, subscriptions, published)
         yield
 
 
-def _together(
-    transport: Transport, messages: Sequence[tuple[Subscription, Message]], shared: dict[int, bytes]
+def _take_back(
+    frames: Sequence[bytes],
+    subscriptions: Sequence[Subscription],
+    published: Mapping[bytes, Publication],
 ) -> None:
-    frames: list[bytes] = []
-    written: list[tuple[Subscription, Publication]] = []
-    for subscription, message in messages:
-        if (
-            isinstance(message, Publication)
-            and subscription.direct
-            and subscription.sent == message.seq - 1
-            and subscription.epoch == message.epoch
-        ):
-            frame = shared.get(id(message))
-            if frame is None:
-                frame = shared[id(message)] = _shared_frame(message, subscription.head)
-            frames.append(frame)
-            written.append((subscription, message))
-            subscription.sent = message.seq
-        else:
-            subscription.offer(message)
-    if frames and not transport.try_send(frames):
-        for subscription, publication in reversed(written):
-            subscription.sent = publication.seq - 1
-        for subscription, publication in written:
-            subscription.offer(publication)
+    publications = [published[frame] for frame in frames]
+    for subscription, publication in zip(
+        reversed(subscriptions), reversed(publications), strict=True
+    ):
+        subscription.sent = publication.seq - 1
+    for subscription, publication in zip(subscriptions, publications, strict=True):
+        subscription.offer(publication)
 
 
 def _shared_frame(publication: Publication, head: bytes) -> bytes:

@@ -440,3 +440,17 @@ def payload_of(frame: bytes) -> bytes:
     """The payload of a frame that `frame` made."""
     length = frame[1]
     return frame[2 if length < 126 else 4 if length == 126 else 10 :]
+
+
+def split(data: bytes) -> list[bytes]:
+    """The frames that were joined, each made by `frame`."""
+    frames = []
+    while data:
+        length, head = data[1], 2
+        if length == 126:
+            length, head = int.from_bytes(data[2:4], "big"), 4
+        elif length == 127:
+            length, head = int.from_bytes(data[2:10], "big"), 10
+        frames.append(data[: head + length])
+        data = data[head + length :]
+    return frames

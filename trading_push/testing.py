@@ -126,15 +126,11 @@ class MemoryTransport:
         except trio.EndOfChannel:
             raise TransportClosed("the peer is gone") from None
 
-    def try_write(self, frame: bytes) -> bool:
-        """`try_send` of one frame."""
-        return self.try_send((frame,))
-
-    def try_send(self, frames: Sequence[bytes]) -> bool:
+    def try_write(self, data: bytes) -> bool:
         """Send now, unless the peer does not read or another send is under way."""
         if not self._direct or self._gone or self._turn.locked() or not self.reading.is_set():
             return False
-        self._take(frames)
+        self._take(protocol.split(data))
         return True
 
     async def send(self, frames: Sequence[bytes]) -> None:

@@ -91,13 +91,9 @@ class AsgiTransport:
             raise SendTimeout("the peer did not take a send in time")
         raise TransportClosed("the peer is gone")
 
-    def try_send(self, frames: Sequence[bytes]) -> bool:
-        """Send now where the link allows it."""
-        return self._stream is not None and self._stream.try_send(frames)
-
     @property
     def try_write(self) -> Callable[[bytes], bool]:
-        """`try_send` of one frame; the stream's own, so that no call stands between."""
+        """Write now, where that can be; the stream's own, so that no call stands between."""
         return _never if self._stream is None else self._stream.try_write
 
     async def send(self, frames: Sequence[bytes]) -> None:

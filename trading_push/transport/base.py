@@ -68,16 +68,12 @@ class Transport(Protocol):
         """
         ...
 
-    def try_send(self, frames: Sequence[bytes]) -> bool:
-        """Send some frames now, without waiting; synchronous.
+    def try_write(self, data: bytes) -> bool:
+        """Send one frame, or some that are joined, now, without waiting; synchronous.
 
         Returns:
             False where that cannot be: nothing was sent, `send` is to be used.
         """
-        ...
-
-    def try_write(self, frame: bytes) -> bool:
-        """`try_send` of one frame: what the fan-out does most."""
         ...
 
     def hurry(self, grace_s: float) -> None:

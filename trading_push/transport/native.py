@@ -66,13 +66,9 @@ class NativeTransport:
         """Take the connection's nursery."""
         self._stream.start(nursery)
 
-    def try_send(self, frames: Sequence[bytes]) -> bool:
-        """Send now, over a plain socket."""
-        return self._stream.try_send(frames)
-
     @property
     def try_write(self) -> Callable[[bytes], bool]:
-        """`try_send` of one frame; the stream's own, so that no call stands between."""
+        """Write now, where that can be; the stream's own, so that no call stands between."""
         return self._stream.try_write
 
     def hurry(self, grace_s: float) -> None:

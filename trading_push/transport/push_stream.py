@@ -24,14 +24,12 @@ from trading_push.errors import SendTimeout, TransportClosed
 __all__ = ["PushStream", "TlsPushStream", "wrap"]
 
 _CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
-_IOV_MAX: Final = 1024
-_CAN_SEND_RAW: Final = hasattr(socket.socket, "sendmsg")
 
 Bytes = bytes | bytearray | memoryview
 
 
 class PushStream(trio.abc.HalfCloseableStream):
-    """A stream whose every send has a deadline; over a plain socket it also offers `try_send`.
+    """A stream whose every send has a deadline; over a plain socket it also offers `try_write`.
 
     Args:
         stream: The stream underneath.
@@ -48,7 +46,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         "_on_end",
         "_on_read",
         "_raw_send",
-        "_raw_sendmsg",
         "_sealed",
         "_send_timeout_s",
         "_socket",
@@ -70,7 +67,7 @@ class PushStream(trio.abc.HalfCloseableStream):
     ) -> None:
         self._stream: Any = stream
         self._socket: socket.socket | None = None
-        if _CAN_SEND_RAW and isinstance(stream, trio.SocketStream):
+        if isinstance(stream, trio.SocketStream):
             self._stream, self._socket = _with_bare_socket(stream)
         self._send_timeout_s = send_timeout_s
         self._on_read = on_read
@@ -80,12 +77,12 @@ class PushStream(trio.abc.HalfCloseableStream):
         self._writing: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._sealed = False
-        self._barred = True  # whether `try_send` must not write: taken, sealed, or no plain socket
+        self._barred = True  # whether `try_write` must not write: taken, sealed, or no plain socket
         self._ended = False
         self.last_heard = trio.current_time()
         self.timed_out = False
         if self._socket is not None:
-            self._raw_send, self._raw_sendmsg = self._socket.send, self._socket.sendmsg
+            self._raw_send = self._socket.send
         self._bar()
 
     @property
@@ -131,43 +128,26 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     # --- writing ---------------------------------------------------------------------------
 
-    def try_send(self, frames: Sequence[bytes]) -> bool:
-        """Write some frames now; synchronous.
+    def try_write(self, data: bytes) -> bool:
+        """Write one frame, or some that are joined, now; synchronous.
 
         Returns:
             False where nothing was written: the stream is busy, sealed, full, gone or no plain
             socket. True where all of it was, or the rest is being flushed.
         """
-        if len(frames) == 1:
-            return self.try_write(frames[0])
         if self._barred:
             return False
         try:
-            if len(frames) <= _IOV_MAX:
-                written = self._raw_sendmsg(frames)
-            else:
-                written = self._raw_send(b"".join(frames))
-        except OSError:
-            return False
-        if written < sum(map(len, frames)):
-            self._flush_later(b"".join(frames)[written:])
-        return True
-
-    def try_write(self, frame: bytes) -> bool:
-        """The same for one frame: what the fan-out does most, and nothing else."""
-        if self._barred:
-            return False
-        try:
-            written = self._raw_send(frame)
+            written = self._raw_send(data)
         except OSError:
             # Full, or broken: `send_frames` waits, or finds out and says so.
             return False
-        if written < len(frame):
-            self._flush_later(frame[written:])
+        if written < len(data):
+            self._flush_later(data[written:])
         return True
 
     def _flush_later(self, rest: bytes) -> None:
-        assert self._nursery is not None, "start() comes before try_send()"
+        assert self._nursery is not None, "start() comes before try_write()"
         self._taken = self._barred = True
         self._nursery.start_soon(self._flush, rest)
 
