@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
@@ -376,18 +376,10 @@ def _emit(each: Line) -> None:
         return
     text = CATALOGUE[event][1 + _language].format_map(fields)
     info = None if exception is None else (type(exception), exception, exception.__traceback__)
-    logger.handle(
-        logger.makeRecord(
-            logger.name,
-            level,
-            "",
-            0,
-            text,
-            (),
-            info,
-            extra={"event": event, "fields": fields},
-        )
-    )
+    record = logging.getLogRecordFactory()(logger.name, level, "", 0, text, None, info)
+    record.event = event
+    record.fields = fields
+    logger.handle(record)
 
 
 @contextmanager
@@ -441,23 +433,25 @@ class _BoundedQueueHandler(logging.handlers.QueueHandler):
     """Queues records without ever blocking; what finds no place is counted and said in a line."""
 
     def __init__(self, lines: int) -> None:
-        self.records: queue.Queue[Any] = queue.Queue(lines)
+        # Without a bound of its own and without a condition to signal: a line costs a third.
+        self.records: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.lines = lines
         self.dropped = 0
-        super().__init__(self.records)
+        super().__init__(cast(Any, self.records))
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         # The base class formats the exception away; our formatter, on the other side, needs it.
-        record.message = record.getMessage()
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            if self.dropped:
-                self.records.put_nowait(self._gap())
-                self.dropped = 0
-            self.records.put_nowait(record)
-        except queue.Full:
+        waiting = self.records.qsize()
+        if waiting + bool(self.dropped) >= self.lines:
             self.dropped += 1
+            return
+        if self.dropped:
+            self.records.put(self._gap())
+            self.dropped = 0
+        self.records.put(record)
 
     def _gap(self) -> logging.LogRecord:
         text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self.dropped)
@@ -538,12 +532,9 @@ def attached(
             logger.removeHandler(bounded)
             logger.setLevel(old_level)
             logger.propagate = propagate
-        try:
-            bounded.records.put(None, timeout=1)
-        except queue.Full:
-            pass  # nobody reads: the thread is a daemon, and the process ends without it
-        else:
-            writer.join(timeout=1)
+        bounded.records.put(None)
+        # Where nobody reads, this is given up: the thread is a daemon, the process ends without it.
+        writer.join(timeout=2)
         if file is not None and not writer.is_alive():
             os.close(descriptor)
 
@@ -551,7 +542,7 @@ def attached(
 _AT_A_TIME = 200
 
 
-def _write(records: queue.Queue[Any], outputs: list[_Output]) -> None:
+def _write(records: queue.SimpleQueue[Any], outputs: list[_Output]) -> None:
     while True:
         batch = [records.get()]
         while len(batch) < _AT_A_TIME and not records.empty():
