@@ -96,8 +96,9 @@ class Progress:
 def rounds_of(name: str, options: argparse.Namespace) -> int:
     if options.rounds:
         return int(options.rounds)
-    few = {"latency": 3, "memory": 3, "polling": 2}
-    return 1 if options.quick else few.get(name.partition("-")[0], 5)
+    if options.quick:
+        return 1
+    return 5 if name in ("fanout-1000", "burst-1000") else 2 if name.startswith("polling") else 3
 
 
 def run(
