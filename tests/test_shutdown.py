@@ -131,3 +131,12 @@ def test_a_full_pipe_that_nobody_reads_stops_nobody(tmp_path):
         finally:
             server.kill()
             os.close(read)
+
+
+def test_programs_tune_the_interpreter_and_the_library_does_not():
+    code = "import gc; before = gc.get_threshold(); {}; print(gc.get_threshold() == before)"
+    env = {**os.environ, "TRADING_PUSH_JWT_SECRET": SECRET}
+    for statement, same in (("import trading_push", "True"), ("import trading_push.asgi", "False")):
+        command = [sys.executable, "-c", code.format(statement)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.strip() == same

@@ -16,6 +16,7 @@ import trio
 from trading_push import logs
 from trading_push.assembly import authenticator, open_configured_service
 from trading_push.errors import ConfigurationError, LinkError
+from trading_push.server import tune
 from trading_push.service import PushService
 from trading_push.settings import Settings, load_settings
 from trading_push.transport import hypercorn_link
@@ -107,6 +108,7 @@ def _make() -> _Application:
     try:
         settings = load_settings(config=None, flags={})
         hypercorn_link.install(settings.limits)
+        tune()
         return _Application(settings)
     except (ConfigurationError, LinkError) as error:
         sys.stderr.write(f"trading_push: {error}\n")

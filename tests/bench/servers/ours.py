@@ -25,6 +25,7 @@ from accounts import DATA_TYPES, MemorySource, sqlite_source, value
 from common import SIZE, TOPICS, collect, each_command, say, ticker
 
 from trading_push import JwtAuthenticator, PushService, logs, open_push_service
+from trading_push.server import tune
 from trading_push.settings import Auth, Limits, Settings
 from trading_push.transport import hypercorn_link
 
@@ -188,6 +189,7 @@ async def main(options: argparse.Namespace) -> None:
         return
     if form == "hypercorn":
         hypercorn_link.install(LIMITS)
+    tune()  # as `serve` does
     settings = Settings(jwt_secret=options.secret, limits=LIMITS)
     authenticate = JwtAuthenticator(Auth(), options.secret)
     source = source_of(options)
