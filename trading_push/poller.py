@@ -36,7 +36,7 @@ FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextMa
 
 REPEAT_S = 60
 """How often at most a source that goes on failing for a user is logged."""
-_SLICE_S = 0.005
+_SLICE_S = 0.002
 _FRESH_S = 1.0
 
 
@@ -62,6 +62,8 @@ class Poller:
         settled: Called with the topics that the source has answered for since they are watched.
         context: Opened anew round each call of the source; in the worker thread, where the call
             is a plain function.
+        turn: Shared with other pollers: answers that come together are gone through one after the
+            other, in slices, so that the event loop is never held for all of them at once.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Poller:
         *,
         settled: Callable[[Sequence[Topic]], None],
         context: FetchContext = nullcontext,
+        turn: trio.Lock | None = None,
     ) -> None:
         self.data_type = data_type
         self.interval_s = interval_s
@@ -83,6 +86,7 @@ class Poller:
         self._context = context
         self._fetch: Callable[..., Any] = source.fetch
         self._fetch_many: Callable[..., Any] | None = getattr(source, "fetch_many", None)
+        self._turn = turn or trio.Lock()
         self._limiter = trio.CapacityLimiter(limits.fetches)
         self._watched: dict[str, None] = {}
         self._new: dict[str, None] = {}
@@ -168,7 +172,8 @@ class Poller:
                 answers = {users[0]: answer}
             else:
                 answers = await self._call(users, self._fetch_many, users, self.data_type)
-            await self._take(users, answers)
+            async with self._turn:
+                await self._take(users, answers)
         except _StillRunning as error:
             # Its thread cannot be stopped: these users are not asked again before it has ended.
             self._failed(users, error)

@@ -79,6 +79,7 @@ class PushService:
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
         self._broker = MemoryBroker(channels, self._registry.publish)
         self._pollers: dict[str, Poller] = {}
+        turn = trio.Lock()
         if source is not None:
             for channel in channels:
                 if channel.interval_s is not None:
@@ -90,6 +91,7 @@ class PushService:
                         limits,
                         settled=self._registry.settle,
                         context=fetch_context,
+                        turn=turn,
                     )
         self._feed = (
             None if feed is None else MarketFeed(feed, self._broker, settings.market.max_hz)
