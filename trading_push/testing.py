@@ -186,8 +186,13 @@ async def peer(
     """
     transport = MemoryTransport(**options)
     principal = None if user is None else Principal(user)
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        await Connection(service.hub, transport, principal).run()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Connection(service.hub, transport, principal).run)
+        await nursery.start(run)
         if user is not None:
             await transport.next()
         try:
