@@ -54,7 +54,7 @@ def _one(message: Message, table: Table) -> Iterator[None]:
                 subscription.direct
                 and subscription.sent == prev
                 and subscription.epoch == epoch
-                and subscription.write(frame)
+                and subscription.writer.try_write(frame)
             ):
                 subscription.sent = seq
             else:
@@ -94,7 +94,7 @@ def _many(batch: Sequence[Message], table: Table) -> Iterator[None]:
     for transport, (frames, subscriptions) in groups.items():
         if frames != last:
             last, joined = frames, b"".join(frames)
-        if not transport.try_write(joined):
+        if not transport.writer.try_write(joined):
             _take_back(frames, subscriptions, published)
         yield
 

@@ -96,7 +96,7 @@ class Subscription:
         "status",
         "topic",
         "transport",
-        "write",
+        "writer",
     )
 
     def __init__(
@@ -110,7 +110,7 @@ class Subscription:
         self.topic = topic
         self.kind = kind
         self.transport = transport
-        self.write = transport.try_write
+        self.writer = transport.writer
         self.direct = False
         """Whether a frame may be written past the sender task: it is idle and keeps no pace."""
         self.head = protocol.channel_head(topic.channel)

@@ -126,6 +126,11 @@ class MemoryTransport:
         except trio.EndOfChannel:
             raise TransportClosed("the peer is gone") from None
 
+    @property
+    def writer(self) -> MemoryTransport:
+        """Writes at once, too."""
+        return self
+
     def try_write(self, data: bytes) -> bool:
         """Send now, unless the peer does not read or another send is under way."""
         if not self._direct or self._gone or self._turn.locked() or not self.reading.is_set():

@@ -8,7 +8,7 @@ frame is an ASGI message, and what the server does not tell is not known.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -18,7 +18,7 @@ from trading_push.connection import Connection, Hub
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.transport import hypercorn_link
 from trading_push.transport.admission import Refused, admit
-from trading_push.transport.base import Close
+from trading_push.transport.base import Close, Writer
 
 __all__ = ["AsgiDoor", "AsgiTransport"]
 
@@ -92,9 +92,9 @@ class AsgiTransport:
         raise TransportClosed("the peer is gone")
 
     @property
-    def try_write(self) -> Callable[[bytes], bool]:
-        """Write now, where that can be; the stream's own, so that no call stands between."""
-        return _never if self._stream is None else self._stream.try_write
+    def writer(self) -> Writer:
+        """The stream itself, where the link allows it; else one that never writes at once."""
+        return _NEVER if self._stream is None else self._stream
 
     async def send(self, frames: Sequence[bytes]) -> None:
         """Send some frames in order; raises SendTimeout or TransportClosed."""
@@ -154,8 +154,14 @@ class AsgiTransport:
             self._stream.abort()
 
 
-def _never(frame: bytes) -> bool:
-    return False
+class _Never:
+    """A writer that cannot write at once."""
+
+    def try_write(self, data: bytes) -> bool:
+        return False
+
+
+_NEVER: Final = _Never()
 
 
 class AsgiDoor:

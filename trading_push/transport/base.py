@@ -10,7 +10,7 @@ import trio
 
 from trading_push.errors import CloseCode
 
-__all__ = ["ABNORMAL", "Close", "Transport"]
+__all__ = ["ABNORMAL", "Close", "Transport", "Writer"]
 
 
 @attrs.frozen
@@ -24,6 +24,18 @@ class Close:
 
 ABNORMAL = Close(CloseCode.ABNORMAL)
 """The end without a close frame."""
+
+
+class Writer(Protocol):
+    """Writes without waiting: what the fan-out does at every delivery, with nothing between."""
+
+    def try_write(self, data: bytes) -> bool:
+        """Send one frame, or some that are joined, now; synchronous.
+
+        Returns:
+            False where that cannot be: nothing was sent, `Transport.send` is to be used.
+        """
+        ...
 
 
 class Transport(Protocol):
@@ -68,12 +80,9 @@ class Transport(Protocol):
         """
         ...
 
-    def try_write(self, data: bytes) -> bool:
-        """Send one frame, or some that are joined, now, without waiting; synchronous.
-
-        Returns:
-            False where that cannot be: nothing was sent, `send` is to be used.
-        """
+    @property
+    def writer(self) -> Writer:
+        """What writes at once; the same object as long as the transport lives."""
         ...
 
     def hurry(self, grace_s: float) -> None:

@@ -7,7 +7,7 @@ that a connection cancels: cancelled first, it could not read the peer's close f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import trio
@@ -19,7 +19,7 @@ from trading_push import logs, protocol
 from trading_push.connection import Connection, Hub
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.transport.admission import Refused, admit
-from trading_push.transport.base import Close
+from trading_push.transport.base import Close, Writer
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream"]
@@ -69,9 +69,9 @@ class NativeTransport:
         self._stream.start(nursery)
 
     @property
-    def try_write(self) -> Callable[[bytes], bool]:
-        """Write now, where that can be; the stream's own, so that no call stands between."""
-        return self._stream.try_write
+    def writer(self) -> Writer:
+        """The stream itself."""
+        return self._stream
 
     def hurry(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this."""

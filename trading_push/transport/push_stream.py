@@ -40,15 +40,15 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     __slots__ = (
         "__weakref__",
+        "_bare",
         "_barred",
         "_ended",
+        "_is_plain",
         "_nursery",
         "_on_end",
         "_on_read",
-        "_raw_send",
         "_sealed",
         "_send_timeout_s",
-        "_socket",
         "_stream",
         "_taken",
         "_waiting",
@@ -66,9 +66,10 @@ class PushStream(trio.abc.HalfCloseableStream):
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._stream: Any = stream
-        self._socket: socket.socket | None = None
+        self._is_plain = False
         if isinstance(stream, trio.SocketStream):
-            self._stream, self._socket = _with_bare_socket(stream)
+            self._stream, self._bare = _with_bare_socket(stream)
+            self._is_plain = True
         self._send_timeout_s = send_timeout_s
         self._on_read = on_read
         self._on_end = on_end
@@ -81,8 +82,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         self._ended = False
         self.last_heard = trio.current_time()
         self.timed_out = False
-        if self._socket is not None:
-            self._raw_send = self._socket.send
         self._bar()
 
     @property
@@ -106,7 +105,7 @@ class PushStream(trio.abc.HalfCloseableStream):
     # --- whose turn it is to write ---------------------------------------------------------
 
     def _bar(self) -> None:
-        self._barred = self._taken or self._sealed or self._socket is None
+        self._barred = self._taken or self._sealed or not self._is_plain
 
     async def _take_turn(self) -> None:
         # Not a trio.Lock: a turn taken by the fan-out is given back by the task that flushes.
@@ -138,7 +137,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         if self._barred:
             return False
         try:
-            written = self._raw_send(data)
+            written = self._bare.send(data)
         except OSError:
             # Full, or broken: `send_frames` waits, or finds out and says so.
             return False
@@ -195,10 +194,10 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     def _send_now(self, data: Bytes) -> int:
         # Most often the socket takes it all at once: no deadline is needed for that, nor a scope.
-        if self._taken or self._socket is None or self._send_timeout_s <= 0:
+        if self._taken or not self._is_plain or self._send_timeout_s <= 0:
             return 0
         try:
-            return self._raw_send(data)
+            return self._bare.send(data)
         except OSError:
             return 0
 
