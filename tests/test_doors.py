@@ -164,7 +164,7 @@ async def in_memory(
     service: PushService, user: str | int | None, *channels: Any
 ) -> AsyncIterator[TrioClient]:
     async with peer(service) as transport:
-        made = TrioClient(MemorySocket(transport))  # type: ignore[arg-type]
+        made = TrioClient(MemorySocket(transport))
         if user is not None:
             assert (await made.request("auth", token=token(user)))["ok"]
         if channels:

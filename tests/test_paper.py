@@ -163,7 +163,7 @@ def test_an_order_that_the_account_cannot_carry_is_refused() -> None:
     ):
         *order, limit = arguments
         with pytest.raises(OrderRefused):
-            book.place(*order, limit=limit)  # type: ignore[arg-type]
+            book.place(*order, limit=limit)
     assert (account.free, account.orders) == (1000, {})
 
 

@@ -239,7 +239,7 @@ async def test_nothing_is_held_between_calls_nor_after_a_cancellation(make: Any)
     assert source._limiter.borrowed_tokens == 1  # The thread goes on, and counts.
     assert decoded(await source.fetch_many(["2"], "orders"))["2"]
     assert source._limiter.borrowed_tokens == 0
-    assert source._engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert source._engine.pool.checkedout() == 0
 
 
 async def test_more_fetches_than_threads(make: Any) -> None:
@@ -249,7 +249,7 @@ async def test_more_fetches_than_threads(make: Any) -> None:
             nursery.start_soon(source.fetch_many, ["1", "2"], "orders")
         await trio.testing.wait_all_tasks_blocked()
         assert source._limiter.borrowed_tokens <= 2
-    assert source._engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert source._engine.pool.checkedout() == 0
 
 
 @pytest.mark.parametrize(

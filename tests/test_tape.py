@@ -209,8 +209,8 @@ async def test_bad_lines_are_counted_not_fatal(
     assert sink.last["BTCUSDT"].last == Decimal("61838.00")
     told = [r for r in caplog.records if getattr(r, "event", "") == "tape_bad_lines"]
     assert len(told) == 1
-    assert told[0].fields["count"] == 12  # type: ignore[attr-defined]
-    assert told[0].fields["line"] == 1  # type: ignore[attr-defined]
+    assert told[0].fields["count"] == 12
+    assert told[0].fields["line"] == 1
 
 
 async def test_bid_and_ask_are_of_one_frame(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -111,7 +111,7 @@ class Process:
 
     def _why(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        name = Path(self._process.args[1]).stem  # type: ignore[index,arg-type]
+        name = Path(self._process.args[1]).stem
         return f"{name} {what}: {lines[-1][:300] if lines else 'it says nothing'}"
 
     def cpu_s(self) -> float:
