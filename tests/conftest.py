@@ -43,6 +43,12 @@ class Embedded:
 @pytest.fixture
 def embedded() -> Iterator[Embedded]:
     # Python's own allocator keeps whole arenas: without it the memory in use is known exactly.
-    env = {"PYTHONMALLOC": "malloc"}
+    # One arena and a fixed threshold: what is free can be given back whichever thread took it.
+    env = {
+        "PYTHONMALLOC": "malloc",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+    }
     with process(sys.executable, str(TESTS / "embedded_server.py"), env=env) as running:
         yield Embedded(running)

@@ -65,8 +65,13 @@ class Mallinfo2(ctypes.Structure):
 
 
 def in_use() -> int:
-    """Bytes that are allocated now: all of Python's under PYTHONMALLOC=malloc."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    """Bytes that are allocated now: all of Python's under PYTHONMALLOC=malloc.
+
+    What is free goes back to the system, so that the resident memory is what is kept.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    mallinfo2 = libc.mallinfo2
     mallinfo2.restype = Mallinfo2
     said = mallinfo2()
     return said.uordblks + said.hblkhd
@@ -74,15 +79,15 @@ def in_use() -> int:
 
 def look(service: PushService) -> str:
     gc.collect()
-    process = psutil.Process()
+    used = in_use()
     return json.dumps(
         {
             **attrs.asdict(service.statistics()),
             "balanced": service.statistics().ledger.balanced,
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "descriptors": len(os.listdir("/proc/self/fd")),
-            "rss_kib": process.memory_info().rss // 1024,
-            "in_use_kib": in_use() // 1024,
+            "rss_kib": psutil.Process().memory_info().rss // 1024,
+            "in_use_kib": used // 1024,
             "closes": recorder.closes,
             "violations": recorder.violations,
         }

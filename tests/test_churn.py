@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import statistics
 
 from support import SIX, client
 from websockets.exceptions import ConnectionClosed
@@ -60,8 +61,8 @@ def test_nothing_stays_behind(embedded):
         memory.append((seen["in_use_kib"], seen["rss_kib"]))
     assert seen["violations"] == []
     assert embedded.process.traces() == []
-    print(memory)
-    # What is in use is known to the byte; what is resident moves with the allocator's free lists.
-    (used_3, resident_3), (used_10, resident_10) = memory[2], memory[9]
-    assert used_10 - used_3 <= 1024, memory
-    assert resident_10 - resident_3 <= 4096, memory
+    used = [used for used, _ in memory]
+    assert used[9] - used[2] <= 1024, memory
+    # Resident pages move by half a MiB from round to round: the middle one of three is compared.
+    resident = [resident for _, resident in memory]
+    assert statistics.median(resident[-3:]) - statistics.median(resident[1:4]) <= 1024, memory
