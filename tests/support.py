@@ -135,9 +135,14 @@ def process(
 
 
 @contextmanager
-def serving(home: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+def serving(
+    home: Path,
+    *flags: str,
+    program: Sequence[str] = ("-m", "trading_push"),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Process]:
     """`trading-push serve` on a free port, with the tests' secret; `url` is its WebSocket."""
-    command = [sys.executable, "-m", "trading_push", "serve", "--port", "0", *flags]
+    command = [sys.executable, *program, "serve", "--port", "0", *flags]
     environment = {
         "TRADING_PUSH_JWT_SECRET": SECRET,
         "XDG_DATA_HOME": str(home),

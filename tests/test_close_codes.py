@@ -112,8 +112,13 @@ def leave_in_every_way(server: Process) -> None:
     assert server.traces() == []
 
 
-def test_under_serve(tmp_path):
-    with serving(tmp_path, "--interval", "pnl=0.1") as server:
+@pytest.mark.parametrize(
+    "program",
+    [("-m", "trading_push"), (str(TESTS / "recorded_serve.py"),)],
+    ids=["bare", "recorded"],
+)
+def test_under_serve(tmp_path, program):
+    with serving(tmp_path, "--interval", "pnl=0.1", program=program) as server:
         leave_in_every_way(server)
 
 

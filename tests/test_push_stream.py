@@ -34,7 +34,7 @@ async def pair(
     ours = trio.SocketStream(trio.socket.from_stdlib_socket(far))
     peer = trio.SocketStream(trio.socket.from_stdlib_socket(near))
     async with peer, trio.open_nursery() as nursery:
-        stream = PushStream(ours, send_timeout_s)
+        stream = PushStream(ours, send_timeout_s, 1)
         stream.start(nursery)
         yield stream, peer, nursery
         nursery.cancel_scope.cancel()

@@ -247,9 +247,8 @@ def test_no_other_spelling_names_anything_of_another_user(name):
 
 # --- properties -------------------------------------------------------------------------------
 
-names = st.sampled_from(
-    ["balance", "positions", "pnl", "orders", "news", "ticker.BTCUSDT", "ticker.eth", "pnl_4"]
-) | st.text(max_size=20)
+REAL = ["balance", "positions", "pnl", "orders", "news", "ticker.BTCUSDT", "ticker.eth"]
+names = st.sampled_from([*REAL, "pnl_4"]) | st.text(max_size=20)
 items = (
     names
     | st.fixed_dictionaries(
@@ -282,6 +281,7 @@ TOKENS = ["good", "good 5", "bad", "expired"]
 well_formed = (
     st.builds(dict, op=st.sampled_from(["subscribe", "unsubscribe"]), args=st.lists(items))
     | st.builds(dict, op=st.just("auth"), token=st.sampled_from(TOKENS))
+    | st.builds(dict, op=st.just("subscribe"), args=st.lists(st.sampled_from(REAL), min_size=2))
     | st.builds(dict, op=st.sampled_from(["list", "ping"]), id=st.integers(0, 9))
 ).map(json.dumps)
 messages = (

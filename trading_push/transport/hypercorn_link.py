@@ -85,7 +85,11 @@ class GuardedTCPServer(TCPServer):
     def __init__(self, app: Any, config: Any, context: Any, state: Any, stream: Any) -> None:
         limits = guard.limits
         self.push_stream = wrap(
-            stream, limits.send_timeout_s, on_read=self._on_read, on_end=self._on_end
+            stream,
+            limits.send_timeout_s,
+            limits.close_timeout_s,
+            on_read=self._on_read,
+            on_end=self._on_end,
         )
         super().__init__(app, config, context, state, self.push_stream)  # type: ignore[arg-type]
         self._scope = trio.CancelScope()

@@ -133,9 +133,12 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
     No exception of the peer's or of a handler's making leaves it.
     """
     handshake = trio.CancelScope(deadline=trio.current_time() + hub.limits.handshake_timeout_s)
-    push_stream = wrap(stream, hub.limits.send_timeout_s, on_end=handshake.cancel)
+    limits = hub.limits
+    push_stream = wrap(
+        stream, limits.send_timeout_s, limits.close_timeout_s, on_end=handshake.cancel
+    )
     try:
-        push_stream.set_user_timeout(2 * hub.limits.heartbeat_s)
+        push_stream.set_user_timeout(2 * limits.heartbeat_s)
         async with trio.open_nursery() as reader:
             await _serve(hub, push_stream, reader, handshake)
             reader.cancel_scope.cancel()

@@ -5,6 +5,7 @@ Rules, each learnt where it was broken:
 1. One first-in-first-out turn for every write; waiting for it counts against the deadline.
 2. What a short write left over is flushed at once by a task of its own, before anything else.
 3. Before a frame that begins with 0x88 (close) the stream is sealed: nothing of ours follows it.
+   It stands behind what the peer has not taken yet, and whoever leaves is not waited for long.
 4. The whole stream interface is implemented; nothing is handed on by `__getattr__`.
 5. A descriptor is never kept, for it may by then be somebody else's socket: a raw write goes
    through the socket object, which knows when it was closed.
@@ -34,6 +35,7 @@ class PushStream(trio.abc.HalfCloseableStream):
     Args:
         stream: The stream underneath.
         send_timeout_s: How long one send may take, its wait for a turn included.
+        close_timeout_s: The same from the close frame on.
         on_read: Called with True before a read and with False when it has returned.
         on_end: Called once, at the peer's end of file, at a broken stream or at our close.
     """
@@ -42,6 +44,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         "__weakref__",
         "_bare",
         "_barred",
+        "_close_timeout_s",
         "_ended",
         "_is_plain",
         "_nursery",
@@ -61,6 +64,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         self,
         stream: trio.abc.Stream,
         send_timeout_s: float,
+        close_timeout_s: float,
         *,
         on_read: Callable[[bool], None] = lambda reading: None,
         on_end: Callable[[], None] = lambda: None,
@@ -71,6 +75,7 @@ class PushStream(trio.abc.HalfCloseableStream):
             self._stream, self._bare = _with_bare_socket(stream)
             self._is_plain = True
         self._send_timeout_s = send_timeout_s
+        self._close_timeout_s = close_timeout_s
         self._on_read = on_read
         self._on_end = on_end
         self._waiting = trio.lowlevel.ParkingLot()
@@ -236,6 +241,7 @@ class PushStream(trio.abc.HalfCloseableStream):
         """
         if len(data) and data[0] == _CLOSE:
             self._seal()
+            self.hurry(self._close_timeout_s)
         try:
             await self._in_turn(data, ours=False)
         except TransportClosed as error:
@@ -345,10 +351,11 @@ def _with_bare_socket(stream: trio.SocketStream) -> tuple[trio.SocketStream, soc
 def wrap(
     stream: trio.abc.Stream,
     send_timeout_s: float,
+    close_timeout_s: float,
     *,
     on_read: Callable[[bool], None] = lambda reading: None,
     on_end: Callable[[], None] = lambda: None,
 ) -> PushStream:
     """The PushStream of a socket stream or of a TLS stream."""
     kind = TlsPushStream if isinstance(stream, trio.SSLStream) else PushStream
-    return kind(stream, send_timeout_s, on_read=on_read, on_end=on_end)
+    return kind(stream, send_timeout_s, close_timeout_s, on_read=on_read, on_end=on_end)

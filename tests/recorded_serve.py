@@ -1,0 +1,8 @@
+"""`trading-push` with the recorder between the application and the server."""
+
+import recorder
+
+from trading_push.cli import main
+
+recorder.install()
+main()
