@@ -47,6 +47,9 @@ from trading_push.transport.base import ABNORMAL, Close, Transport
 __all__ = ["Connection", "Hub"]
 
 _REPEAT_S = 60
+# Trio makes a name for each task anew where it is given none.
+_RECEIVER = "trading_push.connection.Connection._receive_loop"
+_SENDER = "trading_push.subscription.Subscription.run"
 _RECONNECT_AFTER_MS = (500, 3000)
 
 
@@ -135,7 +138,6 @@ class Connection:
         "_member",
         "_nursery",
         "_principal",
-        "_receiving",
         "_session",
         "_subscriptions",
         "_transport",
@@ -151,7 +153,6 @@ class Connection:
         self._member: Member
         self._session: Session
         self._nursery: trio.Nursery | None = None
-        self._receiving: trio.CancelScope | None = None
         self._close: Close | None = None
         self._farewell: list[bytes] = []
         self._found_by_send = False
@@ -186,10 +187,13 @@ class Connection:
             try:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
+                    self._limit_to(self._limit)
                     self._transport.start(nursery)
                     if self.closed:  # stopped before it began
                         nursery.cancel_scope.cancel()
-                    nursery.start_soon(self._receive_loop)
+                    nursery.start_soon(self._receive_loop, name=_RECEIVER)
+                if nursery.cancel_scope.cancelled_caught and self._close is None:
+                    self._time_is_up()
             except* ServiceClosed:
                 self._decide(Close(CloseCode.SERVICE_RESTART, "service restart", ours=True))
             except* Exception as errors:
@@ -281,14 +285,7 @@ class Connection:
             if self._principal is not None:
                 await self._authenticated(None, self._principal)
             while True:
-                limit = min(self._limit, self._end_by)
-                with trio.CancelScope(deadline=limit) as self._receiving:
-                    message = await self._transport.receive()
-                if self._receiving.cancelled_caught:
-                    self._time_is_up()
-                    return
-                for action in self._session.receive(message):
-                    await self._carry_out(action)
+                await self._act_on(await self._transport.receive())
         except TransportClosed as error:
             self._gone(error)
         finally:
@@ -297,18 +294,29 @@ class Connection:
             assert self._nursery is not None
             self._nursery.cancel_scope.cancel()
 
+    async def _act_on(self, message: str | bytes) -> None:
+        # A frame of its own: the one that waits for the next message would keep this one alive.
+        for action in self._session.receive(message):
+            await self._carry_out(action)
+
+    def _limit_to(self, at: float) -> None:
+        self._limit = at
+        if self._nursery is not None:
+            self._nursery.cancel_scope.deadline = min(at, self._end_by)
+
     def _decide_by_peer(self) -> None:
         close = self._transport.peer_close
         if close is not None:
             self._decide(close)
 
     def _time_is_up(self) -> None:
-        if self.closed:  # a send has found the peer gone, and nothing more was to be read
-            self._gone(TransportClosed())
+        if self._end_by < math.inf:  # a send found the peer gone, and nothing more was to be read
+            self._decide(ABNORMAL)
         elif self._session.principal is None:
-            self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
+            reason = "not authenticated in time"
+            self._decide(Close(CloseCode.AUTHENTICATION_TIMEOUT, reason, ours=True))
         else:
-            self.stop(CloseCode.TOKEN_EXPIRED, "token expired")
+            self._decide(Close(CloseCode.TOKEN_EXPIRED, "token expired", ours=True))
 
     def _gone(self, error: TransportClosed) -> None:
         self._decide_by_peer()
@@ -340,21 +348,28 @@ class Connection:
 
     async def _check(self, request_id: protocol.Id, token: str) -> None:
         try:
-            principal = await self._hub.check(token)
+            principal = await self._principal_of(token)
         except AuthenticationError as error:
             for action in self._session.refused(request_id, error):
                 await self._carry_out(action)
         except trio.TooSlowError:
-            if self._session.principal is None:
-                self.stop(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time")
-            else:
-                await self._send([self._internal_error()])
+            await self._send([self._internal_error()])
         except SourceError:  # nobody's token is to blame; a session goes on as it was
             await self._send([self._internal_error()])
             if self._session.principal is None:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
             await self._authenticated(request_id, principal)
+
+    async def _principal_of(self, token: str) -> Principal:
+        limit = self._limit
+        if self._session.principal is not None:
+            # A renewal that came in time is not cut; the check has a deadline of its own.
+            self._limit_to(math.inf)
+        try:
+            return await self._hub.check(token)
+        finally:
+            self._limit_to(limit)
 
     def _internal_error(self) -> bytes:
         internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")
@@ -368,11 +383,11 @@ class Connection:
             self._hub.registry.authenticate(self._member, principal.user)
         assert self._session.principal is not None
         expires_at = self._session.principal.expires_at
-        self._limit = (
-            math.inf
-            if expires_at is None
-            else trio.current_time() + expires_at + self._hub.leeway_s - time.time()
-        )
+        if expires_at is None:
+            self._limit_to(math.inf)
+        else:
+            left = expires_at + self._hub.leeway_s - time.time()
+            self._limit_to(trio.current_time() + left)
         for action in actions:
             await self._carry_out(action)
 
@@ -416,7 +431,7 @@ class Connection:
             subscription.open()
         for subscription in begun:
             assert self._nursery is not None
-            self._nursery.start_soon(subscription.run, self)
+            self._nursery.start_soon(subscription.run, self, name=_SENDER)
 
     def _first(self, subscription: Subscription, wanted: Wanted) -> Sequence[Publication] | None:
         # What a subscription begins with; None where its value is yet to come.
@@ -478,8 +493,7 @@ class Connection:
             self._found_by_send = True
         # The receive loop may still find the close frame that the peer sent before it went.
         self._end_by = trio.current_time() + self._hub.limits.close_timeout_s
-        if self._receiving is not None:
-            self._receiving.deadline = self._end_by
+        self._limit_to(self._limit)
         self._flag_closed()
 
     def sender_ended(self, subscription: Subscription) -> None:

@@ -8,12 +8,12 @@ frame is an ASGI message, and what the server does not tell is not known.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import trio
 
 from trading_push import logs, protocol
-from trading_push.auth import Principal
 from trading_push.connection import Connection, Hub
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.transport import hypercorn_link
@@ -26,6 +26,9 @@ Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+_NO_LOCK: Final = nullcontext()
 
 
 class AsgiTransport:
@@ -52,7 +55,8 @@ class AsgiTransport:
         self._send_timeout_s = send_timeout_s
         self._link = hypercorn_link.find(send)
         self._stream = None if self._link is None else self._link.push_stream
-        self._turn = trio.Lock()
+        # Over a stream, which has turns of its own, none is needed.
+        self._turn = trio.Lock() if self._stream is None else _NO_LOCK
         self._sending: trio.CancelScope | None = None
         self._ended = False
         self._close_sent = False
@@ -195,13 +199,6 @@ class AsgiDoor:
             else:  # the server says 403
                 await send({"type": "websocket.close", "code": CloseCode.NORMAL})
             return
-        await self._serve(scope, receive, send, principal)
-
-    async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, principal: Principal | None
-    ) -> None:
-        offered = scope.get("subprotocols") or ()
-        subprotocol = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
         link = hypercorn_link.find(send)
         if link is not None:  # before the first message can come
             link.limit_messages(self._hub.limits.message_bytes)
@@ -209,7 +206,7 @@ class AsgiDoor:
             self._said_plain = True
             server = "no guarded Hypercorn, or a middleware that wraps send"
             logs.emit(logs.line("plain_form", reason=server))
-        await send({"type": "websocket.accept", "subprotocol": subprotocol})
+        await send({"type": "websocket.accept", "subprotocol": _subprotocol(scope)})
         if link is not None:
             link.forget_handshake()
         transport = AsgiTransport(scope, receive, send, self._hub.limits.send_timeout_s)
@@ -227,6 +224,11 @@ async def lifespan(receive: Receive, send: Send) -> None:
         await send({"type": message["type"] + ".complete"})
         if message["type"] == "lifespan.shutdown":
             return
+
+
+def _subprotocol(scope: Scope) -> str | None:
+    offered = scope.get("subprotocols") or ()
+    return protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
 
 
 def _path(scope: Scope) -> str:

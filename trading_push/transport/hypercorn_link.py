@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any, Final
 
 import attrs
@@ -27,7 +28,7 @@ import hypercorn.protocol.h11
 import hypercorn.protocol.ws_stream
 import hypercorn.trio.run
 import trio
-from hypercorn.events import Updated
+from hypercorn.events import Closed, RawData, Updated
 from hypercorn.protocol.events import Body, Data, Request, StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, StreamBuffer
 from hypercorn.protocol.h11 import H11WSConnection
@@ -47,6 +48,7 @@ __all__ = ["Guard", "GuardedWSStream", "find", "guard", "install", "worker"]
 
 UNGUARDED: Final = "TRADING_PUSH_UNGUARDED"
 
+_CHUNK: Final = 65_536
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
     b"connection: close\r\n\r\n"
@@ -153,6 +155,20 @@ class GuardedTCPServer(TCPServer):
             self._limit()
         await super().protocol_send(event)
 
+    async def _read_data(self) -> None:
+        if self.config.read_timeout:
+            await super()._read_data()
+            return
+        # Without a limit Hypercorn's own would hold a scope, and two generators, for each read.
+        data = b"-"
+        while data:
+            try:
+                data = await self.push_stream.receive_some(_CHUNK)
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                break
+            await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
+
     # Deadlines without a task: the scope's is moved when something happens.
 
     def websocket_begins(self) -> None:
@@ -242,6 +258,10 @@ class _Observed:
             yield event
 
 
+# What is left of a handshake that is over.
+_ACCEPTED: Final = SimpleNamespace(accepted=True)
+
+
 class GuardedWSStream(WSStream):
     """One WebSocket of Hypercorn; over HTTP/1.1 its frames may be written past it."""
 
@@ -275,7 +295,7 @@ class GuardedWSStream(WSStream):
     def forget_handshake(self) -> None:
         """Let go of the request, its headers and h11's connection: nobody asks for them again."""
         self.scope["headers"] = []
-        self.handshake.key = self.handshake.subprotocols = self.handshake.connection_tokens = None
+        self.handshake = _ACCEPTED  # type: ignore[assignment]
         connection = getattr(getattr(self.send, "__self__", None), "connection", None)
         if isinstance(connection, H11WSConnection):
             connection.h11_connection = None  # type: ignore[assignment]
@@ -368,6 +388,7 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (TCPServer, "__await__", "self"),
     (TCPServer, "run", "self"),
     (TCPServer, "protocol_send", "self event"),
+    (TCPServer, "_read_data", "self"),
     (TCPServer, "_close", "self"),
     (
         WSStream,
