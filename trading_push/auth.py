@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -50,6 +51,9 @@ PublicKey = (
 )
 
 
+_NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
+
+
 @attrs.frozen
 class Principal:
     """Who a token stands for.
@@ -57,12 +61,12 @@ class Principal:
     Args:
         user: The user's id, 1 to 64 characters.
         expires_at: Until when, in seconds since the epoch, without any leeway; None for ever.
-        claims: What else the token says.
+        claims: What else the token says; a connection keeps nothing of it.
     """
 
     user: str
     expires_at: float | None = None
-    claims: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
+    claims: Mapping[str, Any] = attrs.field(default=_NO_CLAIMS, repr=False)
 
 
 Authenticate = Callable[[str], Principal | Awaitable[Principal]]

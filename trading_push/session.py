@@ -173,21 +173,18 @@ class Session:
 
     def authenticated(self, request_id: Id, principal: Principal) -> list[Action]:
         """The token was good; a user who is known already has extended the session."""
+        expires_at = principal.expires_at
         if self.principal is not None:
             if principal.user != self.principal.user:
                 return _refuse(
                     request_id,
                     RequestError(ErrorCode.FORBIDDEN, "this connection is another user's"),
                 )
-            old, new = self.principal.expires_at, principal.expires_at
-            if new is not None and (old is None or new < old):
-                principal = attrs.evolve(principal, expires_at=old)
-        self.principal = principal
-        expires_in = (
-            None
-            if principal.expires_at is None
-            else max(0, int(principal.expires_at - self._clock()))
-        )
+            old = self.principal.expires_at
+            if expires_at is not None and (old is None or expires_at < old):
+                expires_at = old
+        self.principal = Principal(principal.user, expires_at)
+        expires_in = None if expires_at is None else max(0, int(expires_at - self._clock()))
         return [
             Reply(
                 protocol.AuthReply(

@@ -148,4 +148,5 @@ class Channels:
         channel = self._by_name.get(name)
         if channel is None:
             return self.ticker(name)
-        return Topic(name, user if channel.per_user else None)
+        # The channel's own name: the peer's is another string for each connection.
+        return Topic(channel.name, user if channel.per_user else None)

@@ -298,17 +298,18 @@ class PushStream(trio.abc.HalfCloseableStream):
         while True:
             try:
                 data = self._bare.recv(max_bytes)
+                break
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._bare)
-                waited = True
+                pass  # waited for outside, where the exception is not kept alive
             except OSError as error:
                 if self._bare.fileno() < 0:
                     raise trio.ClosedResourceError("this socket was closed") from None
                 raise trio.BrokenResourceError(f"the socket is broken: {error}") from error
-            else:
-                if not waited:
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                return data
+            await trio.lowlevel.wait_readable(self._bare)
+            waited = True
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        return data
 
     def _end(self) -> None:
         if not self._ended:
