@@ -90,7 +90,7 @@ class JwtAuthenticator:
     def __init__(self, settings: Auth, secret: str | None) -> None:
         self._settings = settings
         self._jwks: _Jwks | None = None
-        self._key: bytes | PublicKey | None = None
+        self._key: PublicKey | jwt.PyJWK | None = None
         by_public_key = settings.public_key_file is not None or settings.jwks_url is not None
         if settings.algorithm == "HS256":
             if by_public_key:
@@ -98,7 +98,9 @@ class JwtAuthenticator:
                     "auth has a public key, and auth.algorithm is HS256, which has none: "
                     "set auth.algorithm to RS256, ES256 or EdDSA"
                 )
-            self._key = _hmac_key(secret)
+            # As a JWK it is prepared and looked at once; as bytes, for each token.
+            encoded = jwt.utils.base64url_encode(_hmac_key(secret)).decode()
+            self._key = jwt.PyJWK({"kty": "oct", "k": encoded}, "HS256")
         elif settings.public_key_file is not None and settings.jwks_url is not None:
             raise ConfigurationError("set auth.public_key_file or auth.jwks_url, not both")
         elif settings.jwks_url is not None:
@@ -124,7 +126,7 @@ class JwtAuthenticator:
             raise AuthenticationError("the token is not a JWT")
         if len(token) > TOKEN_CHARACTERS:
             raise AuthenticationError(f"the token is longer than {TOKEN_CHARACTERS} characters")
-        key: bytes | PublicKey | jwt.PyJWK
+        key: PublicKey | jwt.PyJWK
         if self._jwks is not None:
             key = await self._jwks.get(self._key_id(token))
         else:
@@ -140,7 +142,7 @@ class JwtAuthenticator:
             key_id = header.get("kid")
             return key_id if isinstance(key_id, str) else None
 
-    def _claims(self, token: str, key: bytes | PublicKey | jwt.PyJWK) -> dict[str, Any]:
+    def _claims(self, token: str, key: PublicKey | jwt.PyJWK) -> dict[str, Any]:
         settings = self._settings
         required = ["exp", "sub"]
         required += ["aud"] * (settings.audience is not None)

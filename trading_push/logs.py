@@ -15,6 +15,7 @@ import os
 import queue
 import select
 import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -539,7 +540,9 @@ def attached(
             os.close(descriptor)
 
 
-_AT_A_TIME = 200
+_AT_A_TIME = 2000
+# Woken for each line of a burst, the thread would take the interpreter from whoever serves.
+_PAUSE_S = 0.01
 
 
 def _write(records: queue.SimpleQueue[Any], outputs: list[_Output]) -> None:
@@ -552,3 +555,4 @@ def _write(records: queue.SimpleQueue[Any], outputs: list[_Output]) -> None:
             output.write(batch[:-1] if last else batch)
         if last:
             return
+        time.sleep(_PAUSE_S)

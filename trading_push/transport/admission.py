@@ -53,7 +53,8 @@ async def admit(
     if token is None:
         return None
     try:
-        principal = await hub.check(token)
+        with trio.fail_after(hub.limits.authentication_timeout_s):
+            principal = await hub.check(token)
     except AuthenticationError as error:
         raise Refused(401, error.message) from None
     except (SourceError, trio.TooSlowError):

@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, Final
@@ -33,6 +34,7 @@ from hypercorn.protocol.events import Body, Data, Request, StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, StreamBuffer
 from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from wsproto.connection import Connection, ConnectionState
@@ -90,7 +92,6 @@ class GuardedTCPServer(TCPServer):
             stream,
             limits.send_timeout_s,
             limits.close_timeout_s,
-            on_read=self._on_read,
             on_end=self._on_end,
         )
         super().__init__(app, config, context, state, self.push_stream)  # type: ignore[arg-type]
@@ -184,13 +185,14 @@ class GuardedTCPServer(TCPServer):
     def _limit(self, at: float = math.inf) -> None:
         self._scope.deadline = min(self._handshake_until, self._reap_at, at)
 
-    def _on_read(self, reading: bool) -> None:
-        # Hypercorn stops reading when ten messages wait for a handler that takes none; it would
-        # never see the peer leave.
-        if reading:
+    @contextmanager
+    def waiting_for_handler(self) -> Iterator[None]:
+        """Nothing of the peer's is read, not even its end, until a handler takes a message."""
+        self._limit(trio.current_time() + guard.limits.handler_timeout_s)
+        try:
+            yield
+        finally:
             self._limit()
-        else:
-            self._limit(trio.current_time() + guard.limits.handler_timeout_s)
 
     def _on_end(self) -> None:
         self._reap_at = trio.current_time() + guard.limits.reap_after_s
@@ -270,6 +272,7 @@ class GuardedWSStream(WSStream):
         self.server_connection = _server.get()
         self.fault: CloseConnection | None = None
         self.deciding_close: Close | None = None
+        self._to_app: trio.MemorySendChannel[Any]
         self.buffer: _ByteBuffer = _ByteBuffer(self.config.websocket_max_message_size)
         self._over = False
         self._raw = False
@@ -317,6 +320,9 @@ class GuardedWSStream(WSStream):
                 if name.lower() != b"sec-websocket-extensions"
             ]
             await super().handle(dataclasses.replace(event, headers=headers))
+            if self.app_put is not None:
+                self._to_app = self.app_put.__self__  # type: ignore[attr-defined]
+                self.app_put = self._put
             if self.closed and self.app_put is None:
                 # Refused: Hypercorn would leave the socket open for as long as the peer likes.
                 await self.send(StreamClosed(stream_id=self.stream_id))
@@ -324,6 +330,16 @@ class GuardedWSStream(WSStream):
             raise PeerFault("bytes before the handshake was answered")
         else:
             await super().handle(event)
+
+    async def _put(self, message: Any) -> None:
+        try:
+            self._to_app.send_nowait(message)
+        except trio.WouldBlock:
+            if self.server_connection is None:
+                await self._to_app.send(message)
+            else:
+                with self.server_connection.waiting_for_handler():
+                    await self._to_app.send(message)
 
     async def _accept(self, message: Any) -> None:
         await super()._accept(message)
@@ -400,6 +416,7 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (WSStream, "_accept", "self message"),
     (WSStream, "_handle_events", "self"),
     (WSStream, "_send_wsproto_event", "self event"),
+    (TaskGroup, "spawn_app", "self app config scope send"),
     (WebsocketBuffer, "__init__", "self max_length"),
     (WebsocketBuffer, "extend", "self event"),
     (WorkerContext, "__init__", "self max_requests"),

@@ -37,7 +37,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         stream: The stream underneath.
         send_timeout_s: How long one send may take, its wait for a turn included.
         close_timeout_s: The same from the close frame on.
-        on_read: Called with True before a read and with False when it has returned.
         on_end: Called once, at the peer's end of file, at a broken stream or at our close.
     """
 
@@ -50,7 +49,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         "_is_plain",
         "_nursery",
         "_on_end",
-        "_on_read",
         "_sealed",
         "_send_timeout_s",
         "_stream",
@@ -67,7 +65,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         send_timeout_s: float,
         close_timeout_s: float,
         *,
-        on_read: Callable[[bool], None] = lambda reading: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._stream: Any = stream
@@ -77,7 +74,6 @@ class PushStream(trio.abc.HalfCloseableStream):
             self._is_plain = True
         self._send_timeout_s = send_timeout_s
         self._close_timeout_s = close_timeout_s
-        self._on_read = on_read
         self._on_end = on_end
         self._waiting: trio.lowlevel.ParkingLot | None = None  # made when first two want to write
         self._taken = False
@@ -274,7 +270,6 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Some bytes of the peer; b"" at its end of file."""
-        self._on_read(True)
         try:
             if self._is_plain:
                 data = await self._receive(max_bytes or _CHUNK)
@@ -283,8 +278,6 @@ class PushStream(trio.abc.HalfCloseableStream):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._end()
             raise
-        finally:
-            self._on_read(False)
         if data:
             self.last_heard = trio.current_time()
         else:
@@ -379,9 +372,8 @@ def wrap(
     send_timeout_s: float,
     close_timeout_s: float,
     *,
-    on_read: Callable[[bool], None] = lambda reading: None,
     on_end: Callable[[], None] = lambda: None,
 ) -> PushStream:
     """The PushStream of a socket stream or of a TLS stream."""
     kind = TlsPushStream if isinstance(stream, trio.SSLStream) else PushStream
-    return kind(stream, send_timeout_s, close_timeout_s, on_read=on_read, on_end=on_end)
+    return kind(stream, send_timeout_s, close_timeout_s, on_end=on_end)
