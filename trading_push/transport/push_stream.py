@@ -173,7 +173,7 @@ class PushStream(trio.abc.HalfCloseableStream):
             TransportClosed: The stream is sealed, closed or broken.
         """
         if self._sealed:
-            raise TransportClosed("a close frame was sent")
+            raise self._gone("a close frame was sent")
         await self._in_turn(frames[0] if len(frames) == 1 else b"".join(frames), ours=True)
 
     async def _in_turn(self, data: Bytes, *, ours: bool) -> None:
@@ -191,7 +191,7 @@ class PushStream(trio.abc.HalfCloseableStream):
                 self._give_up()
         try:
             if ours and self._sealed and not sent:
-                raise TransportClosed("a close frame was sent")
+                raise self._gone("a close frame was sent")
             await self._write(memoryview(data)[sent:], deadline)
         finally:
             self._give_turn()
@@ -211,9 +211,7 @@ class PushStream(trio.abc.HalfCloseableStream):
             with trio.CancelScope(deadline=deadline, shield=True) as self._writing:
                 await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            if self.timed_out:
-                raise SendTimeout("the peer did not take a send in time") from error
-            raise TransportClosed("the peer is gone") from error
+            raise self._gone("the peer is gone") from error
         finally:
             scope, self._writing = self._writing, None
         if scope is not None and scope.cancelled_caught:
@@ -222,7 +220,13 @@ class PushStream(trio.abc.HalfCloseableStream):
     def _give_up(self) -> None:
         self.timed_out = True
         self.abort()
-        raise SendTimeout("the peer did not take a send in time")
+        raise self._gone()
+
+    def _gone(self, why: str = "") -> TransportClosed:
+        # Whoever wrote before may have met the deadline: that is why, for all.
+        if self.timed_out:
+            return SendTimeout("the peer did not take a send in time")
+        return TransportClosed(why)
 
     def hurry(self, grace_s: float) -> None:
         """Give a write that is under way, and each later one, no longer than this."""
