@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import jwt
@@ -98,9 +98,7 @@ class JwtAuthenticator:
                     "auth has a public key, and auth.algorithm is HS256, which has none: "
                     "set auth.algorithm to RS256, ES256 or EdDSA"
                 )
-            # As a JWK it is prepared and looked at once; as bytes, for each token.
-            encoded = jwt.utils.base64url_encode(_hmac_key(secret)).decode()
-            self._key = jwt.PyJWK({"kty": "oct", "k": encoded}, "HS256")
+            self._key = _prepared(_hmac_key(secret))
         elif settings.public_key_file is not None and settings.jwks_url is not None:
             raise ConfigurationError("set auth.public_key_file or auth.jwks_url, not both")
         elif settings.jwks_url is not None:
@@ -173,6 +171,21 @@ class JwtAuthenticator:
         if isinstance(expires_at, bool) or not isinstance(expires_at, int | float):
             raise AuthenticationError("the token's exp is not a number")
         return Principal(user, float(min(expires_at, 2**53)), claims)
+
+
+class _PreparedHmac(jwt.algorithms.HMACAlgorithm):
+    """HMAC with a key that was looked at once; PyJWT's own looks at it for each token."""
+
+    def prepare_key(self, key: str | bytes) -> bytes:
+        return cast(bytes, key)
+
+
+def _prepared(secret: bytes) -> jwt.PyJWK:
+    encoded = jwt.utils.base64url_encode(secret).decode()
+    key = jwt.PyJWK({"kty": "oct", "k": encoded}, "HS256")
+    key.key = key.Algorithm.prepare_key(key.key)
+    key.Algorithm = _PreparedHmac(jwt.algorithms.HMACAlgorithm.SHA256)
+    return key
 
 
 class _refusing(contextlib.AbstractContextManager[None]):

@@ -28,15 +28,18 @@ import hypercorn.protocol.h2
 import hypercorn.protocol.h11
 import hypercorn.protocol.ws_stream
 import hypercorn.trio.run
+import hypercorn.typing
 import trio
 from hypercorn.events import Closed, RawData, Updated
+from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, Data, Request, StreamClosed
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, StreamBuffer
 from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
+from hypercorn.utils import parse_socket_addr
 from wsproto.connection import Connection, ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
 
@@ -44,7 +47,7 @@ from trading_push import logs
 from trading_push.errors import LinkError
 from trading_push.settings import Limits
 from trading_push.transport.base import Close
-from trading_push.transport.push_stream import PushStream, wrap
+from trading_push.transport.push_stream import PushStream, TlsPushStream, wrap
 
 __all__ = ["Guard", "GuardedWSStream", "find", "guard", "install", "worker"]
 
@@ -114,7 +117,10 @@ class GuardedTCPServer(TCPServer):
             # cancelled one would end the whole server.
             with self._scope:
                 self._limit()
-                await super().run()
+                if isinstance(self.push_stream, TlsPushStream):
+                    await super().run()
+                else:
+                    await self._run_plain()
             if self._scope.cancelled_caught:
                 guard.reaped += 1
         except* Exception as errors:
@@ -129,6 +135,35 @@ class GuardedTCPServer(TCPServer):
         finally:
             guard.connections -= 1
             self.push_stream.abort()
+
+    async def _run_plain(self) -> None:
+        # Hypercorn finds out that a stream has no TLS by an exception that goes through a scope:
+        # a twentieth of what an arrival costs.
+        bare = self.push_stream.socket
+        try:
+            client = parse_socket_addr(bare.family, bare.getpeername())
+            server = parse_socket_addr(bare.family, bare.getsockname())
+            async with TaskGroup() as group:
+                self._task_group = group
+                self.protocol = ProtocolWrapper(
+                    self.app,
+                    self.config,
+                    self.context,
+                    group,
+                    hypercorn.typing.ConnectionState(self.state),
+                    False,
+                    client,
+                    server,
+                    self.protocol_send,
+                    "http/1.1",
+                )
+                await self.protocol.initiate()
+                await self.idle_task.restart(group, self._idle_timeout)
+                await self._read_data()
+        except OSError:
+            pass  # the peer was gone before its address was asked for
+        finally:
+            await self._close()
 
     async def _refuse(self) -> None:
         with trio.move_on_after(1):
@@ -406,6 +441,13 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (TCPServer, "protocol_send", "self event"),
     (TCPServer, "_read_data", "self"),
     (TCPServer, "_close", "self"),
+    (TCPServer, "_idle_timeout", "self"),
+    (TrioSingleTask, "restart", "self task_group action"),
+    (
+        ProtocolWrapper,
+        "__init__",
+        "self app config context task_group state ssl client server send alpn_protocol",
+    ),
     (
         WSStream,
         "__init__",
