@@ -12,8 +12,11 @@ import struct
 import subprocess
 import sys
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
+import hypercorn.config
+import hypercorn.trio
 import pytest
 import trio
 import trustme
@@ -188,6 +191,51 @@ async def test_a_handshake_that_is_never_finished_is_given_up():
                     await stream.send_all(begun)
                 with suppress(trio.BrokenResourceError):
                     assert await answer_of(stream) == b""
+
+
+async def test_between_requests_a_connection_is_kept_for_a_while():
+    async with (
+        limited() as service,
+        hypercorn_serving(service, keep_alive_timeout=0.3) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        reaped = guard.reaped
+        for _ in range(2):
+            await stream.send_all(b"GET /other HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"nothing here\n"):
+                answer += await stream.receive_some()
+            assert answer.startswith(b"HTTP/1.1 404")
+        with trio.fail_after(5):
+            while await stream.receive_some():
+                pass
+        while guard.connections:
+            await trio.sleep(0.01)
+        assert guard.reaped == reaped
+
+
+async def test_an_idle_connection_does_not_hold_the_servers_end():
+    config = hypercorn.config.Config.from_mapping(
+        {
+            "bind": ["127.0.0.1:0"],
+            "errorlog": None,
+            "graceful_timeout": 20,
+            "keep_alive_timeout": 60,
+        }
+    )
+    the_end = trio.Event()
+    async with limited(handshake_timeout_s=60) as service, trio.open_nursery() as nursery:
+        serve = partial(
+            hypercorn.trio.serve, service.asgi_app, config, shutdown_trigger=the_end.wait
+        )
+        [url] = await nursery.start(serve)
+        async with await trio.open_tcp_stream("127.0.0.1", int(url.rsplit(":", 1)[1])) as stream:
+            while not guard.connections:
+                await trio.sleep(0.01)
+            the_end.set()
+            with trio.fail_after(5):
+                while await stream.receive_some():
+                    pass
 
 
 async def test_over_the_limit_the_handshake_is_refused():

@@ -38,7 +38,7 @@ from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer, WSStream
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
+from hypercorn.trio.worker_context import EventWrapper, TrioSingleTask, WorkerContext
 from hypercorn.utils import parse_socket_addr
 from wsproto.connection import Connection, ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
@@ -101,6 +101,7 @@ class GuardedTCPServer(TCPServer):
         self._scope = trio.CancelScope()
         self._handshake_until = trio.current_time() + limits.handshake_timeout_s
         self._reap_at = math.inf
+        self._idle_until = math.inf
         guard.graceful_timeout_s = config.graceful_timeout
 
     async def run(self) -> None:
@@ -121,7 +122,7 @@ class GuardedTCPServer(TCPServer):
                     await super().run()
                 else:
                     await self._run_plain()
-            if self._scope.cancelled_caught:
+            if self._scope.cancelled_caught and self._idle_until == math.inf:
                 guard.reaped += 1
         except* Exception as errors:
             guard.stopped += 1
@@ -134,6 +135,8 @@ class GuardedTCPServer(TCPServer):
             )
         finally:
             guard.connections -= 1
+            if isinstance(self.context, KnownWorkerContext):
+                self.context.idle.discard(self)
             self.push_stream.abort()
 
     async def _run_plain(self) -> None:
@@ -157,8 +160,9 @@ class GuardedTCPServer(TCPServer):
                     self.protocol_send,
                     "http/1.1",
                 )
+                self.idle_task = _Idle(self)  # type: ignore[assignment]
+                self.set_idle(True)
                 await self.protocol.initiate()
-                await self.idle_task.restart(group, self._idle_timeout)
                 await self._read_data()
         except OSError:
             pass  # the peer was gone before its address was asked for
@@ -217,8 +221,23 @@ class GuardedTCPServer(TCPServer):
         self._handshake_until = math.inf
         self._limit()
 
+    def set_idle(self, idle: bool) -> None:
+        """Between requests: the connection ends after the keep-alive time, or with the server."""
+        self._idle_until = math.inf
+        if idle:
+            self._idle_until = trio.current_time() + self.config.keep_alive_timeout
+            if self.context.terminated.is_set():
+                self.cancel()
+        if isinstance(self.context, KnownWorkerContext):
+            (self.context.idle.add if idle else self.context.idle.discard)(self)
+        self._limit()
+
+    def cancel(self) -> None:
+        """End the connection now."""
+        self._scope.cancel()
+
     def _limit(self, at: float = math.inf) -> None:
-        self._scope.deadline = min(self._handshake_until, self._reap_at, at)
+        self._scope.deadline = min(self._handshake_until, self._reap_at, self._idle_until, at)
 
     @contextmanager
     def waiting_for_handler(self) -> Iterator[None]:
@@ -412,11 +431,39 @@ class GuardedWSStream(WSStream):
             await self.send(StreamClosed(stream_id=self.stream_id))
 
 
+class _Idle:
+    """In place of a task for each idle connection: a deadline of the connection's scope."""
+
+    def __init__(self, server: GuardedTCPServer) -> None:
+        self._server = server
+
+    async def restart(self, group: TaskGroup, action: Callable[[], Any]) -> None:
+        self._server.set_idle(True)
+
+    async def stop(self) -> None:
+        self._server.set_idle(False)
+
+
+class _Terminated(EventWrapper):
+    """The server's end, which idle connections do not wait for."""
+
+    def __init__(self, idle: set[GuardedTCPServer]) -> None:
+        super().__init__()
+        self._idle = idle
+
+    async def set(self) -> None:
+        await super().set()
+        for server in self._idle:
+            server.cancel()
+
+
 class KnownWorkerContext(WorkerContext):
     """Hypercorn's worker context, which an application can find with `worker`."""
 
     def __init__(self, max_requests: int | None) -> None:
         super().__init__(max_requests)
+        self.idle: set[GuardedTCPServer] = set()
+        self.terminated = _Terminated(self.idle)
         _worker.set(self)
 
 
@@ -441,8 +488,9 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (TCPServer, "protocol_send", "self event"),
     (TCPServer, "_read_data", "self"),
     (TCPServer, "_close", "self"),
-    (TCPServer, "_idle_timeout", "self"),
     (TrioSingleTask, "restart", "self task_group action"),
+    (TrioSingleTask, "stop", "self"),
+    (EventWrapper, "set", "self"),
     (
         ProtocolWrapper,
         "__init__",
