@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import string
 import threading
+import time
 import unicodedata
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -88,19 +91,32 @@ def test_no_other_record_of_the_package_breaks_a_unit():
 
 
 def test_what_a_full_queue_drops_is_counted_in_a_line():
-    handler = logs._BoundedQueueHandler(3)
-    records = [
-        logging.LogRecord("trading_push.x", logging.INFO, "", 0, f"line {n}", (), None)
-        for n in range(8)
-    ]
-    for record in records[:6]:
-        handler.handle(record)
-    kept = [handler.records.get_nowait().getMessage() for _ in range(3)]
-    assert kept == ["line 0", "line 1", "line 2"]
-    handler.handle(records[6])
-    handler.handle(records[7])
-    after = [handler.records.get_nowait().getMessage() for _ in range(3)]
-    assert after == ["⚠️ 日志输出过慢，已丢弃3行", "line 6", "line 7"]
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    stuck = 0
+    with suppress(BlockingIOError):
+        while True:
+            stuck += os.write(write, b"-" * 4096)
+    os.set_blocking(write, True)
+    output = logs._Output(write, logging.Formatter("%(message)s"), 3)
+
+    def say(*numbers: int) -> None:
+        for n in numbers:
+            text = f"line {n}"
+            output.handle(logging.LogRecord("trading_push.x", 20, "", 0, text, (), None))
+
+    say(0)
+    while output._lines.qsize():  # until the thread has taken it, and is stuck with it
+        time.sleep(0.001)
+    say(1, 2, 3, 4, 5, 6)
+    with open(read, "rb") as pipe:
+        pipe.read(stuck)
+        expected = b"line 0\nline 1\nline 2\nline 3\n"
+        assert pipe.read(len(expected)) == expected
+        say(7, 8)
+        output.end(10)
+        rest = pipe.read().decode().splitlines()
+    assert rest == ["⚠️ 日志输出过慢，已丢弃3行", "line 7", "line 8"]
 
 
 def test_an_error_is_told_in_one_line():

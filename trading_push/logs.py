@@ -10,7 +10,6 @@ programs.
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import queue
 import select
@@ -20,7 +19,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -430,62 +429,78 @@ class JsonFormatter(SafeFormatter):
         return msgspec.json.encode(entry, enc_hook=str).decode()
 
 
-class _BoundedQueueHandler(logging.handlers.QueueHandler):
-    """Queues records without ever blocking; what finds no place is counted and said in a line."""
-
-    def __init__(self, lines: int) -> None:
-        # Without a bound of its own and without a condition to signal: a line costs a third.
-        self.records: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.lines = lines
-        self.dropped = 0
-        super().__init__(cast(Any, self.records))
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The base class formats the exception away; our formatter, on the other side, needs it.
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        waiting = self.records.qsize()
-        if waiting + bool(self.dropped) >= self.lines:
-            self.dropped += 1
-            return
-        if self.dropped:
-            self.records.put(self._gap())
-            self.dropped = 0
-        self.records.put(record)
-
-    def _gap(self) -> logging.LogRecord:
-        text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self.dropped)
-        record = logging.LogRecord("trading_push.logs", logging.WARNING, "", 0, text, (), None)
-        record.event = "lines_dropped"
-        record.fields = {"dropped": self.dropped}
-        return record
+_AT_A_TIME = 2000
+# Woken for each line of a burst, the thread would take the interpreter from whoever serves.
+_PAUSE_S = 0.01
+_LAST_LINES_S = 2
+_STDERR: Final = 2
 
 
-class _Output(NamedTuple):
-    """Where formatted lines go: a descriptor, written to by the queue's thread alone.
+class _Output(logging.Handler):
+    """A descriptor that lines are written to by a thread, so that a full pipe blocks nobody.
 
-    No file object and no handler of `logging` stands between: at the end of the process both would
-    wait for the lock of a write that is stuck in a full pipe.
+    Lines wait as text: as records they would be food for the garbage collector. What finds no place
+    is counted and said in a line. No file object stands between: at the end of the process it would
+    wait for the lock of a write that is stuck.
     """
 
-    descriptor: int
-    formatter: logging.Formatter
+    def __init__(self, descriptor: int, formatter: logging.Formatter, lines: int) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._descriptor = descriptor
+        self._bound = lines
+        self._dropped = 0
+        # Without a bound of its own and without a condition to signal: a line costs a third.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def _format(self, record: logging.LogRecord) -> str:
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lines.qsize() + bool(self._dropped) >= self._bound:
+            self._dropped += 1
+            return
+        if self._dropped:
+            self._lines.put(self._text(self._gap()))
+            self._dropped = 0
+        self._lines.put(self._text(record))
+
+    def _text(self, record: logging.LogRecord) -> str:
         try:
-            return self.formatter.format(record)
-        except Exception:  # of a foreign record; the thread must go on
-            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH)
+            return self.format(record) + "\n"
+        except Exception:  # of a foreign record; its own is no reason to fail
+            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH) + "\n"
 
-    def write(self, records: list[logging.LogRecord]) -> None:
-        lines = "".join(f"{self._format(record)}\n" for record in records)
-        data = memoryview(lines.encode("utf-8", "backslashreplace"))
+    def _gap(self) -> logging.LogRecord:
+        text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self._dropped)
+        record = logging.LogRecord("trading_push.logs", logging.WARNING, "", 0, text, (), None)
+        record.event = "lines_dropped"
+        record.fields = {"dropped": self._dropped}
+        return record
+
+    def end(self, timeout_s: float) -> None:
+        """Write what is queued and close the file; the thread is given up if it takes longer."""
+        self._lines.put(None)
+        self._thread.join(timeout_s)
+        if self._descriptor != _STDERR and not self._thread.is_alive():
+            os.close(self._descriptor)
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._lines.get()]
+            while len(batch) < _AT_A_TIME and not self._lines.empty():
+                batch.append(self._lines.get())
+            self._write("".join(text for text in batch if text is not None))
+            if batch[-1] is None:
+                return
+            time.sleep(_PAUSE_S)
+
+    def _write(self, text: str) -> None:
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
         while data:
             try:
-                data = data[os.write(self.descriptor, data) :]
+                data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # somebody has made the terminal non-blocking
-                select.select([], [self.descriptor], [])
+                select.select([], [self._descriptor], [])
             except OSError:
                 return  # whoever read has gone, or the disk is full
 
@@ -500,14 +515,15 @@ def attached(
 ) -> Iterator[None]:
     """Print the lines to standard error, and to `file` as well, while the context is open.
 
-    Writing is done by a thread behind a bounded queue, so that a full pipe that nobody reads never
+    Writing is done by threads behind bounded queues, so that a full pipe that nobody reads never
     stops the service. Leaving waits at most two seconds for what is still queued.
 
     Raises:
         ConfigurationError: The file cannot be opened.
     """
     set_language(lang)
-    outputs = [_Output(2, JsonFormatter() if json else SafeFormatter("%(message)s"))]
+    plain = JsonFormatter() if json else SafeFormatter("%(message)s")
+    places: list[tuple[int, logging.Formatter]] = [(_STDERR, plain)]
     if file is not None:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -516,43 +532,23 @@ def attached(
                 f"the log file {file} cannot be opened ({error.strerror}): give another"
             ) from None
         stamped = SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
-        outputs.append(_Output(descriptor, JsonFormatter() if json else stamped))
-    bounded = _BoundedQueueHandler(queue_lines)
-    writer = threading.Thread(target=_write, args=(bounded.records, outputs), daemon=True)
-    writer.start()
+        places.append((descriptor, plain if json else stamped))
+    outputs = [_Output(descriptor, formatter, queue_lines) for descriptor, formatter in places]
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
-        logger.addHandler(bounded)
+        for output in outputs:
+            logger.addHandler(output)
         logger.propagate = False
         logger.setLevel(level)
     try:
         yield
     finally:
         for logger, old_level, propagate in kept:
-            logger.removeHandler(bounded)
+            for output in outputs:
+                logger.removeHandler(output)
             logger.setLevel(old_level)
             logger.propagate = propagate
-        bounded.records.put(None)
-        # Where nobody reads, this is given up: the thread is a daemon, the process ends without it.
-        writer.join(timeout=2)
-        if file is not None and not writer.is_alive():
-            os.close(descriptor)
-
-
-_AT_A_TIME = 2000
-# Woken for each line of a burst, the thread would take the interpreter from whoever serves.
-_PAUSE_S = 0.01
-
-
-def _write(records: queue.SimpleQueue[Any], outputs: list[_Output]) -> None:
-    while True:
-        batch = [records.get()]
-        while len(batch) < _AT_A_TIME and not records.empty():
-            batch.append(records.get())
-        last = batch[-1] is None
-        for output in outputs:
-            output.write(batch[:-1] if last else batch)
-        if last:
-            return
-        time.sleep(_PAUSE_S)
+        deadline = time.monotonic() + _LAST_LINES_S
+        for output in reversed(outputs):  # the file first: standard error may be a full pipe
+            output.end(max(0, deadline - time.monotonic()))
