@@ -1,12 +1,14 @@
 """The push loop of one data type: source -> changed? -> broker, only for users who are subscribed.
 
-A tick asks the source for every watched user who is not being asked already, so that a slow answer
-delays nobody else; a user's first subscription asks at once.
+A user's first subscription asks at once, and from then on each user has a time of their own: those
+whose times are close are asked for together, and the work is spread over the whole interval. Who is
+being asked already is left out, so that a slow answer delays nobody else.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -38,6 +40,8 @@ REPEAT_S = 60
 """How often at most a source that goes on failing for a user is logged."""
 _SLICE_S = 0.002
 _FRESH_S = 1.0
+_EARLY = 1 / 20
+"""By how much of an interval users are asked for early, to go together with others."""
 
 
 class _StillRunning(SourceError):
@@ -55,7 +59,7 @@ class Poller:
 
     Args:
         data_type: The channel's name.
-        interval_s: Seconds between two ticks.
+        interval_s: Seconds between two questions for the same user.
         source: Where the data come from.
         broker: Where changes are published, and the last values kept.
         limits: How many users and fetches at a time, and how long a fetch may take.
@@ -88,7 +92,8 @@ class Poller:
         self._fetch_many: Callable[..., Any] | None = getattr(source, "fetch_many", None)
         self._turn = turn or trio.Lock()
         self._limiter = trio.CapacityLimiter(limits.fetches)
-        self._watched: dict[str, None] = {}
+        self._watched: dict[str, float] = {}  # when they are to be asked for, the next one first
+        self._left: dict[str, float] = {}  # when their last subscriber went
         self._new: dict[str, None] = {}
         self._busy: set[str] = set()
         self._settled: set[str] = set()
@@ -111,17 +116,20 @@ class Poller:
 
         Not where it answered a moment ago: coming and going is no way to make it work harder.
         """
-        self._watched[user] = None
+        now = trio.current_time()
+        self._watched[user] = now + self.interval_s
+        self._left.pop(user, None)
         fresh_s = min(self.interval_s, _FRESH_S)
-        if trio.current_time() - self._answered_at.get(user, -math.inf) < fresh_s:
+        if now - self._answered_at.get(user, -math.inf) < fresh_s:
             self._settle([user])
         else:
             self._new[user] = None
-            self._wake.set()
+        self._wake.set()
 
     def unwatch(self, user: str) -> None:
         """The user's last subscriber has gone."""
-        self._watched.pop(user, None)
+        if self._watched.pop(user, None) is not None:
+            self._left[user] = trio.current_time()
         self._new.pop(user, None)
         self._settled.discard(user)
 
@@ -134,30 +142,33 @@ class Poller:
     async def run(self) -> None:
         """Poll until cancelled, which leaves nothing behind but worker threads that go on."""
         async with trio.open_nursery() as nursery:
-            tick = trio.current_time() + self.interval_s
             while True:
-                with trio.move_on_at(tick):
+                with trio.move_on_at(next(iter(self._watched.values()), math.inf)):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                if trio.current_time() >= tick:
-                    self._prune()
-                    users: Iterable[str] = self._watched
-                    tick += self.interval_s
-                    tick = max(tick, trio.current_time())  # a late tick is not made up for
-                else:
-                    users = self._new
-                self._ask(nursery, [user for user in users if user not in self._busy])
+                self._prune()
+                users = dict.fromkeys((*self._new, *self._due()))
                 self._new.clear()
+                self._ask(nursery, [user for user in users if user not in self._busy])
+
+    def _due(self) -> list[str]:
+        """Who is to be asked for by now; a time that has passed is not made up for."""
+        now = trio.current_time()
+        if next(iter(self._watched.values()), math.inf) > now:
+            return []
+        horizon = now + self.interval_s * _EARLY
+        due = list(itertools.takewhile(lambda user: self._watched[user] <= horizon, self._watched))
+        for user in due:
+            self._watched[user] = max(self._watched.pop(user) + self.interval_s, now)
+        return due
 
     def _prune(self) -> None:
         # What is known of users who have gone, once it is of no use any more.
-        now = trio.current_time()
-        for user, failure in list(self._failures.items()):
-            if user not in self._watched and now - failure.logged_at >= REPEAT_S:
-                del self._failures[user]
-        for user, at in list(self._answered_at.items()):
-            if user not in self._watched and now - at >= _FRESH_S:
-                del self._answered_at[user]
+        long_ago = trio.current_time() - REPEAT_S
+        for user in list(itertools.takewhile(lambda u: self._left[u] <= long_ago, self._left)):
+            del self._left[user]
+            self._failures.pop(user, None)
+            self._answered_at.pop(user, None)
 
     def _ask(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
