@@ -119,6 +119,26 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
     assert rest == ["⚠️ 日志输出过慢，已丢弃3行", "line 7", "line 8"]
 
 
+def test_whoever_listens_besides_hears_every_line(capfd):
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(f"{record.event} {record.getMessage()}")
+
+    with logs.attached():
+        logs.emit(logs.line("left_room", room="pnl_1"))
+        for name in ("trading_push", "trading_push.registry"):
+            ear = Ear()
+            logging.getLogger(name).addHandler(ear)
+            logs.emit(logs.line("left_room", room="pnl_2"))
+            logging.getLogger(name).removeHandler(ear)
+        logs.emit(logs.line("left_room", room="pnl_3"))
+    assert heard == ["left_room    🚪 退出房间: pnl_2"] * 2
+    rooms = [1, 2, 2, 3]
+    assert capfd.readouterr().err.splitlines() == [f"   🚪 退出房间: pnl_{n}" for n in rooms]
+
+
 def test_an_error_is_told_in_one_line():
     def told(error: BaseException) -> str:
         return logs.line("fetch_failed", user="4", data_type="pnl", error=error).fields["error"]
