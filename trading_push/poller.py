@@ -38,7 +38,7 @@ FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextMa
 
 REPEAT_S = 60
 """How often at most a source that goes on failing for a user is logged."""
-_SLICE_S = 0.001
+_SLICE_S = 0.0005
 _FRESH_S = 1.0
 _EARLY = 1 / 20
 """By how much of an interval users are asked for early, to go together with others."""
