@@ -325,6 +325,36 @@ async def test_an_expired_token_is_the_end_unless_it_is_renewed(autojump_clock, 
         assert transport.closed_with == (4003, "token expired")
 
 
+async def test_a_renewal_that_came_in_time_is_not_cut_while_it_is_checked(
+    autojump_clock, monkeypatch
+):
+    began = trio.current_time()
+    monkeypatch.setattr("time.time", lambda: 1000 + trio.current_time() - began)
+    takes = iter((0, 8, 8))
+
+    async def slowly(token: str) -> Principal:
+        await trio.sleep(next(takes))
+        if token == "bad":
+            raise AuthenticationError
+        return Principal("4", expires_at=float(token))
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=slowly) as service,
+    ):
+        transport, _ = Room(service, nursery).join()
+        transport.say("auth", token="1010")
+        await transport.next()
+        await trio.sleep(12)  # three seconds before the end, with the leeway of five
+        transport.say("auth", token="1022")
+        assert (await transport.next())[0]["expires_in"] == 2
+        await trio.sleep(3)
+        transport.say("auth", token="bad")
+        assert (await transport.next())[0]["error"]["code"] == "bad_token"
+        await trio.sleep(1)
+        assert transport.closed_with == (4003, "token expired")
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_leaving_the_service_loses_no_unit(autojump_clock, caplog, cancelled):
     count = 200

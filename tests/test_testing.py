@@ -58,6 +58,8 @@ async def test_a_peer_without_a_token_and_one_that_is_closed(autojump_clock):
     ):
         assert (await nobody.request("list"))["error"]["code"] == "not_authenticated"
         nobody.say_text(b"binary")
-        while nobody.closed_with is None:
-            await trio.sleep(0.1)
+        with pytest.raises(AssertionError, match="closed with 1003"):
+            await nobody.next()
+        with pytest.raises(AssertionError, match="closed with 1003"):
+            await nobody.request("list")
         assert nobody.closed_with[0] == 1003

@@ -345,6 +345,9 @@ class Connection:
     # --- authentication --------------------------------------------------------------------
 
     async def _check(self, request_id: protocol.Id, token: str) -> None:
+        limit = self._limit
+        if self._session.principal is not None:
+            self._limit_to(math.inf)  # a renewal that came in time is not cut
         try:
             principal = await self._principal_of(token)
         except AuthenticationError as error:
@@ -358,17 +361,14 @@ class Connection:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
             await self._authenticated(request_id, principal)
+            return
+        self._limit_to(limit)
 
     async def _principal_of(self, token: str) -> Principal:
         if self._session.principal is None:
             return await self._hub.check(token)  # before the connection's deadline, or never
-        limit = self._limit
-        self._limit_to(math.inf)  # a renewal that came in time is not cut
-        try:
-            with trio.fail_after(self._hub.limits.authentication_timeout_s):
-                return await self._hub.check(token)
-        finally:
-            self._limit_to(limit)
+        with trio.fail_after(self._hub.limits.authentication_timeout_s):
+            return await self._hub.check(token)
 
     def _internal_error(self) -> bytes:
         internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")

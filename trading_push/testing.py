@@ -75,23 +75,36 @@ class MemoryTransport:
         self._messages.send_nowait(message)
 
     async def next(self, count: int = 1) -> list[dict[str, Any]]:
-        """Take the next messages, replies and pushes alike; waits until there are so many."""
+        """Take the next messages, replies and pushes alike; waits until there are so many.
+
+        Raises:
+            AssertionError: The service has closed, so that they never come.
+        """
         while len(self.sent) < count:
-            self._news = trio.Event()
-            await self._news.wait()
+            await self._wait_for_news()
         taken, self.sent = self.sent[:count], self.sent[count:]
         return taken
 
     async def request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Send a request and take its reply; pushes that came before it stay in `sent`."""
+        """Send a request and take its reply; pushes that came before it stay in `sent`.
+
+        Raises:
+            AssertionError: The service has closed, so that it never comes.
+        """
         self.say(op, **fields)
         while True:
             for message in self.sent:
                 if "op" in message:
                     self.sent.remove(message)
                     return message
-            self._news = trio.Event()
-            await self._news.wait()
+            await self._wait_for_news()
+
+    async def _wait_for_news(self) -> None:
+        if self.closed_with is not None:
+            code, reason = self.closed_with
+            raise AssertionError(f"closed with {int(code)} {reason!r}")
+        self._news = trio.Event()
+        await self._news.wait()
 
     async def subscribe(self, *args: Any) -> None:
         """Subscribe to channels.
