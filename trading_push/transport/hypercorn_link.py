@@ -165,9 +165,8 @@ class GuardedTCPServer(TCPServer):
                 await self.protocol.initiate()
                 await self._read_data()
         except OSError:
-            pass  # the peer was gone before its address was asked for
-        finally:
-            await self._close()
+            return  # the peer was gone before its address was asked for; `run` closes
+        await self._close()
 
     async def _refuse(self) -> None:
         with trio.move_on_after(1):
