@@ -38,6 +38,13 @@ def test_every_marked_block_is_tested_here():
     assert [name for name in marked if f'block("{name}")' not in source] == []
 
 
+def test_the_table_of_the_benchmark_is_what_it_found():
+    from bench import report
+
+    [table] = re.findall(r"<!-- nox -s bench -- --table -->\n(.*?)\n\n", README, re.S)
+    assert table == report.markdown(report.earlier(TESTS / "bench" / "results"))
+
+
 def test_embedding_and_client_run_as_printed(tmp_path):
     # As printed but for the port, which may be taken.
     port = f"127.0.0.1:{free_port()}"

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-__all__ = ["earlier", "print_table", "print_where", "summarise", "targets", "write"]
+__all__ = ["earlier", "markdown", "print_table", "print_where", "summarise", "targets", "write"]
 
 JSON = "benchmark.json"
 CHART = "benchmark.svg"
@@ -48,6 +48,31 @@ def print_table(name: str, workload: dict[str, Any]) -> None:
         ]
         note = server.get("skipped") or "; ".join(server.get("errors", ()))
         print(f"  {server['title']:26}" + "".join(f"{cell:>32}" for cell in cells), note[:120])
+
+
+COLUMNS = [
+    ("fanout-1000", "cpu_us", "a delivery to 1,000, µs"),
+    ("fanout-1000", "ratio", "× the floor"),
+    ("burst-1000", "cpu_us", "one of a burst, µs"),
+    ("latency", "p99_ms", "latency p99, ms"),
+    ("arrival-2000", "cpu_us", "arrival, µs"),
+    ("memory", "kb", "memory, KB"),
+]
+
+
+def markdown(workloads: dict[str, Any]) -> str:
+    """The medians as a table of Markdown, as the README shows it."""
+    columns = [column for column in COLUMNS if column[0] in workloads]
+    rows = [["", *(title for _, _, title in columns)], ["---", *("---:" for _ in columns)]]
+    servers = {
+        server: found["title"]
+        for name, _, _ in columns
+        for server, found in workloads[name]["servers"].items()
+    }
+    for server, title in servers.items():
+        found = [workloads[name]["servers"].get(server, {}).get(key) for name, key, _ in columns]
+        rows.append([title, *("" if each is None else show(each["median"]) for each in found)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def show(value: float) -> str:

@@ -51,6 +51,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--where", action="store_true", help="where the memory of a connection is, and no more"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="print what the last run found, for the README"
+    )
     parser.add_argument("--list", action="store_true", help="name the workloads and their times")
     return parser.parse_args()
 
@@ -157,6 +160,9 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     options = parsed()
+    if options.table:
+        print(report.markdown(report.earlier(options.output or RESULTS)))
+        return 0
     known = WORKLOADS(options.quick)
     names = chosen(options.only, list(known), "workload")
     servers = chosen(options.servers, list(SERVERS), "server")
