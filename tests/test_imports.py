@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("session", "subscription", "fanout"),
     ("registry",),
     ("connection", "poller", "feed"),
+    ("heartbeat",),
     ("transport", "sources", "broker"),
     ("service",),
     ("assembly",),

@@ -135,6 +135,7 @@ class Connection:
         "_limit",
         "_member",
         "_nursery",
+        "_pinged_at",
         "_principal",
         "_session",
         "_subscriptions",
@@ -156,6 +157,7 @@ class Connection:
         self._found_by_send = False
         self._limit = trio.current_time() + hub.limits.authentication_timeout_s
         self._end_by = math.inf
+        self._pinged_at = -math.inf
         self.closed = False
 
     # --- the life of it --------------------------------------------------------------------
@@ -232,6 +234,25 @@ class Connection:
         # Not all at once: who comes back is spread over a few seconds.
         notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
         self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
+
+    def look_alive(self, now: float) -> None:
+        """Ping a peer that is silent, end one that stays so; synchronous. See `heartbeat.sweep`."""
+        heard = self._transport.last_heard
+        heartbeat_s = self._hub.limits.heartbeat_s
+        if heard is None or now - heard < heartbeat_s or self.closed or self._nursery is None:
+            return
+        if now - heard >= 2 * heartbeat_s:
+            self.stop(CloseCode.HEARTBEAT_TIMEOUT, "nothing heard")
+        elif self._pinged_at <= heard:
+            self._pinged_at = now
+            if not self._transport.writer.try_write(protocol.PING):
+                self._nursery.start_soon(self._ping)
+
+    async def _ping(self) -> None:
+        try:
+            await self._transport.send([protocol.PING])
+        except TransportClosed as error:
+            self.send_failed(error)
 
     def abort(self) -> None:
         """Drop the peer without a close frame; synchronous."""

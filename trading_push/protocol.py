@@ -436,6 +436,10 @@ def frame(payload: bytes) -> bytes:
     return bytes((_TEXT, 127)) + length.to_bytes(8, "big") + payload
 
 
+PING: Final = b"\x89\x00"
+"""A ping frame without a payload (RFC 6455 section 5.5.2)."""
+
+
 def payload_of(frame: bytes) -> bytes:
     """The payload of a frame that `frame` made."""
     length = frame[1]

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import trio
 
-from trading_push import logs, protocol
+from trading_push import heartbeat, logs, protocol
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connection import Hub
@@ -307,6 +307,7 @@ class PushService:
                     if self._feed is not None:
                         workers.start_soon(self._feed.run)
                     workers.start_soon(self._forget_idle_topics)
+                    workers.start_soon(heartbeat.sweep, self.hub)
                     task_status.started()
             finally:
                 with trio.CancelScope(shield=True):

@@ -52,6 +52,10 @@ class MemoryTransport:
         self.closed_with: tuple[int, str] | None = None
         """The code and reason that the service has closed with."""
         self.peer_close: Close | None = None
+        self.last_heard: float | None = None
+        """Set by the test to trio's time, it makes silence count; each message then moves it."""
+        self.pings = 0
+        """How many pings have been sent; the peer does not answer them."""
         self.reading = trio.Event()
         """Replaced by an event that is not set, it makes the peer stop reading: sends get stuck."""
         self.reading.set()
@@ -72,6 +76,8 @@ class MemoryTransport:
 
     def say_text(self, message: str | bytes) -> None:
         """Send anything; bytes are a binary message."""
+        if self.last_heard is not None:
+            self.last_heard = trio.current_time()
         self._messages.send_nowait(message)
 
     async def next(self, count: int = 1) -> list[dict[str, Any]]:
@@ -167,7 +173,11 @@ class MemoryTransport:
 
     def _take(self, frames: Sequence[bytes]) -> None:
         assert self.closed_with is None, "sent after a close"
-        self.sent += [json.loads(protocol.payload_of(frame)) for frame in frames]
+        for frame in frames:
+            if frame == protocol.PING:
+                self.pings += 1
+            else:
+                self.sent.append(json.loads(protocol.payload_of(frame)))
         self._news.set()
 
     def hurry(self, grace_s: float) -> None:

@@ -74,6 +74,11 @@ class AsgiTransport:
             return self._link.deciding_close
         return self._told
 
+    @property
+    def last_heard(self) -> float | None:
+        """When bytes of the peer last came; None in plain form and over HTTP/2."""
+        return None if self._stream is None else self._stream.last_heard
+
     def start(self, nursery: trio.Nursery) -> None:
         """Take the connection's nursery."""
         if self._stream is not None:

@@ -54,6 +54,14 @@ class Transport(Protocol):
         """The close frame that decided, where one came or was sent below; None otherwise."""
         ...
 
+    @property
+    def last_heard(self) -> float | None:
+        """When bytes of the peer last came, by trio's clock.
+
+        None where a ping frame cannot be sent: then its silence says nothing.
+        """
+        ...
+
     def start(self, nursery: trio.Nursery) -> None:
         """Take the connection's nursery, for what a short write left over."""
         ...

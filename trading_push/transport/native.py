@@ -64,6 +64,11 @@ class NativeTransport:
             return None
         return Close(told.code, told.reason or "")
 
+    @property
+    def last_heard(self) -> float | None:
+        """When bytes of the peer last came."""
+        return self._stream.last_heard
+
     def start(self, nursery: trio.Nursery) -> None:
         """Take the connection's nursery."""
         self._stream.start(nursery)
