@@ -267,10 +267,10 @@ async def test_a_reply_always_comes_before_the_first_push(autojump_clock, direct
             await here.service.publish(f"ticker.S{symbol}", 0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flow)
-            for _ in range(1000):
+            for user in range(1000):
                 peer, _ = here.join(direct=direct)
                 symbol = f"ticker.S{rng.randrange(10)}"
-                peer.say("auth", token="4")
+                peer.say("auth", token=str(user))
                 peer.say("subscribe", args=[symbol])
                 peers.append((peer, symbol))
                 for _ in range(rng.randrange(3)):

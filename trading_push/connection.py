@@ -66,6 +66,7 @@ class Hub:
         accepting: Whether the doors take new connections.
         stopped: How many connections ended at the native door's firewall.
         connections: Those whose stream has not ended.
+        seats: The open connections of each user who has authenticated, oldest first.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Hub:
     accepting: bool = True
     stopped: int = 0
     connections: set[Connection] = attrs.field(factory=set)
+    seats: dict[str, dict[Connection, None]] = attrs.field(factory=dict)
     _told_unavailable_at: float = -math.inf
     _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
@@ -210,6 +212,11 @@ class Connection:
                 self._transport.abort()
             hub.gone(self)
 
+    @property
+    def id(self) -> str:
+        """What the reply to `auth` calls it."""
+        return self._member.id
+
     def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
         """End the connection with a close code; synchronous, and harmless when it has ended.
 
@@ -268,6 +275,7 @@ class Connection:
         if self.closed:
             return
         self.closed = True
+        self._leave_seat()
         for subscription in self._subscriptions.values():
             subscription.close()
         gone = self._close is not None and not self._close.ours
@@ -398,6 +406,8 @@ class Connection:
 
     async def _authenticated(self, request_id: protocol.Id, principal: Principal) -> None:
         first = self._session.principal is None
+        if first and not self._take_seat(principal.user):
+            return
         actions = self._session.authenticated(request_id, principal)
         if first:
             self._hub.registry.authenticate(self._member, principal.user)
@@ -410,6 +420,27 @@ class Connection:
             self._limit_to(trio.current_time() + left)
         for action in actions:
             await self._carry_out(action)
+
+    def _take_seat(self, user: str) -> bool:
+        hub = self._hub
+        if self.closed:
+            return False
+        taken = hub.seats.get(user, {})
+        if len(taken) >= hub.limits.connections_per_user:
+            if hub.limits.over_user_limit == "reject":
+                self.stop(CloseCode.CONNECTION_LIMIT, "too many connections of this user")
+                return False
+            next(iter(taken)).stop(CloseCode.REPLACED, "replaced by a newer connection")
+        hub.seats.setdefault(user, {})[self] = None
+        return True
+
+    def _leave_seat(self) -> None:
+        principal = self._session.principal
+        taken = None if principal is None else self._hub.seats.get(principal.user)
+        if principal is not None and taken is not None:
+            taken.pop(self, None)
+            if not taken:
+                del self._hub.seats[principal.user]
 
     # --- subscriptions ---------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from trading_push import heartbeat, logs, protocol
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connection import Hub
+from trading_push.errors import CloseCode
 from trading_push.feed import MarketFeed
 from trading_push.poller import FetchContext, Poller
 from trading_push.registry import Ledger, Member, Registry
@@ -205,6 +206,40 @@ class PushService:
 
         handler = self.handle_stream if ssl_context is None else over_tls
         await trio.serve_listeners(handler, listeners)
+
+    def kick(
+        self,
+        *,
+        user: str | int | None = None,
+        connection: str | None = None,
+        reason: str = "kicked",
+    ) -> int:
+        """Close connections with 4503, after which a client does not come back by itself.
+
+        For a user whose token has been revoked, too: what `authenticate` refuses from now on stays
+        out. Synchronous.
+
+        Args:
+            user: Every connection of this user.
+            connection: The one that the reply to `auth` calls so (`conn`).
+            reason: Told to the client and logged; at most 123 bytes of UTF-8.
+
+        Returns:
+            How many were closed.
+
+        Raises:
+            ValueError: Neither is given, or both.
+        """
+        if (user is None) == (connection is None):
+            raise ValueError("give the user or the connection to kick, one of them")
+        if user is not None:
+            kicked = list(self.hub.seats.get(str(user), ()))
+        else:
+            alive = (each for each in self.hub.connections if not each.closed)
+            kicked = [each for each in alive if each.id == connection]
+        for each in kicked:
+            each.stop(CloseCode.KICKED, reason)
+        return len(kicked)
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""

@@ -228,6 +228,11 @@ class Limits:
     handler_timeout_s: float = attrs.field(default=30, validator=number(1))
     """How long a handler may leave its peer's bytes unread."""
     connections: int = attrs.field(default=10_000, validator=whole(1))
+    connections_per_user: int = attrs.field(default=50, validator=whole(1))
+    over_user_limit: Literal["reject", "replace"] = attrs.field(
+        default="reject", validator=one_of("reject", "replace")
+    )
+    """What happens to a user's connection too many: it is refused, or takes the oldest's place."""
     subscriptions: int = attrs.field(default=200, validator=whole(1))
     message_bytes: int = attrs.field(default=65_536, validator=whole(128))
     bad_messages: int = attrs.field(default=10, validator=whole(1))
