@@ -317,12 +317,43 @@ async def test_an_expired_token_is_the_end_unless_it_is_renewed(autojump_clock, 
         transport.say("auth", token="1060")
         assert (await transport.next())[0]["expires_in"] == 60
         await trio.sleep(50)
-        transport.say("auth", token="1100")
-        assert (await transport.next())[0]["expires_in"] == 50
+        assert (await transport.request("auth", token="1100"))["expires_in"] == 50
         await trio.sleep(54)  # the leeway is five seconds
         assert transport.closed_with is None
         await trio.sleep(2)
         assert transport.closed_with == (4003, "token expired")
+
+
+async def test_a_tokens_end_is_told_of_once_for_each_token(autojump_clock, monkeypatch):
+    began = trio.current_time()
+    monkeypatch.setattr("time.time", lambda: 1000 + trio.current_time() - began)
+
+    async def until(token: str) -> Principal:
+        return Principal("4", expires_at=float(token))
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=until) as service,
+    ):
+        transport, _ = Room(service, nursery).join()
+        transport.say("auth", token="1060")
+        await transport.next()
+        await trio.sleep(29)
+        assert transport.sent == []
+        await trio.sleep(10)
+        [notice] = transport.sent
+        assert (notice["op"], notice["code"]) == ("notice", "token_expires")
+        assert 28 <= notice["expires_in"] <= 30
+        transport.sent.clear()
+        transport.say("auth", token="1100")
+        await transport.next()
+        await trio.sleep(25)
+        assert transport.sent == []
+        await trio.sleep(10)
+        assert len(transport.sent) == 1
+        await trio.sleep(40)
+        assert transport.closed_with == (4003, "token expired")
+        assert len(transport.sent) == 1
 
 
 async def test_a_renewal_that_came_in_time_is_not_cut_while_it_is_checked(
@@ -346,11 +377,9 @@ async def test_a_renewal_that_came_in_time_is_not_cut_while_it_is_checked(
         transport.say("auth", token="1010")
         await transport.next()
         await trio.sleep(12)  # three seconds before the end, with the leeway of five
-        transport.say("auth", token="1022")
-        assert (await transport.next())[0]["expires_in"] == 2
+        assert (await transport.request("auth", token="1022"))["expires_in"] == 2
         await trio.sleep(3)
-        transport.say("auth", token="bad")
-        assert (await transport.next())[0]["error"]["code"] == "bad_token"
+        assert (await transport.request("auth", token="bad"))["error"]["code"] == "bad_token"
         await trio.sleep(1)
         assert transport.closed_with == (4003, "token expired")
 

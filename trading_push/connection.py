@@ -141,6 +141,7 @@ class Connection:
         "_principal",
         "_session",
         "_subscriptions",
+        "_told_expiry",
         "_transport",
         "closed",
     )
@@ -160,6 +161,7 @@ class Connection:
         self._limit = trio.current_time() + hub.limits.authentication_timeout_s
         self._end_by = math.inf
         self._pinged_at = -math.inf
+        self._told_expiry = False
         self.closed = False
 
     # --- the life of it --------------------------------------------------------------------
@@ -242,22 +244,40 @@ class Connection:
         notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
         self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
 
-    def look_alive(self, now: float) -> None:
-        """Ping a peer that is silent, end one that stays so; synchronous. See `heartbeat.sweep`."""
-        heard = self._transport.last_heard
-        heartbeat_s = self._hub.limits.heartbeat_s
-        if heard is None or now - heard < heartbeat_s or self.closed or self._nursery is None:
+    def look_after(self, now: float) -> None:
+        """Ping a silent peer, end one that stays so, and tell of a token's end; synchronous.
+
+        See `heartbeat.sweep`.
+        """
+        if self.closed or self._nursery is None:
             return
-        if now - heard >= 2 * heartbeat_s:
+        limits = self._hub.limits
+        left = self._limit - self._hub.leeway_s - now
+        if left <= limits.expiry_notice_s and self._session.principal is not None:
+            self._tell_expiry(left)
+        heard = self._transport.last_heard
+        if heard is None or now - heard < limits.heartbeat_s:
+            return
+        if now - heard >= 2 * limits.heartbeat_s:
             self.stop(CloseCode.HEARTBEAT_TIMEOUT, "nothing heard")
         elif self._pinged_at <= heard:
             self._pinged_at = now
-            if not self._transport.writer.try_write(protocol.PING):
-                self._nursery.start_soon(self._ping)
+            self._slip_in(protocol.PING)
 
-    async def _ping(self) -> None:
+    def _tell_expiry(self, left: float) -> None:
+        if not self._told_expiry:
+            self._told_expiry = True
+            notice = protocol.Notice("token_expires", expires_in=max(0, int(left)))
+            self._slip_in(protocol.frame(protocol.encode(notice)))
+
+    def _slip_in(self, frame: bytes) -> None:
+        if not self._transport.writer.try_write(frame):
+            assert self._nursery is not None
+            self._nursery.start_soon(self._send_apart, frame)
+
+    async def _send_apart(self, frame: bytes) -> None:
         try:
-            await self._transport.send([protocol.PING])
+            await self._transport.send([frame])
         except TransportClosed as error:
             self.send_failed(error)
 
@@ -412,6 +432,7 @@ class Connection:
         if first:
             self._hub.registry.authenticate(self._member, principal.user)
         assert self._session.principal is not None
+        self._told_expiry = False
         expires_at = self._session.principal.expires_at
         if expires_at is None:
             self._limit_to(math.inf)

@@ -1,4 +1,7 @@
-"""The heartbeat sweeper: one task pings every peer that is silent and ends those that stay so."""
+"""The heartbeat sweeper: one task looks after every connection, once a second.
+
+It pings the peers that are silent, ends those that stay so, and tells of tokens that are to expire.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,6 @@ async def sweep(hub: Hub) -> None:
     while True:
         await trio.sleep(period_s)
         for number, connection in enumerate(list(hub.connections), 1):
-            connection.look_alive(trio.current_time())
+            connection.look_after(trio.current_time())
             if number % _CHUNK == 0:
                 await trio.lowlevel.checkpoint()

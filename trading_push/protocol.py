@@ -281,6 +281,7 @@ class Pong(Struct, tag_field="op", tag="pong"):
 class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
     code: str
     reconnect_after_ms: int | UnsetType = UNSET
+    expires_in: int | UnsetType = UNSET
 
 
 Reply = ErrorReply | AuthReply | ItemsReply | ListReply | Pong | Notice

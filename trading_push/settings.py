@@ -219,6 +219,7 @@ class Limits:
     authentication_timeout_s: float = attrs.field(default=10, validator=number(0.1))
     handshake_timeout_s: float = attrs.field(default=10, validator=number(0.1))
     heartbeat_s: float = attrs.field(default=15, validator=number(0.1))
+    expiry_notice_s: float = attrs.field(default=30, validator=number(0))
     send_timeout_s: float = attrs.field(default=10, validator=number(0.1))
     drain_timeout_s: float = attrs.field(default=4, validator=number(0))
     close_timeout_s: float = attrs.field(default=1, validator=number(0))

@@ -92,7 +92,7 @@ class MemoryTransport:
         return taken
 
     async def request(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Send a request and take its reply; pushes that came before it stay in `sent`.
+        """Send a request and take its reply; pushes and notices that came before stay in `sent`.
 
         Raises:
             AssertionError: The service has closed, so that it never comes.
@@ -100,7 +100,7 @@ class MemoryTransport:
         self.say(op, **fields)
         while True:
             for message in self.sent:
-                if "op" in message:
+                if message.get("op", "notice") != "notice":
                     self.sent.remove(message)
                     return message
             await self._wait_for_news()
