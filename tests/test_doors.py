@@ -24,7 +24,7 @@ from test_firewall import KILLERS, attack, handshake
 
 from trading_push import AuthenticationError, JwtAuthenticator, Principal, open_push_service
 from trading_push.service import PushService
-from trading_push.settings import Auth, Limits, Settings
+from trading_push.settings import Auth, Limits, Server, Settings
 from trading_push.testing import MemoryTransport, peer
 from trading_push.transport.hypercorn_link import guard
 
@@ -87,14 +87,19 @@ async def served(kind: str, service: PushService, certificates: Any) -> AsyncIte
 
 @asynccontextmanager
 async def open_door(
-    kind: str, certificates: Any, *, limits: Limits | None = None, authenticate: Any = None
+    kind: str,
+    certificates: Any,
+    *,
+    limits: Limits | None = None,
+    server: Server | None = None,
+    authenticate: Any = None,
 ) -> AsyncIterator[Door]:
     limits = limits or Limits()
     old, guard.limits = guard.limits, limits
     try:
         async with (
             open_push_service(
-                settings=Settings(limits=limits),
+                settings=Settings(limits=limits, server=server or Server()),
                 authenticate=authenticate or JwtAuthenticator(Auth(), SECRET),
             ) as service,
             served(kind, service, certificates) as port,

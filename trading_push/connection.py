@@ -59,6 +59,8 @@ class Hub:
 
     Args:
         path: Where the doors serve the WebSocket.
+        origins: The web pages that may connect; see `origin`.
+        origin_required: Whether a handshake without an origin is refused.
         leeway_s: By how much the clocks of who issues tokens and of this machine may differ.
         knows_symbol: Whether a symbol may exist.
         awaits_source: Whether the source has yet to answer for a topic for the first time since it
@@ -78,6 +80,8 @@ class Hub:
     authenticate: Authenticate
     knows_symbol: Callable[[str], bool]
     awaits_source: Callable[[Topic], bool]
+    origins: frozenset[str] = frozenset()
+    origin_required: bool = False
     accepting: bool = True
     stopped: int = 0
     connections: set[Connection] = attrs.field(factory=set)

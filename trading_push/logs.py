@@ -197,6 +197,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ 订阅登记任务意外终止: {error}",
         "❌ The registry task died: {error}",
     ),
+    "origin_refused": (
+        "link",
+        "⚠️ 拒绝来源: {origin} - 来自: {address}",
+        "⚠️ Origin refused: {origin} - from: {address}",
+    ),
     "connection_stopped_by_firewall": (
         "link",
         "⚠️ 已拦截异常连接 - 来自: {address}: {error}",

@@ -100,6 +100,8 @@ class PushService:
         self._idle_since: dict[Topic, float] = {}
         self.hub = Hub(
             path=settings.server.path,
+            origins=frozenset(settings.server.origins.split()),
+            origin_required=settings.server.origin_required,
             leeway_s=settings.auth.leeway_s,
             channels=channels,
             limits=limits,

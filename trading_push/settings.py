@@ -25,6 +25,7 @@ from typed_settings.loaders import EnvLoader, Loader, TomlFormat
 from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionList, SettingsDict
 
 from trading_push.errors import ConfigurationError
+from trading_push.origin import is_origin
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -166,6 +167,12 @@ def _is_json(value: str) -> bool:
     return True
 
 
+def _origins(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, str) or not all(map(is_origin, value.split())):
+        advice = "give origins like https://app.example.com, with blanks between them"
+        raise _refuse(attribute, value, advice)
+
+
 @attrs.frozen
 class Server:
     """Where the server listens."""
@@ -177,6 +184,10 @@ class Server:
     path: str = attrs.field(
         default="/ws", validator=text("give a path that begins with /", _is_path)
     )
+    origins: str = attrs.field(default="", validator=_origins)
+    """The web pages that may connect, by a blank between them; empty allows those of our host."""
+    origin_required: bool = attrs.field(default=False, validator=switch)
+    """Whether a handshake without `Origin`, which no browser sends, is refused."""
 
 
 @attrs.frozen

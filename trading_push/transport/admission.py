@@ -1,4 +1,4 @@
-"""Who is let in at a door: the path, the moment, and a token in the handshake's headers."""
+"""Who is let in at a door: the path, the page, the moment, and a token in the headers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trading_push import logs
 from trading_push.auth import Principal
 from trading_push.connection import Hub
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
+from trading_push.origin import is_allowed
 
 __all__ = ["Refused", "admit"]
 
@@ -41,10 +42,17 @@ async def admit(
         Whom an `Authorization: Bearer` header names; None without one.
 
     Raises:
-        Refused: With the status to answer: 404, 401, 503, or 500 for an error of ours (one trace).
+        Refused: With the status to answer: 404, 403 for a page of another origin, 401, 503, or 500
+            for an error of ours (one trace).
     """
     if path != hub.path:
         raise Refused(404, f"the WebSocket is at {hub.path}")
+    headers = list(headers)
+    origins = _values(headers, b"origin")
+    host = next(iter(_values(headers, b"host")), None)
+    if not (origins or not hub.origin_required) or not is_allowed(origins, host, hub.origins):
+        logs.emit(logs.line("origin_refused", origin=" ".join(origins) or "-", address=address))
+        raise Refused(403, "pages of this origin may not connect: see server.origins")
     if not hub.accepting:
         raise Refused(503, "shutting down")
     if len(hub.connections) >= hub.limits.connections:
@@ -66,6 +74,10 @@ async def admit(
     if not hub.accepting:  # while the token was being checked, the end has come
         raise Refused(503, "shutting down")
     return principal
+
+
+def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for name, value in headers if name == wanted]
 
 
 def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

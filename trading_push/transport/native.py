@@ -115,6 +115,12 @@ class NativeTransport:
         await self._socket.aclose(code, cut)
 
 
+def _headers(request: trio_websocket.WebSocketRequest) -> list[tuple[bytes, bytes]]:
+    # wsproto keeps the Host header to itself, and trio-websocket what wsproto gives it.
+    host = getattr(getattr(request, "_event", None), "host", None)
+    return [*request.headers, *([] if host is None else [(b"host", host.encode("idna"))])]
+
+
 class _Done:
     """What is left of a handshake that is over: it has no events any more."""
 
@@ -174,7 +180,7 @@ async def _serve(
         )
         try:
             path = request.path.partition("?")[0]
-            principal = await admit(hub, path, request.headers, stream.peer)
+            principal = await admit(hub, path, _headers(request), stream.peer)
         except Refused as refused:
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return

@@ -1,0 +1,105 @@
+"""Which web pages may connect."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from test_doors import certificates, open_door, status_of
+from test_teardown import lines
+
+from trading_push import ConfigurationError, load_settings
+from trading_push.origin import is_allowed
+from trading_push.settings import Server
+
+__all__ = ["certificates"]
+
+APP = {"https://app.example.com", "http://localhost:3000"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "allowed", "expected"),
+    [
+        ("http://push.example.com", "push.example.com", (), True),
+        ("https://push.example.com", "push.example.com", (), True),
+        ("https://push.example.com:443", "push.example.com", (), True),
+        ("https://PUSH.example.com", "push.Example.com", (), True),
+        ("http://push.example.com:8000", "push.example.com:8000", (), True),
+        ("http://[::1]:8000", "[::1]:8000", (), True),
+        ("http://push.example.com", "push.example.com:8000", (), False),
+        ("http://push.example.com.evil.net", "push.example.com", (), False),
+        ("http://evilpush.example.com", "push.example.com", (), False),
+        ("http://push.example.com@evil.net", "push.example.com", (), False),
+        ("http://evil.net/push.example.com", "push.example.com", (), False),
+        ("http://evil.net?push.example.com", "push.example.com", (), False),
+        ("http://push.example.com/", "push.example.com", (), False),
+        ("http://push.example.com:99999", "push.example.com", (), False),
+        ("http://push.example.com", None, (), False),
+        ("null", "push.example.com", (), False),
+        ("null", "null", (), False),
+        ("", "push.example.com", (), False),
+        ("push.example.com", "push.example.com", (), False),
+        ("http://p\xfcsh.example.com", "p\xfcsh.example.com", (), False),
+        ("https://app.example.com", "push.example.com", APP, True),
+        ("https://app.example.com:443", "push.example.com", APP, True),
+        ("http://localhost:3000", "push.example.com", APP, True),
+        ("http://app.example.com", "push.example.com", APP, False),
+        ("https://app.example.com:8443", "push.example.com", APP, False),
+        ("https://app.example.com.evil.net", "push.example.com", APP, False),
+        ("https://push.example.com", "push.example.com", APP, False),
+        ("null", "push.example.com", {"null"}, True),
+        ("null", "push.example.com", {"*"}, True),
+        ("whatever", None, {"*"}, True),
+    ],
+)
+def test_an_origin(origin, host, allowed, expected):
+    assert is_allowed([origin], host, allowed) is expected
+
+
+def test_two_origins_must_both_be_allowed():
+    assert not is_allowed(["http://a", "http://b"], "a", ())
+    assert is_allowed([], "a", ())
+
+
+@pytest.mark.parametrize("wrong", ["app.example.com", "https://a/b", "https://a, https://b", "//a"])
+def test_what_is_no_origin_is_refused_at_the_start(wrong):
+    with pytest.raises(ConfigurationError, match="give origins like"):
+        load_settings(config=None, flags={"server.origins": wrong, "jwt_secret": "x" * 32})
+
+
+def handshake(port: int, *origin: str) -> bytes:
+    headers = "".join(f"Origin: {each}\r\n" for each in origin)
+    return (
+        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+    ).encode()
+
+
+@pytest.mark.parametrize("kind", ["linked", "plain", "native"])
+async def test_at_every_door(kind, certificates, caplog):
+    caplog.set_level("INFO", "trading_push")
+    async with open_door(kind, certificates) as door:
+        for origin, status in (
+            ((f"http://127.0.0.1:{door.port}",), 101),
+            ((), 101),
+            (("null",), 403),
+            (("http://127.0.0.1",), 403),
+            (("http://evil.net\x1b[2J",), 403),
+            (("http://evil.net",), 403),
+            ((f"http://127.0.0.1:{door.port}", "http://evil.net"), 403),
+        ):
+            assert await status_of(door, handshake(door.port, *origin), certificates) == status
+        refused = [line for line in lines(caplog) if "拒绝来源" in line]
+        assert "⚠️ 拒绝来源: http://evil.net - 来自: 127.0.0.1" in refused
+        assert "⚠️ 拒绝来源: http://evil.net\\x1b[2J - 来自: 127.0.0.1" in refused
+        assert len(refused) == 5
+        while door.service.statistics().connections:
+            await trio.sleep(0.01)
+
+
+async def test_a_missing_origin_by_policy(certificates):
+    server = Server(origin_required=True, origins="https://app.example.com")
+    async with open_door("linked", certificates, server=server) as door:
+        assert await status_of(door, handshake(door.port), certificates) == 403
+        good = handshake(door.port, "https://app.example.com")
+        assert await status_of(door, good, certificates) == 101
