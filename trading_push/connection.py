@@ -10,6 +10,7 @@ import inspect
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -28,6 +29,7 @@ from trading_push.errors import (
     SourceError,
     TransportClosed,
 )
+from trading_push.proxies import Network
 from trading_push.registry import Departure, Member, Registry
 from trading_push.session import (
     Action,
@@ -61,6 +63,7 @@ class Hub:
         path: Where the doors serve the WebSocket.
         origins: The web pages that may connect; see `origin`.
         origin_required: Whether a handshake without an origin is refused.
+        trusted_proxies: Whose word on a client's address is taken; see `proxies`.
         leeway_s: By how much the clocks of who issues tokens and of this machine may differ.
         knows_symbol: Whether a symbol may exist.
         awaits_source: Whether the source has yet to answer for a topic for the first time since it
@@ -68,6 +71,7 @@ class Hub:
         accepting: Whether the doors take new connections.
         stopped: How many connections ended at the native door's firewall.
         connections: Those whose stream has not ended.
+        strangers: How many open connections of each address have not authenticated.
         seats: The open connections of each user who has authenticated, oldest first.
     """
 
@@ -82,9 +86,11 @@ class Hub:
     awaits_source: Callable[[Topic], bool]
     origins: frozenset[str] = frozenset()
     origin_required: bool = False
+    trusted_proxies: tuple[Network, ...] = ()
     accepting: bool = True
     stopped: int = 0
     connections: set[Connection] = attrs.field(factory=set)
+    strangers: Counter[str] = attrs.field(factory=Counter)
     seats: dict[str, dict[Connection, None]] = attrs.field(factory=dict)
     _told_unavailable_at: float = -math.inf
     _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
@@ -189,6 +195,7 @@ class Connection:
             clock=time.time,
         )
         hub.connections.add(self)
+        hub.strangers[self._member.address] += 1
         if not hub.accepting:  # its handshake was under way when the drain began
             self.dismiss()
         try:
@@ -457,15 +464,24 @@ class Connection:
                 return False
             next(iter(taken)).stop(CloseCode.REPLACED, "replaced by a newer connection")
         hub.seats.setdefault(user, {})[self] = None
+        self._no_stranger()
         return True
+
+    def _no_stranger(self) -> None:
+        strangers, address = self._hub.strangers, self._member.address
+        strangers[address] -= 1
+        if not strangers[address]:
+            del strangers[address]
 
     def _leave_seat(self) -> None:
         principal = self._session.principal
-        taken = None if principal is None else self._hub.seats.get(principal.user)
-        if principal is not None and taken is not None:
-            taken.pop(self, None)
-            if not taken:
-                del self._hub.seats[principal.user]
+        if principal is None:
+            self._no_stranger()
+            return
+        taken = self._hub.seats[principal.user]
+        del taken[self]
+        if not taken:
+            del self._hub.seats[principal.user]
 
     # --- subscriptions ---------------------------------------------------------------------
 

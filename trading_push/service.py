@@ -17,6 +17,7 @@ from trading_push.connection import Hub
 from trading_push.errors import CloseCode
 from trading_push.feed import MarketFeed
 from trading_push.poller import FetchContext, Poller
+from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
@@ -102,6 +103,7 @@ class PushService:
             path=settings.server.path,
             origins=frozenset(settings.server.origins.split()),
             origin_required=settings.server.origin_required,
+            trusted_proxies=networks(settings.server.trusted_proxies),
             leeway_s=settings.auth.leeway_s,
             channels=channels,
             limits=limits,

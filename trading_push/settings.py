@@ -26,6 +26,7 @@ from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionL
 
 from trading_push.errors import ConfigurationError
 from trading_push.origin import is_origin
+from trading_push.proxies import networks
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -173,6 +174,17 @@ def _origins(instance: object, attribute: attrs.Attribute[Any], value: object) -
         raise _refuse(attribute, value, advice)
 
 
+def _networks(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    try:
+        if isinstance(value, str):
+            networks(value)
+            return
+    except ValueError:
+        pass
+    advice = "give addresses or networks like 10.0.0.0/8, with blanks between them"
+    raise _refuse(attribute, value, advice)
+
+
 @attrs.frozen
 class Server:
     """Where the server listens."""
@@ -188,6 +200,8 @@ class Server:
     """The web pages that may connect, by a blank between them; empty allows those of our host."""
     origin_required: bool = attrs.field(default=False, validator=switch)
     """Whether a handshake without `Origin`, which no browser sends, is refused."""
+    trusted_proxies: str = attrs.field(default="", validator=_networks)
+    """Addresses or networks, with blanks between them, whose `X-Forwarded-For` is believed."""
 
 
 @attrs.frozen
@@ -240,6 +254,7 @@ class Limits:
     handler_timeout_s: float = attrs.field(default=30, validator=number(1))
     """How long a handler may leave its peer's bytes unread."""
     connections: int = attrs.field(default=10_000, validator=whole(1))
+    unauthenticated_per_address: int = attrs.field(default=200, validator=whole(1))
     connections_per_user: int = attrs.field(default=50, validator=whole(1))
     over_user_limit: Literal["reject", "replace"] = attrs.field(
         default="reject", validator=one_of("reject", "replace")

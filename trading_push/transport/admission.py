@@ -59,6 +59,8 @@ async def admit(
         raise Refused(503, "too many connections")
     token = _bearer(headers)
     if token is None:
+        if hub.strangers[address] >= hub.limits.unauthenticated_per_address:
+            raise Refused(503, "too many connections of this address have not authenticated")
         return None
     try:
         with trio.fail_after(hub.limits.authentication_timeout_s):

@@ -16,6 +16,7 @@ import trio
 from trading_push import logs, protocol
 from trading_push.connection import Connection, Hub
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.proxies import client_address
 from trading_push.transport import hypercorn_link
 from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close, Writer
@@ -48,8 +49,8 @@ class AsgiTransport:
         "_turn",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, send_timeout_s: float) -> None:
-        self._peer = _peer(scope)
+    def __init__(self, peer: str, receive: Receive, send: Send, send_timeout_s: float) -> None:
+        self._peer = peer
         self._receive = receive
         self._send = send
         self._send_timeout_s = send_timeout_s
@@ -196,8 +197,10 @@ class AsgiDoor:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] != "websocket.connect":
             return
+        headers = _headers(scope)
+        peer = client_address(_peer(scope), headers, self._hub.trusted_proxies)
         try:
-            principal = await admit(self._hub, _path(scope), _headers(scope), _peer(scope))
+            principal = await admit(self._hub, _path(scope), headers, peer)
         except Refused as refused:
             if "websocket.http.response" in (scope.get("extensions") or {}):
                 await _answer(send, "websocket.http.response", refused)
@@ -212,9 +215,10 @@ class AsgiDoor:
             server = "no guarded Hypercorn, or a middleware that wraps send"
             logs.emit(logs.line("plain_form", reason=server))
         await send({"type": "websocket.accept", "subprotocol": _subprotocol(scope)})
+        del headers
         if link is not None:
             link.forget_handshake()
-        transport = AsgiTransport(scope, receive, send, self._hub.limits.send_timeout_s)
+        transport = AsgiTransport(peer, receive, send, self._hub.limits.send_timeout_s)
         try:
             await Connection(self._hub, transport, principal).run()
         except ServiceClosed:

@@ -18,6 +18,7 @@ import wsproto.utilities
 from trading_push import logs, protocol
 from trading_push.connection import Connection, Hub
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.proxies import client_address
 from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close, Writer
 from trading_push.transport.push_stream import PushStream, wrap
@@ -180,7 +181,9 @@ async def _serve(
         )
         try:
             path = request.path.partition("?")[0]
-            principal = await admit(hub, path, _headers(request), stream.peer)
+            headers = _headers(request)
+            peer = client_address(stream.peer, headers, hub.trusted_proxies)
+            principal = await admit(hub, path, headers, peer)
         except Refused as refused:
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
@@ -189,9 +192,9 @@ async def _serve(
         socket = await request.accept(subprotocol=subprotocol)
     if handshake.cancelled_caught:
         return
-    del request
+    del request, headers
     _forget_handshake(socket)
-    transport = NativeTransport(socket, stream, stream.peer, hub.limits.message_bytes)
+    transport = NativeTransport(socket, stream, peer, hub.limits.message_bytes)
     try:
         await Connection(hub, transport, principal).run()
     except ServiceClosed:
