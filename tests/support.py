@@ -243,6 +243,13 @@ async def client(url: str, user: str | int | None = None, **options: Any) -> Asy
 # --- a service in this process, on trio ---------------------------------------------------------
 
 
+async def until(what: Callable[[], Any]) -> None:
+    """Look, again and again, until it is so; for what only a look from outside shows."""
+    with trio.fail_after(PATIENCE_S):
+        while not what():
+            await trio.sleep(0.005)
+
+
 @asynccontextmanager
 async def hypercorn_serving(app: AsgiDoor | PushService, **config: Any) -> AsyncIterator[int]:
     """Serve an ASGI application with guarded Hypercorn in this process; the port."""

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 import trio_websocket
-from support import SECRET, SIX, hypercorn_serving, token, trio_client
+from support import SECRET, SIX, hypercorn_serving, token, trio_client, until
 from test_firewall import handshake
 from test_teardown import Order, lines
 
@@ -101,8 +101,7 @@ async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order
             # What is paced is written by its sender; the others wait for the turn to write.
             paced = {"channel": "pnl", "max_hz": 10}
             await subscribe_and_read_no_more(stream, paced, "balance", "ticker.A")
-            while service.statistics().ledger.senders_started < 3:
-                await trio.sleep(0.001)
+            await until(lambda: service.statistics().ledger.senders_started == 3)
             order.events.clear()
             while stuck_senders() < 2:
                 await service.publish("pnl", BIG, user=4)
@@ -119,8 +118,7 @@ async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order
                     connection.stop(CloseCode.KICKED, "kicked")
                 case "service cancelled":
                     whole.cancel()
-            while service.hub.connections:
-                await trio.sleep(0.01)
+            await until(lambda: not service.hub.connections)
     await trio.aclose_forcefully(stream)
     order.check(3)
     assert service.statistics().ledger.balanced
@@ -148,8 +146,8 @@ async def test_leaving_the_service_loses_no_unit(caplog, door, cancelled):
                 async with open_service() as service:
                     port = await outside.start(serve_on, door, service)
                     visitors = await outside.start(visitors_of, visit, port)
-                    while service.statistics().ledger.subscriptions_opened < CLIENTS * len(SIX):
-                        await trio.sleep(0.01)
+                    every = CLIENTS * len(SIX)
+                    await until(lambda: service.statistics().ledger.subscriptions_opened == every)
                     if cancelled:
                         scope.cancel()
             await visitors.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from support import until
 from test_doors import certificates, open_door
 from test_ending import masked
 from test_firewall import handshake
@@ -27,8 +28,7 @@ async def test_a_silent_peer_is_pinged_once_and_then_dropped(autojump_clock, cap
         assert peer.pings == 1
         await trio.sleep(12)
         assert (peer.pings, peer.closed_with) == (1, None)
-        while peer.closed_with is None:
-            await trio.sleep(0.1)
+        await until(lambda: peer.closed_with is not None)
         assert 30 <= trio.current_time() - began <= 32
     assert peer.closed_with == (4002, "nothing heard")
     meaning = "nothing heard within the heartbeat timeout"
@@ -59,8 +59,7 @@ async def test_a_ping_that_cannot_be_written_at_once_waits_its_turn(autojump_clo
         peer.reading = trio.Event()
         await trio.sleep(17)
         assert peer.pings == 1
-        while peer.closed_with is None and here.service.hub.connections:
-            await trio.sleep(0.1)
+        await until(lambda: not here.service.hub.connections)
         # The ping was not taken in ten seconds: too slow, before it was too silent.
         assert peer.closed_with is None
         assert not here.service.hub.connections

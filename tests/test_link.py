@@ -20,7 +20,7 @@ import hypercorn.trio
 import pytest
 import trio
 import trustme
-from support import SECRET, hypercorn_serving, token, trio_client
+from support import SECRET, hypercorn_serving, token, trio_client, until
 from test_close_codes import raw
 
 from trading_push import JwtAuthenticator, open_push_service
@@ -209,8 +209,7 @@ async def test_between_requests_a_connection_is_kept_for_a_while():
         with trio.fail_after(5):
             while await stream.receive_some():
                 pass
-        while guard.connections:
-            await trio.sleep(0.01)
+        await until(lambda: not guard.connections)
         assert guard.reaped == reaped
 
 
@@ -230,8 +229,7 @@ async def test_an_idle_connection_does_not_hold_the_servers_end():
         )
         [url] = await nursery.start(serve)
         async with await trio.open_tcp_stream("127.0.0.1", int(url.rsplit(":", 1)[1])) as stream:
-            while not guard.connections:
-                await trio.sleep(0.01)
+            await until(lambda: guard.connections)
             the_end.set()
             with trio.fail_after(5):
                 while await stream.receive_some():
@@ -240,8 +238,7 @@ async def test_an_idle_connection_does_not_hold_the_servers_end():
 
 async def test_over_the_limit_the_handshake_is_refused():
     async with limited(connections=2) as service, hypercorn_serving(service) as port:
-        while guard.connections:
-            await trio.sleep(0.01)
+        await until(lambda: not guard.connections)
         refused = guard.refused
         async with trio_client(port, 4), trio_client(port, 4):
             stream = await trio.open_tcp_stream("127.0.0.1", port)
@@ -250,9 +247,7 @@ async def test_over_the_limit_the_handshake_is_refused():
                 await stream.send_eof()
                 assert (await answer_of(stream)).startswith(b"HTTP/1.1 503")
         assert guard.refused == refused + 1
-        with trio.fail_after(5):
-            while guard.connections:
-                await trio.sleep(0.01)
+        await until(lambda: not guard.connections)
         async with trio_client(port, 4):
             pass
 
@@ -270,8 +265,7 @@ async def test_a_client_that_does_not_read_is_cut_at_the_send_deadline(caplog):
                 payload = json.dumps(request).encode().ljust(126)
                 head = b"\x81\xfe" + len(payload).to_bytes(2, "big") + b"\x00" * 4
                 sock.sendall(head + payload)
-            while not service.statistics().subscribers_by_data_type:
-                await trio.sleep(0.01)
+            await until(lambda: service.statistics().subscribers_by_data_type)
             async with trio_client(port, 4, "balance") as healthy:
                 began = None
                 with trio.fail_after(30):
@@ -331,9 +325,7 @@ async def test_over_tls(tmp_path):
             with trio.move_on_after(2):
                 await socket.aclose(4001, "bye")
             nursery.cancel_scope.cancel()
-        with trio.fail_after(5):
-            while service.statistics().connections:
-                await trio.sleep(0.01)
+        await until(lambda: not service.statistics().connections)
 
 
 async def test_a_reset_in_the_middle_of_a_push_is_no_trace(caplog):
@@ -344,8 +336,7 @@ async def test_a_reset_in_the_middle_of_a_push_is_no_trace(caplog):
             sock.sendall(b"\x81\xfe" + len(payload).to_bytes(2, "big") + b"\x00" * 4 + payload)
             payload = b'{"op":"subscribe","args":["balance"]}'
             sock.sendall(b"\x81" + bytes([0x80 | len(payload)]) + b"\x00" * 4 + payload)
-            while not service.statistics().subscribers_by_data_type:
-                await trio.sleep(0.005)
+            await until(lambda: service.statistics().subscribers_by_data_type)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
             while service.statistics().connections:

@@ -13,6 +13,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import PATIENCE_S
 
 from trading_push import SourceError, logs
 
@@ -106,7 +107,9 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
             output.handle(logging.LogRecord("trading_push.x", 20, "", 0, text, (), None))
 
     say(0)
+    deadline = time.monotonic() + PATIENCE_S
     while output._lines.qsize():  # until the thread has taken it, and is stuck with it
+        assert time.monotonic() < deadline
         time.sleep(0.001)
     say(1, 2, 3, 4, 5, 6)
     with open(read, "rb") as pipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import trio
+from support import until
 from test_doors import certificates, open_door, status_of
 from test_teardown import lines
 
@@ -93,8 +93,7 @@ async def test_at_every_door(kind, certificates, caplog):
         assert "⚠️ 拒绝来源: http://evil.net - 来自: 127.0.0.1" in refused
         assert "⚠️ 拒绝来源: http://evil.net\\x1b[2J - 来自: 127.0.0.1" in refused
         assert len(refused) == 5
-        while door.service.statistics().connections:
-            await trio.sleep(0.01)
+        await until(lambda: not door.service.statistics().connections)
 
 
 async def test_a_missing_origin_by_policy(certificates):

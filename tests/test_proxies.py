@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import trio
-from support import token
+from support import token, until
 from test_doors import certificates, open_door, status_of
 from test_teardown import lines
 
@@ -70,8 +69,7 @@ async def test_the_log_names_the_client_and_not_the_proxy(kind, trusted, certifi
     async with open_door(kind, certificates, server=Server(trusted_proxies=trusted)) as door:
         request = handshake("X-Forwarded-For: 203.0.113.7")
         assert await status_of(door, request, certificates) == 101
-        while door.service.statistics().connections:
-            await trio.sleep(0.01)
+        await until(lambda: not door.service.statistics().connections)
     address = "203.0.113.7" if trusted else "127.0.0.1"
     assert f"🔌 WebSocket客户端连接 - 来自: {address}" in lines(caplog)
 
@@ -97,6 +95,5 @@ async def test_an_address_may_have_so_many_strangers(kind, certificates):
             assert await status("203.0.113.8") == 101
             assert (await first.request("auth", token=token(4)))["ok"]
             assert await status("203.0.113.7") == 101
-        while door.service.statistics().connections:
-            await trio.sleep(0.01)
+        await until(lambda: not door.service.statistics().connections)
         assert door.service.hub.strangers == {}
