@@ -18,7 +18,7 @@ def install() -> None:
     """Record every `websocket.close` and each message or raw frame that comes after one."""
     original_send = GuardedWSStream.app_send
     original_frames = PushStream.send_frames
-    original_write = PushStream.try_write
+    original_aim = PushStream._aim
 
     async def app_send(self: GuardedWSStream, message: Any) -> None:
         global closes
@@ -38,14 +38,23 @@ def install() -> None:
         if after:
             _violated("frames sent after a close")
 
-    def try_write(self: PushStream, frame: bytes) -> bool:
-        after = self in closed
-        sent = original_write(self, frame)
-        if after and sent:
-            _violated("a frame written after a close")
-        return sent
+    def aim(self: PushStream) -> None:
+        original_aim(self)
+        write = self.write_now
+        if write is None:
+            return
+        stream = weakref.ref(self)
 
-    PushStream.try_write = try_write
+        def watched(frame: bytes) -> int:
+            after = stream() in closed
+            written = write(frame)
+            if after:
+                _violated("a frame written after a close")
+            return written
+
+        self.write_now = watched
+
+    PushStream._aim = aim
     GuardedWSStream.app_send = app_send
     PushStream.send_frames = send_frames
 

@@ -17,6 +17,7 @@ from wsproto.frame_protocol import FrameProtocol
 
 from trading_push import protocol
 from trading_push.errors import SendTimeout, TransportClosed
+from trading_push.transport.base import try_write
 from trading_push.transport.push_stream import PushStream
 
 
@@ -104,7 +105,7 @@ async def test_frames_of_many_senders_arrive_whole_and_in_order():
         nursery.start_soon(pongs)
         while sent < count:
             batch = [message(sent + i, rng.choice((0, 100, 200, 5000))) for i in range(3)]
-            if stream.try_write(b"".join(batch)):
+            if try_write(stream, b"".join(batch)):
                 raw += 1
             else:
                 await stream.send_frames(batch)
@@ -122,9 +123,9 @@ async def test_frames_of_many_senders_arrive_whole_and_in_order():
 async def test_nothing_of_ours_follows_a_close():
     async with pair() as (stream, peer, nursery):
         reader = Reader(peer)
-        assert stream.try_write(message(0, 10))
+        assert try_write(stream, message(0, 10))
         blocked = 0
-        while stream.try_write(message(1, 2000)):
+        while try_write(stream, message(1, 2000)):
             blocked += 1
         server = FrameProtocol(client=False, extensions=[])
         waiting: list[str] = []
@@ -139,7 +140,7 @@ async def test_nothing_of_ours_follows_a_close():
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(late)  # waits for its turn, behind the close frame
         await trio.testing.wait_all_tasks_blocked()
-        assert not stream.try_write(message(3, 1))
+        assert not try_write(stream, message(3, 1))
         nursery.start_soon(reader.run, random.Random(1))
         with trio.fail_after(10):
             while reader.close is None or not waiting:
@@ -152,7 +153,7 @@ async def test_nothing_of_ours_follows_a_close():
 
 async def fill(stream: PushStream) -> None:
     # Far more than the buffers take: what the write leaves over is being flushed from now on.
-    assert stream.try_write(message(0, 1_000_000))
+    assert try_write(stream, message(0, 1_000_000))
     await trio.testing.wait_all_tasks_blocked()
 
 
@@ -258,7 +259,7 @@ async def test_a_closed_streams_descriptor_is_never_written_to():
         try:
             # Whoever opens something next gets the number of the one that was closed.
             os.dup2(write, descriptor)
-            assert not stream.try_write(message(1, 10))
+            assert not try_write(stream, message(1, 10))
             with pytest.raises(TransportClosed):
                 await stream.send_frames([message(1, 10)])
             os.set_blocking(read, False)

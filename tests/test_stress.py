@@ -220,12 +220,18 @@ def check(texts: list[str], newest: int) -> None:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, ways: dict[str, int]) -> None:
-    originals = PushStream.try_write, PushStream._flush_later, PushStream.send_frames
+    originals = PushStream._aim, PushStream.flush_later, PushStream.send_frames
 
-    def try_write(self: PushStream, data: bytes) -> bool:
-        sent = originals[0](self, data)
-        ways["raw"] += sent
-        return sent
+    def aim(self: PushStream) -> None:
+        originals[0](self)
+        write = self.write_now
+
+        def counted(data: bytes) -> int:
+            written = write(data)
+            ways["raw"] += 1
+            return written
+
+        self.write_now = write and counted
 
     def flush_later(self: PushStream, rest: bytes) -> None:
         ways["short"] += 1
@@ -235,6 +241,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, ways: dict[str, int]) -> None:
         ways["waited"] += 1
         await originals[2](self, frames)
 
-    monkeypatch.setattr(PushStream, "try_write", try_write)
-    monkeypatch.setattr(PushStream, "_flush_later", flush_later)
+    monkeypatch.setattr(PushStream, "_aim", aim)
+    monkeypatch.setattr(PushStream, "flush_later", flush_later)
     monkeypatch.setattr(PushStream, "send_frames", send_frames)

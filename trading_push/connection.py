@@ -44,7 +44,7 @@ from trading_push.session import (
 from trading_push.settings import Limits
 from trading_push.subscription import Backlog, Subscription
 from trading_push.topics import Channels, Topic
-from trading_push.transport.base import ABNORMAL, Close, Transport
+from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
 __all__ = ["Connection", "Hub"]
 
@@ -282,7 +282,7 @@ class Connection:
             self._slip_in(protocol.frame(protocol.encode(notice)))
 
     def _slip_in(self, frame: bytes) -> None:
-        if not self._transport.writer.try_write(frame):
+        if not try_write(self._transport.writer, frame):
             assert self._nursery is not None
             self._nursery.start_soon(self._send_apart, frame)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -136,7 +136,7 @@ class MemoryTransport:
     # --- what the connection does: see `transport.base.Transport` -----------------------------
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Nothing is ever left over here."""
+        """No task of its own is needed here."""
 
     async def receive(self) -> str | bytes:
         """The next message of the test."""
@@ -150,12 +150,19 @@ class MemoryTransport:
         """Writes at once, too."""
         return self
 
-    def try_write(self, data: bytes) -> bool:
-        """Send now, unless the peer does not read or another send is under way."""
+    @property
+    def write_now(self) -> Callable[[bytes], int] | None:
+        """Takes frames, unless the peer does not read or another send is under way."""
         if not self._direct or self._gone or self._turn.locked() or not self.reading.is_set():
-            return False
+            return None
+        return self._write
+
+    def _write(self, data: bytes) -> int:
         self._take(protocol.split(data))
-        return True
+        return len(data)
+
+    def flush_later(self, rest: bytes) -> None:
+        """Nothing is ever left over here."""
 
     async def send(self, frames: Sequence[bytes]) -> None:
         """Send in turn; waits while the peer does not read."""

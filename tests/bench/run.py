@@ -1,7 +1,7 @@
 """The benchmark: `nox -s bench`, or `python tests/bench/run.py` where all of it is installed.
 
 Each server runs in a process of its own, its clients in another. In each round every server is
-measured once, in another order each time; a fan-out is measured between two slices of the floor,
+measured once, in another order each time; a fan-out is measured by turns with the floor,
 so that the ratio to it is of the same moment. The figures are medians over the rounds, with the
 lowest and the highest. A run on a machine that does other work shows it in the spread.
 """

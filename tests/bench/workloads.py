@@ -34,8 +34,10 @@ LINES_DROPPED = "已丢弃".encode()
 # The least time from one batch to the next, so that the load generator keeps up.
 PACE_S = 14e-6
 BURST_PACE_S = 5e-6
-SLICE_S = 6.0
+MEASURE_S = 6.0
 """How long one measurement of a fan-out takes at most."""
+TURNS = 6
+"""In how many turns with the floor."""
 
 Figures = dict[str, float]
 Step = tuple[str, str, int]
@@ -276,7 +278,7 @@ class Workload:
 def fanout(
     place: Place, clients: int, topics: int, deliveries: int
 ) -> Iterator[Callable[[Server], Figures]]:
-    """A server between two slices of the floor, which stays there for the whole round."""
+    """A server by turns with the floor, which stays there for the whole round."""
     with place.running(SERVERS["floor"]) as floor:
         floor.connect(clients, [])
         floor_s = floor.batch_s(topics)
@@ -289,22 +291,24 @@ def fanout(
                 took = max(pair.batch_s(topics), floor_s)
                 interval_s = slowness * max(0.004, clients * pace, 1.4 * took)
                 batches = deliveries // (clients * topics)
-                batches = max(10, min(batches, round(SLICE_S / interval_s)))
+                batches = min(batches, round(MEASURE_S / interval_s))
+                batches = max(5, batches // TURNS)
                 rest_s = 0.4 * interval_s
-                # All three as long as each other: the first batches after a pause cost more.
+                # By turns, all as long as each other: a machine's pace changes within seconds.
+                turns = [floor, *(pair, floor) * TURNS]
                 costs = [
                     each.publish(batches, topics, interval_s, rest_s=rest_s)["cpu_s"]
-                    for each in (floor, pair, floor)
+                    / (batches * topics * clients)
+                    * 1e6
+                    for each in turns
                 ]
-            before_us, cost_us, after_us = (
-                cost / batches / clients / topics * 1e6 for cost in costs
-            )
-            floor_us = (before_us + after_us) / 2
+            cost_us = statistics.mean(costs[1::2])
+            floor_us = statistics.mean(costs[0::2])
             return {
                 "cpu_us": cost_us,
                 "ratio": cost_us / floor_us,
                 "floor_us": floor_us,
-                "deliveries": batches * topics * clients,
+                "deliveries": TURNS * batches * topics * clients,
             }
 
         def measure(server: Server) -> Figures:

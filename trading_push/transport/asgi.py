@@ -167,8 +167,10 @@ class AsgiTransport:
 class _Never:
     """A writer that cannot write at once."""
 
-    def try_write(self, data: bytes) -> bool:
-        return False
+    write_now = None
+
+    def flush_later(self, rest: bytes) -> None:
+        raise AssertionError("nothing was written")
 
 
 _NEVER: Final = _Never()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -29,13 +29,37 @@ ABNORMAL = Close(CloseCode.ABNORMAL)
 class Writer(Protocol):
     """Writes without waiting: what the fan-out does at every delivery, with nothing between."""
 
-    def try_write(self, data: bytes) -> bool:
-        """Send one frame, or some that are joined, now; synchronous.
+    @property
+    def write_now(self) -> Callable[[bytes], int] | None:
+        """Takes whole frames, and returns how many bytes of them it took; synchronous.
 
-        Returns:
-            False where that cannot be: nothing was sent, `Transport.send` is to be used.
+        It raises OSError where it takes nothing. None where nothing may be written at once: a
+        frame then goes by `Transport.send`, as after an OSError.
         """
         ...
+
+    def flush_later(self, rest: bytes) -> None:
+        """Send what `write_now` has not taken of a frame, before anything else; synchronous."""
+        ...
+
+
+def try_write(writer: Writer, data: bytes) -> bool:
+    """Write one frame, or some that are joined, now; synchronous.
+
+    Returns:
+        False where nothing was written: `Transport.send` is to be used, which waits, or finds the
+        peer gone and says so. True where all of it was, or the rest is being flushed.
+    """
+    write = writer.write_now
+    if write is None:
+        return False
+    try:
+        written = write(data)
+    except OSError:
+        return False
+    if written < len(data):
+        writer.flush_later(data[written:])
+    return True
 
 
 class Transport(Protocol):

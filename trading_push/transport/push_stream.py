@@ -30,7 +30,12 @@ _CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
 Bytes = bytes | bytearray | memoryview
 
 
-class PushStream(trio.abc.HalfCloseableStream):
+class _AtEachDelivery:
+    # First among the slots, beside the reference count: see `subscription.py`.
+    __slots__ = ("write_now",)
+
+
+class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
     """A stream whose every send has a deadline; over a plain socket it also offers `try_write`.
 
     Args:
@@ -43,7 +48,6 @@ class PushStream(trio.abc.HalfCloseableStream):
     __slots__ = (
         "__weakref__",
         "_bare",
-        "_barred",
         "_close_timeout_s",
         "_ended",
         "_is_plain",
@@ -80,11 +84,15 @@ class PushStream(trio.abc.HalfCloseableStream):
         self._writing: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._sealed = False
-        self._barred = True  # whether `try_write` must not write: taken, sealed, or no plain socket
         self._ended = False
         self.last_heard = trio.current_time()
         self.timed_out = False
-        self._bar()
+        self.write_now: Callable[[bytes], int] | None = None
+        """The socket's own `send`; None where its turn is taken, it is sealed, or no plain one.
+
+        A method of the socket object: it raises OSError once that is closed (rule 5).
+        """
+        self._aim()
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -106,8 +114,13 @@ class PushStream(trio.abc.HalfCloseableStream):
 
     # --- whose turn it is to write ---------------------------------------------------------
 
-    def _bar(self) -> None:
-        self._barred = self._taken or self._sealed or not self._is_plain
+    def _aim(self) -> None:
+        free = self._is_plain and not self._taken and not self._sealed
+        self.write_now = self._bare.send if free else None
+
+    def _take(self) -> None:
+        self._taken = True
+        self.write_now = None
 
     async def _take_turn(self) -> None:
         # Not a trio.Lock: a turn taken by the fan-out is given back by the task that flushes.
@@ -117,41 +130,25 @@ class PushStream(trio.abc.HalfCloseableStream):
             await self._waiting.park()  # handed over by whoever had it
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._taken = self._barred = True
+            self._take()
 
     def _give_turn(self) -> None:
         if self._waiting:
             self._waiting.unpark()
         else:
             self._taken = False
-            self._bar()
+            self._aim()
 
     def _seal(self) -> None:
-        self._sealed = self._barred = True
+        self._sealed = True
+        self.write_now = None
 
     # --- writing ---------------------------------------------------------------------------
 
-    def try_write(self, data: bytes) -> bool:
-        """Write one frame, or some that are joined, now; synchronous.
-
-        Returns:
-            False where nothing was written: the stream is busy, sealed, full, gone or no plain
-            socket. True where all of it was, or the rest is being flushed.
-        """
-        if self._barred:
-            return False
-        try:
-            written = self._bare.send(data)
-        except OSError:
-            # Full, or broken: `send_frames` waits, or finds out and says so.
-            return False
-        if written < len(data):
-            self._flush_later(data[written:])
-        return True
-
-    def _flush_later(self, rest: bytes) -> None:
-        assert self._nursery is not None, "start() comes before try_write()"
-        self._taken = self._barred = True
+    def flush_later(self, rest: bytes) -> None:
+        """Send what `write_now` has not taken of a frame, before anything else."""
+        assert self._nursery is not None, "start() comes before the first write"
+        self._take()
         self._nursery.start_soon(self._flush, rest)
 
     async def _flush(self, rest: bytes) -> None:
@@ -183,7 +180,7 @@ class PushStream(trio.abc.HalfCloseableStream):
             return
         deadline = trio.current_time() + self._send_timeout_s
         if sent:
-            self._taken = self._barred = True
+            self._take()
         else:
             with trio.CancelScope(deadline=deadline) as waiting:
                 await self._take_turn()
@@ -264,7 +261,7 @@ class PushStream(trio.abc.HalfCloseableStream):
     def _turn_or_busy(self) -> Iterator[None]:
         if self._taken:
             raise trio.BusyResourceError("another task is sending")
-        self._taken = self._barred = True
+        self._take()
         try:
             yield
         finally:
