@@ -20,8 +20,8 @@ PINGED = ["linked", "native", "linked-tls", "native-tls"]
 async def test_a_silent_peer_is_pinged_once_and_then_dropped(autojump_clock, caplog):
     caplog.set_level("INFO", "trading_push")
     async with room() as here:
-        peer, _ = await here.subscribed("ticker.A")
-        peer.last_heard = began = trio.current_time()
+        peer, _ = await here.subscribed("ticker.A", pinged=True)
+        began = trio.current_time()
         await trio.sleep(14.9)
         assert peer.pings == 0
         await trio.sleep(2)
@@ -37,8 +37,7 @@ async def test_a_silent_peer_is_pinged_once_and_then_dropped(autojump_clock, cap
 
 async def test_whoever_answers_or_talks_stays(autojump_clock):
     async with room() as here:
-        peer, _ = await here.subscribed("ticker.A")
-        peer.last_heard = trio.current_time()
+        peer, _ = await here.subscribed("ticker.A", pinged=True)
         for count in range(1, 5):
             await trio.sleep(20)
             assert peer.pings == count
@@ -51,8 +50,7 @@ async def test_whoever_answers_or_talks_stays(autojump_clock):
 
 async def test_a_ping_that_cannot_be_written_at_once_waits_its_turn(autojump_clock):
     async with room() as here:
-        peer, _ = await here.subscribed("ticker.A", direct=False)
-        peer.last_heard = trio.current_time()
+        peer, _ = await here.subscribed("ticker.A", direct=False, pinged=True)
         await trio.sleep(17)
         assert peer.pings == 1
         peer.last_heard = trio.current_time()

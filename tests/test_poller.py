@@ -280,6 +280,26 @@ async def test_many_users_are_asked_for_in_one_go(autojump_clock):
         assert all(peer.sent[0]["type"] == "snapshot" for peer in peers)
 
 
+async def test_a_rush_of_new_users_goes_in_few_batches(autojump_clock):
+    class Slow(Batch):
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+            await trio.sleep(0.5)
+            return await super().fetch_many(user_ids, data_type)
+
+    source = Slow()
+    limits = Limits(fetches=2, fetch_batch=20)
+    async with serving(source, settings=Settings(limits=limits)) as (_, join):
+        # Who came first is asked for at once, alone; two fetches run, and the others gather.
+        peers = [await join(f"u{number}", "pnl") for number in range(30)]
+        for peer in peers:
+            await peer.next()
+        asked = source.batches
+        assert sorted(map(len, asked)) == [1, 1, 8, 20]
+        assert sorted(user for users in asked for user in users) == sorted(
+            f"u{number}" for number in range(30)
+        )
+
+
 async def test_a_user_left_out_of_a_batch_keeps_the_last_value(autojump_clock):
     class Sparse(Batch):
         async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:

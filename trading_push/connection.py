@@ -6,19 +6,16 @@ more), every task of the nursery ended, the leave posted, the transport closed.
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import attrs
 import trio
 
 from trading_push import logs, protocol
-from trading_push.auth import Authenticate, Principal
-from trading_push.broker.base import Broker, Publication, StatusChange
+from trading_push.auth import Principal
+from trading_push.broker.base import Publication, StatusChange
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -29,8 +26,8 @@ from trading_push.errors import (
     SourceError,
     TransportClosed,
 )
-from trading_push.proxies import Network
-from trading_push.registry import Departure, Member, Registry
+from trading_push.hub import Hub
+from trading_push.registry import Departure, Member
 from trading_push.session import (
     Action,
     CheckToken,
@@ -41,91 +38,16 @@ from trading_push.session import (
     Unsubscribe,
     Wanted,
 )
-from trading_push.settings import Limits
 from trading_push.subscription import Backlog, Subscription
-from trading_push.topics import Channels, Topic
+from trading_push.topics import Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
-__all__ = ["Connection", "Hub"]
+__all__ = ["Connection"]
 
-_REPEAT_S = 60
 # Trio makes a name for each task anew where it is given none.
 _RECEIVER = "trading_push.connection.Connection._receive_loop"
 _SENDER = "trading_push.subscription.Subscription.run"
 _RECONNECT_AFTER_MS = (500, 3000)
-
-
-@attrs.define(eq=False)
-class Hub:
-    """What all connections of a service share.
-
-    Args:
-        path: Where the doors serve the WebSocket.
-        origins: The web pages that may connect; see `origin`.
-        origin_required: Whether a handshake without an origin is refused.
-        trusted_proxies: Whose word on a client's address is taken; see `proxies`.
-        leeway_s: By how much the clocks of who issues tokens and of this machine may differ.
-        knows_symbol: Whether a symbol may exist.
-        awaits_source: Whether the source has yet to answer for a topic for the first time since it
-            is watched, so that the value there is may be old.
-        accepting: Whether the doors take new connections.
-        stopped: How many connections ended at the native door's firewall.
-        connections: Those whose stream has not ended.
-        strangers: How many open connections of each address have not authenticated.
-        seats: The open connections of each user who has authenticated, oldest first.
-    """
-
-    path: str
-    leeway_s: float
-    channels: Channels
-    limits: Limits
-    registry: Registry
-    broker: Broker
-    authenticate: Authenticate
-    knows_symbol: Callable[[str], bool]
-    awaits_source: Callable[[Topic], bool]
-    origins: frozenset[str] = frozenset()
-    origin_required: bool = False
-    trusted_proxies: tuple[Network, ...] = ()
-    accepting: bool = True
-    stopped: int = 0
-    connections: set[Connection] = attrs.field(factory=set)
-    strangers: Counter[str] = attrs.field(factory=Counter)
-    seats: dict[str, dict[Connection, None]] = attrs.field(factory=dict)
-    _told_unavailable_at: float = -math.inf
-    _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
-
-    async def check(self, token: str) -> Principal:
-        """Whom a token stands for.
-
-        Raises:
-            AuthenticationError: It is refused.
-            SourceError: It cannot be checked now; said in the log once a minute at most.
-            Exception: A mistake of the application's own.
-        """
-        try:
-            principal = self.authenticate(token)
-            if inspect.isawaitable(principal):
-                principal = await principal
-        except SourceError as error:
-            if trio.current_time() - self._told_unavailable_at >= _REPEAT_S:
-                self._told_unavailable_at = trio.current_time()
-                logs.emit(logs.line("authentication_unavailable", error=error))
-            raise
-        if not isinstance(principal, Principal):
-            raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
-        return principal
-
-    def gone(self, connection: Connection) -> None:
-        """A connection's stream has ended."""
-        self.connections.discard(connection)
-        if not self.connections:
-            self._waiting.unpark_all()
-
-    async def wait_empty(self) -> None:
-        """Wait until no connection has a stream any more."""
-        while self.connections:
-            await self._waiting.park()
 
 
 class Connection:
@@ -154,6 +76,7 @@ class Connection:
         "_told_expiry",
         "_transport",
         "closed",
+        "look_at",
     )
 
     def __init__(self, hub: Hub, transport: Transport, principal: Principal | None = None) -> None:
@@ -172,6 +95,7 @@ class Connection:
         self._end_by = math.inf
         self._pinged_at = -math.inf
         self._told_expiry = False
+        self.look_at = math.inf
         self.closed = False
 
     # --- the life of it --------------------------------------------------------------------
@@ -204,6 +128,7 @@ class Connection:
                     self._nursery = nursery
                     self._limit_to(self._limit)
                     self._transport.start(nursery)
+                    hub.timetable.enter(self, self._next_look(trio.current_time()))
                     if self.closed:  # stopped before it began
                         nursery.cancel_scope.cancel()
                     nursery.start_soon(self._receive_loop, name=_RECEIVER)
@@ -255,31 +180,40 @@ class Connection:
         notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
         self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
 
-    def look_after(self, now: float) -> None:
+    def look_after(self, now: float) -> float:
         """Ping a silent peer, end one that stays so, and tell of a token's end; synchronous.
 
-        See `heartbeat.sweep`.
+        Returns:
+            When to look again, as `heartbeat.Timetable` asks.
         """
         if self.closed or self._nursery is None:
-            return
-        limits = self._hub.limits
-        left = self._limit - self._hub.leeway_s - now
-        if left <= limits.expiry_notice_s and self._session.principal is not None:
-            self._tell_expiry(left)
-        heard = self._transport.last_heard
-        if heard is None or now - heard < limits.heartbeat_s:
-            return
-        if now - heard >= 2 * limits.heartbeat_s:
-            self.stop(CloseCode.HEARTBEAT_TIMEOUT, "nothing heard")
-        elif self._pinged_at <= heard:
-            self._pinged_at = now
-            self._slip_in(protocol.PING)
-
-    def _tell_expiry(self, left: float) -> None:
-        if not self._told_expiry:
+            return math.inf
+        if now >= self._tell_expiry_at():
             self._told_expiry = True
+            left = self._limit - self._hub.leeway_s - now
             notice = protocol.Notice("token_expires", expires_in=max(0, int(left)))
             self._slip_in(protocol.frame(protocol.encode(notice)))
+        heard, heartbeat_s = self._transport.last_heard, self._hub.limits.heartbeat_s
+        if heard is not None and now - heard >= heartbeat_s:
+            if now - heard >= 2 * heartbeat_s:
+                self.stop(CloseCode.HEARTBEAT_TIMEOUT, "nothing heard")
+                return math.inf
+            if self._pinged_at <= heard:
+                self._pinged_at = now
+                self._slip_in(protocol.PING)
+        return self._next_look(now)
+
+    def _next_look(self, now: float) -> float:
+        heard, heartbeat_s = self._transport.last_heard, self._hub.limits.heartbeat_s
+        if heard is None:
+            return self._tell_expiry_at()
+        beat = heard + heartbeat_s if now < heard + heartbeat_s else heard + 2 * heartbeat_s
+        return min(beat, self._tell_expiry_at())
+
+    def _tell_expiry_at(self) -> float:
+        if self._told_expiry or self._session.principal is None:
+            return math.inf
+        return self._limit - self._hub.leeway_s - self._hub.limits.expiry_notice_s
 
     def _slip_in(self, frame: bytes) -> None:
         if not try_write(self._transport.writer, frame):
@@ -450,6 +384,7 @@ class Connection:
         else:
             left = expires_at + self._hub.leeway_s - time.time()
             self._limit_to(trio.current_time() + left)
+            self._hub.timetable.enter(self, self._tell_expiry_at())
         for action in actions:
             await self._carry_out(action)
 

@@ -17,7 +17,7 @@ from trading_push.transport.base import Transport, try_write
 
 __all__ = ["deliver"]
 
-SLICE_S = 0.004
+SLICE_S = 0.002
 """How long the fan-out goes on before it lets other tasks run."""
 _CHUNK = 64
 """How many deliveries there are between two looks at the clock."""
@@ -28,24 +28,32 @@ Table = Mapping[Topic, Collection[Subscription]]
 def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
     """Hand a batch to its subscribers, each connection's frames in one write where it takes them.
 
-    Yields whenever it has run for 4 ms: other tasks must be let run then. The table must not change
+    Yields whenever it has run for 2 ms: other tasks must be let run then. The table must not change
     meanwhile.
     """
     deadline = time.perf_counter() + SLICE_S
-    for _ in _one(batch[0], table) if len(batch) == 1 else _many(batch, table):
+    channel = batch[0].topic.channel
+    # Nobody watches two topics of one channel: there is nothing to join, and it costs less so.
+    alone = all(message.topic.channel == channel for message in batch)
+    for _ in _one_by_one(batch, table) if alone else _many(batch, table):
         if time.perf_counter() > deadline:
             yield
             deadline = time.perf_counter() + SLICE_S
 
 
-def _one(message: Message, table: Table) -> Iterator[None]:
-    subscribers = list(table.get(message.topic, ()))
-    if not subscribers:
-        return
-    if isinstance(message, StatusChange):
-        for subscription in subscribers:
-            subscription.offer(message)
-        return
+def _one_by_one(batch: Sequence[Message], table: Table) -> Iterator[None]:
+    for message in batch:
+        subscribers = table.get(message.topic)
+        if not subscribers:
+            continue
+        if isinstance(message, StatusChange):
+            for subscription in subscribers:
+                subscription.offer(message)
+        else:
+            yield from _one(message, list(subscribers))
+
+
+def _one(message: Publication, subscribers: list[Subscription]) -> Iterator[None]:
     seq, epoch, prev = message.seq, message.epoch, message.seq - 1
     frame = _shared_frame(message, subscribers[0].head)
     size = len(frame)

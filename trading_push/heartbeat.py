@@ -1,35 +1,77 @@
-"""The heartbeat sweeper: one task looks after every connection, once a second.
+"""The heartbeat: one task looks after every connection, each when it is its time.
 
 It pings the peers that are silent, ends those that stay so, and tells of tokens that are to expire.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from typing import Final, Protocol
 
 import trio
 
-from trading_push.connection import Hub
+__all__ = ["Timetable", "Watched"]
 
-__all__ = ["sweep"]
-
-_PERIOD_S: Final = 1.0
+_STEP_S: Final = 1.0
 """At most; a quarter of a heartbeat that is shorter."""
-_CHUNK: Final = 256
+_CHUNK: Final = 64
 """How many connections there are between two checkpoints."""
 
 
-async def sweep(hub: Hub) -> None:
-    """Look at every connection about once a second, until cancelled.
+class Watched(Protocol):
+    """Who is looked after."""
 
-    Nothing heard for `limits.heartbeat_s`: a ping (RFC 6455 section 5.5.2), to which every client
-    library answers by itself. Nothing for twice that: close 4002, or the end of the stream where
-    the close frame does not go out either.
+    look_at: float
+    """The step of the timetable that it stands in; infinite where it stands in none."""
+
+    def look_after(self, now: float) -> float:
+        """Do what is due; synchronous. Returns when to come again, infinite for never."""
+        ...
+
+
+class Timetable:
+    """When each connection is to be looked after, in steps of about a second.
+
+    Looking at all of them in every step would cost more than all their pings.
+
+    Args:
+        heartbeat_s: Nothing heard for so long: a ping (RFC 6455 section 5.5.2), to which every
+            client library answers by itself. Nothing for twice that: close 4002, or the end of the
+            stream where the close frame does not go out either.
     """
-    period_s = min(_PERIOD_S, hub.limits.heartbeat_s / 4)
-    while True:
-        await trio.sleep(period_s)
-        for number, connection in enumerate(list(hub.connections), 1):
-            connection.look_after(trio.current_time())
-            if number % _CHUNK == 0:
-                await trio.lowlevel.checkpoint()
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self._step_s = min(_STEP_S, heartbeat_s / 4)
+        self._steps: dict[float, set[Watched]] = {}
+
+    def enter(self, watched: Watched, at: float) -> None:
+        """Look after a connection at this time of trio's clock, unless it is to be sooner."""
+        step = math.ceil(at / self._step_s) if at < math.inf else at
+        if step < watched.look_at:
+            self.strike(watched)
+            watched.look_at = step
+            self._steps.setdefault(step, set()).add(watched)
+
+    def strike(self, watched: Watched) -> None:
+        """Look after a connection no more."""
+        standing = self._steps.get(watched.look_at)
+        if standing is not None:
+            standing.discard(watched)
+        watched.look_at = math.inf
+
+    async def run(self) -> None:
+        """Look after each connection when it is its time, until cancelled."""
+        while True:
+            await trio.sleep(self._step_s)
+            now = trio.current_time()
+            for step in sorted(step for step in self._steps if step * self._step_s <= now):
+                # Those who leave meanwhile are struck out.
+                standing = self._steps[step]
+                while standing:
+                    for _ in range(min(_CHUNK, len(standing))):
+                        watched = standing.pop()
+                        watched.look_at = math.inf
+                        again = watched.look_after(now)
+                        self.enter(watched, max(again, now + self._step_s))
+                    await trio.lowlevel.checkpoint()
+                del self._steps[step]

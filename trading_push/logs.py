@@ -16,7 +16,7 @@ import select
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -306,10 +306,13 @@ def _escape_character(character: str) -> str:
     )
 
 
+_TEXTS: Final = (str, Path)
+
+
 def line(event: str, **fields: Any) -> Line:
     """A line of the catalogue; text in its fields is escaped, a number prints at its shortest."""
     for name, value in fields.items():
-        if isinstance(value, str | Path):
+        if isinstance(value, _TEXTS):
             fields[name] = escape(str(value), ERROR_LENGTH if name in ("error", "path") else 64)
         elif isinstance(value, BaseException):
             fields[name] = failure(value)
@@ -366,12 +369,33 @@ def enabled(event: str) -> bool:
 
 def emit(*lines: Line) -> None:
     """Log some lines, with no other record of the package between them; never raises."""
-    if len(lines) == 1:
+    texts = _texts(lines)
+    if texts is not None:
+        for output in _outputs:
+            output.say(texts)
+    elif len(lines) == 1:
         _emit(lines[0])
-    elif lines:
+    else:
         with _unbroken(_LOGGERS[lines[0].event]):
             for each in lines:
                 _emit(each)
+
+
+def _texts(lines: Sequence[Line]) -> list[str] | None:
+    """The text of each line; None where it takes records to log them.
+
+    With a record, and the ways of logging, a line costs three times as much.
+    """
+    texts: list[str] = []
+    last: logging.Logger | None = None
+    for event, fields, exception in lines:
+        logger = _LOGGERS[event]
+        if exception is not None or (logger is not last and not _alone(logger)):
+            return None
+        last = logger
+        if logger.isEnabledFor(_LEVELS[event]):
+            texts.append(CATALOGUE[event][1 + _language].format_map(fields))
+    return texts
 
 
 def _emit(each: Line) -> None:
@@ -380,11 +404,6 @@ def _emit(each: Line) -> None:
     if not logger.isEnabledFor(level):
         return
     text = CATALOGUE[event][1 + _language].format_map(fields)
-    if exception is None and _alone(logger):
-        # With a record, and the ways of logging, a line costs three times as much.
-        for output in _outputs:
-            output.say(text)
-        return
     info = None if exception is None else (type(exception), exception, exception.__traceback__)
     record = logging.getLogRecordFactory()(logger.name, level, "", 0, text, None, info)
     record.event = event
@@ -482,11 +501,12 @@ class _Output(logging.Handler):
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def say(self, text: str) -> None:
-        """Queue a bare line."""
+    def say(self, texts: Iterable[str]) -> None:
+        """Queue bare lines, with no other between them."""
         assert self.lock is not None
         with self.lock:
-            self._queue(text + "\n")
+            for text in texts:
+                self._queue(text + "\n")
 
     def emit(self, record: logging.LogRecord) -> None:
         self._queue(self._text(record))

@@ -95,6 +95,9 @@ class Poller:
         self._watched: dict[str, float] = {}  # when they are to be asked for, the next one first
         self._left: dict[str, float] = {}  # when their last subscriber went
         self._new: dict[str, None] = {}
+        self._batch = 1 if self._fetch_many is None else limits.fetch_batch
+        self._queue: dict[str, None] = {}  # who waits for one of the fetches that may run
+        self._rounds_waiting = 0
         self._busy: set[str] = set()
         self._settled: set[str] = set()
         self._failures: dict[str, _Failure] = {}
@@ -172,17 +175,33 @@ class Poller:
 
     def _ask(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
-        size = 1 if self._fetch_many is None else self._limits.fetch_batch
-        for start in range(0, len(users), size):
-            nursery.start_soon(self._round, users[start : start + size])
+        self._queue.update(dict.fromkeys(users))
+        while self._rounds_waiting * self._batch < len(self._queue):
+            self._rounds_waiting += 1
+            nursery.start_soon(self._round)
 
-    async def _round(self, users: Sequence[str]) -> None:
+    async def _round(self) -> None:
+        # Who to ask for is settled when there is a fetch free: in a rush of new users, those who
+        # have come meanwhile go along.
+        fetch = await self._free_fetch()
+        self._rounds_waiting -= 1
+        users = list(itertools.islice(self._queue, self._batch))
+        for user in users:
+            del self._queue[user]
+        await self._ask_for(users, fetch)
+
+    async def _free_fetch(self) -> object:
+        fetch = object()
+        await self._limiter.acquire_on_behalf_of(fetch)
+        return fetch
+
+    async def _ask_for(self, users: Sequence[str], fetch: object) -> None:
         try:
             if self._fetch_many is None:
-                answer = await self._call(users, self._fetch, users[0], self.data_type)
+                answer = await self._call(users, fetch, self._fetch, users[0], self.data_type)
                 answers = {users[0]: answer}
             else:
-                answers = await self._call(users, self._fetch_many, users, self.data_type)
+                answers = await self._call(users, fetch, self._fetch_many, users, self.data_type)
             async with self._turn:
                 await self._take(users, answers)
         except _StillRunning as error:
@@ -194,36 +213,46 @@ class Poller:
             if len(users) > 1 and isinstance(error, SourceError) and not error.retryable:
                 # It is what one of them has that it cannot give: the others shall have theirs.
                 middle = len(users) // 2
-                await self._round(users[:middle])
-                await self._round(users[middle:])
+                await self._ask_for(users[:middle], await self._free_fetch())
+                await self._ask_for(users[middle:], await self._free_fetch())
                 return
             self._failed(users, error)
         self._busy.difference_update(users)
         self._settle(users)
 
-    async def _call(self, users: Sequence[str], function: Callable[..., Any], *args: Any) -> Any:
-        context: Any = self._context()
-        if not inspect.iscoroutinefunction(function):
+    async def _call(
+        self, users: Sequence[str], fetch: object, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Call the source; the fetch is free again when it has answered, or its thread ended."""
+        in_thread = False
+        try:
+            context: Any = self._context()
+            if inspect.iscoroutinefunction(function):
+                async with _entered(context):
+                    with trio.fail_after(self._limits.fetch_timeout_s):
+                        return await function(*args)
             if not hasattr(context, "__aenter__"):
-                return await self._call_in_thread(users, context, function, *args)
+                in_thread = True
+                return await self._call_in_thread(users, fetch, context, function, *args)
             async with context:
-                return await self._call_in_thread(users, nullcontext(), function, *args)
-        async with self._limiter, _entered(context):
-            with trio.fail_after(self._limits.fetch_timeout_s):
-                return await function(*args)
+                in_thread = True
+                return await self._call_in_thread(users, fetch, nullcontext(), function, *args)
+        finally:
+            if not in_thread:
+                self._limiter.release_on_behalf_of(fetch)
 
     async def _call_in_thread(
         self,
         users: Sequence[str],
+        fetch: object,
         context: AbstractContextManager[Any],
         function: Callable[..., Any],
         *args: Any,
     ) -> Any:
-        ticket, token = object(), trio.lowlevel.current_trio_token()
-        await self._limiter.acquire_on_behalf_of(ticket)
+        token = trio.lowlevel.current_trio_token()
 
         def ended() -> None:
-            self._limiter.release_on_behalf_of(ticket)
+            self._limiter.release_on_behalf_of(fetch)
             self._busy.difference_update(users)
 
         def call() -> Any:

@@ -254,14 +254,15 @@ class Registry:
 
     def _published(self, batch: Sequence[Message]) -> Any:
         if logs.enabled("pushed"):
-            for message in batch:
-                topic = message.topic
-                if (
-                    topic.user is not None
+            logs.emit(
+                *(
+                    line("pushed", data_type=message.topic.channel, user=message.topic.user)
+                    for message in batch
+                    if message.topic.user is not None
                     and isinstance(message, Publication)
-                    and topic in self._table
-                ):
-                    logs.emit(line("pushed", data_type=topic.channel, user=topic.user))
+                    and message.topic in self._table
+                )
+            )
         return fanout.deliver(batch, self._table)
 
     def _settled(self, topics: Sequence[Topic]) -> None:

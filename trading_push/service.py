@@ -10,12 +10,12 @@ from typing import Any
 import attrs
 import trio
 
-from trading_push import heartbeat, logs, protocol
+from trading_push import logs, protocol
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.memory import MemoryBroker
-from trading_push.connection import Hub
 from trading_push.errors import CloseCode
 from trading_push.feed import MarketFeed
+from trading_push.hub import Hub
 from trading_push.poller import FetchContext, Poller
 from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
@@ -346,7 +346,7 @@ class PushService:
                     if self._feed is not None:
                         workers.start_soon(self._feed.run)
                     workers.start_soon(self._forget_idle_topics)
-                    workers.start_soon(heartbeat.sweep, self.hub)
+                    workers.start_soon(self.hub.timetable.run)
                     task_status.started()
             finally:
                 with trio.CancelScope(shield=True):

@@ -41,19 +41,22 @@ class MemoryTransport:
     Args:
         direct: Whether the fan-out may write past the sender tasks, as over a plain socket.
         send_timeout_s: How long a send waits for a peer that does not read.
+        pinged: Whether silence counts: the service then pings the peer, and drops it.
     """
 
     peer = "10.0.0.1"
     """The peer's address, as the log shows it."""
 
-    def __init__(self, *, direct: bool = True, send_timeout_s: float = 10) -> None:
+    def __init__(
+        self, *, direct: bool = True, send_timeout_s: float = 10, pinged: bool = False
+    ) -> None:
         self.sent: list[dict[str, Any]] = []
         """What has been sent to the peer and not been taken by the test."""
         self.closed_with: tuple[int, str] | None = None
         """The code and reason that the service has closed with."""
         self.peer_close: Close | None = None
-        self.last_heard: float | None = None
-        """Set by the test to trio's time, it makes silence count; each message then moves it."""
+        self.last_heard = trio.current_time() if pinged else None
+        """When the peer was last heard, where silence counts; each message moves it."""
         self.pings = 0
         """How many pings have been sent; the peer does not answer them."""
         self.reading = trio.Event()

@@ -14,7 +14,7 @@ __all__ = ["Broker", "Publication", "State", "Status"]
 State = Literal["live", "stale", "down"]
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # never changed; frozen, one would cost three times as much to make
 class Publication:
     """One value of one topic, encoded once for all its subscribers.
 

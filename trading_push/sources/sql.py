@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
+import threading
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -89,6 +91,10 @@ class SqlSource:
         self._plans = {name: _plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
         self._url = _parse(url)
+        # Python's driver gives the interpreter away at each row: two threads that read rows at the
+        # same time do little else than hand it to each other.
+        self._one_reads: AbstractContextManager[Any]
+        self._one_reads = threading.Lock() if _is_sqlite_file(self._url) else nullcontext()
         self._engine = _engine(self._url, threads)
         self._closed = False
 
@@ -137,7 +143,7 @@ class SqlSource:
     def _read(self, plan: _Plan, user_ids: Sequence[str]) -> dict[str, msgspec.Raw | None]:
         try:
             with self._engine.connect() as connection:
-                rows = _rows(connection, plan, user_ids)
+                rows = _rows(connection, plan, user_ids, self._one_reads)
                 if self._closed:
                     connection.detach()
         except SQLAlchemyError as error:
@@ -281,14 +287,19 @@ def _check_columns(plan: _Plan, columns: list[str]) -> None:
 
 
 def _rows(
-    connection: Connection, plan: _Plan, user_ids: Sequence[str]
+    connection: Connection,
+    plan: _Plan,
+    user_ids: Sequence[str],
+    turn: AbstractContextManager[Any],
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of each user as dictionaries that can be encoded, their user_id dropped."""
     found: dict[str, list[dict[str, Any]]] = {}
     if not plan.many:
         for user in user_ids:
             result = connection.execute(plan.statement, {"user_id": user})
-            records = list(_records(plan, list(result.keys()), result.all()))
+            with turn:
+                rows = result.all()
+            records = list(_records(plan, list(result.keys()), rows))
             for record in records:
                 record.pop("user_id", None)
             if records:
@@ -297,7 +308,9 @@ def _rows(
     for start in range(0, len(user_ids), IDS_PER_QUERY):
         ids = user_ids[start : start + IDS_PER_QUERY]
         result = connection.execute(plan.statement, {"user_ids": ids})
-        for record in _records(plan, list(result.keys()), result.all()):
+        with turn:
+            rows = result.all()
+        for record in _records(plan, list(result.keys()), rows):
             user = str(record.pop("user_id", None))
             if user in found:
                 found[user].append(record)

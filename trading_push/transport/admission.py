@@ -8,8 +8,8 @@ import trio
 
 from trading_push import logs
 from trading_push.auth import Principal
-from trading_push.connection import Hub
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
+from trading_push.hub import Hub
 from trading_push.origin import is_allowed
 
 __all__ = ["Refused", "admit"]

@@ -14,8 +14,9 @@ from typing import Any, Final
 import trio
 
 from trading_push import logs, protocol
-from trading_push.connection import Connection, Hub
+from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.hub import Hub
 from trading_push.proxies import client_address
 from trading_push.transport import hypercorn_link
 from trading_push.transport.admission import Refused, admit

@@ -16,8 +16,9 @@ import wsproto.events
 import wsproto.utilities
 
 from trading_push import logs, protocol
-from trading_push.connection import Connection, Hub
+from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.hub import Hub
 from trading_push.proxies import client_address
 from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close, Writer
