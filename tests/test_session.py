@@ -11,17 +11,24 @@ from hypothesis import strategies as st
 
 from trading_push import AuthenticationError, Channel, ErrorCode, Principal, protocol
 from trading_push.errors import CloseCode
+from trading_push.rate import MessageRate
 from trading_push.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
 from trading_push.settings import Limits
 from trading_push.topics import BUILTIN_CHANNELS, Channels
 
 CHANNELS = Channels([*map(Channel, BUILTIN_CHANNELS), Channel("news", "events", per_user=False)])
-LIMITS = Limits(subscriptions=5)
+LIMITS = Limits(subscriptions=5, messages_burst=10_000)
+NOW = [0.0]
 
 
 def make(user: str | None = None, limits: Limits = LIMITS) -> Session:
     session = Session(
-        CHANNELS, limits, "c1", knows_symbol=lambda symbol: symbol != "NOPE", clock=lambda: 1000.0
+        CHANNELS,
+        limits,
+        "c1",
+        knows_symbol=lambda symbol: symbol != "NOPE",
+        rate=MessageRate(limits, lambda: NOW[0]),
+        clock=lambda: 1000.0,
     )
     if user is not None:
         session.authenticated(None, Principal(user, 1900.0))
@@ -328,3 +335,35 @@ def test_the_properties_have_met_every_op_and_every_code_of_a_session():
     assert seen_ops == {"auth", "subscribe", "unsubscribe", "list", "pong", "error"}
     # `rate_limited` and `internal` are not a session's to give.
     assert seen_codes == {code.value for code in ErrorCode} - {"rate_limited", "internal"}
+
+
+def test_messages_over_the_rate_are_refused_and_then_end_it():
+    limits = Limits(messages_per_s=2, messages_burst=6)
+    session = make("4", limits)
+    for _ in range(6):
+        replies, _ = answer(session, '{"op":"ping"}')
+        assert replies[0]["op"] == "pong"
+    for number in range(6):
+        replies, ends = answer(session, f'{{"op":"ping","id":{number}}}')
+        assert (replies[0]["id"], replies[0]["error"]["code"]) == (number, "rate_limited")
+        assert not ends
+    [reply], [end] = answer(session, '{"op":"ping","id":7}')
+    assert reply["error"]["code"] == "rate_limited"
+    assert end.code == 4501
+    NOW[0] += 3  # six in three seconds are two in one
+    replies, ends = answer(session, '{"op":"ping"}')
+    assert replies[0]["op"] == "pong"
+    assert not ends
+
+
+def test_bad_messages_are_counted_against_the_rate_too():
+    session = make("4", Limits(messages_per_s=1, messages_burst=2, bad_messages=10))
+    codes = [answer(session, "rubbish")[0][0]["error"]["code"] for _ in range(4)]
+    assert codes == ["bad_json", "bad_json", "rate_limited", "rate_limited"]
+
+
+def test_one_connections_messages_are_not_another_ones():
+    rate = MessageRate(Limits(messages_per_s=1, messages_burst=1), lambda: 0.0)
+    assert [rate.serves("a"), rate.serves("a"), rate.serves("b")] == [True, False, True]
+    rate.forget("a")
+    assert rate.serves("a")

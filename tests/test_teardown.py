@@ -14,6 +14,7 @@ import trio.testing
 
 from trading_push import (
     AuthenticationError,
+    Channel,
     Principal,
     PushService,
     ServiceClosed,
@@ -507,3 +508,44 @@ async def test_a_leave_in_the_registrys_last_moment_is_counted_in_its_order(auto
     assert registry.ledger.balanced
     with pytest.raises(ServiceClosed):
         registry.connect("10.0.0.1")
+
+
+async def test_what_is_pending_goes_out_before_the_notice_of_a_drain(autojump_clock):
+    channels = [Channel("trades", "events")]
+    async with room(channels=channels) as here:
+        peer, _ = await here.subscribed(
+            {"channel": "ticker.A", "max_hz": 0.01}, {"channel": "trades", "max_hz": 0.01}
+        )
+        for number in range(1, 4):
+            await here.service.publish("ticker.A", {"n": number})
+            await here.service.publish("trades", number, user="4")
+            await trio.testing.wait_all_tasks_blocked()
+        begun = [message["data"] for message in peer.sent if "data" in message]
+        assert begun == [{"n": 1}, 1]  # the rest waits for the pace that was asked for
+        peer.sent.clear()
+        await here.service.drain()
+        *pushes, notice = peer.sent
+        assert [(each["channel"], each["data"]) for each in pushes] == [
+            ("ticker.A", {"n": 3}),
+            ("trades", 2),
+            ("trades", 3),
+        ]
+        assert notice["code"] == "shutdown"
+        assert peer.closed_with == (1012, "service restart")
+
+
+async def test_a_frame_that_waits_behind_a_stuck_one_is_not_lost_in_a_drain(autojump_clock):
+    async with room() as here:
+        peer, _ = await here.subscribed("ticker.A", "ticker.B", direct=False)
+        peer.reading = trio.Event()
+        await here.service.publish("ticker.A", 1)
+        await trio.testing.wait_all_tasks_blocked()  # stuck
+        await here.service.publish("ticker.B", 2)
+        await trio.testing.wait_all_tasks_blocked()  # waits for its turn
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here.service.drain)
+            await trio.testing.wait_all_tasks_blocked()
+            peer.reading.set()
+        assert [message["data"] for message in peer.sent if "data" in message] == [1, 2]
+        assert peer.sent[-1]["code"] == "shutdown"
+        assert peer.closed_with == (1012, "service restart")

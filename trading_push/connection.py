@@ -64,6 +64,7 @@ class Connection:
         "_close",
         "_end_by",
         "_farewell",
+        "_flushing",
         "_found_by_send",
         "_hub",
         "_limit",
@@ -90,6 +91,7 @@ class Connection:
         self._nursery: trio.Nursery | None = None
         self._close: Close | None = None
         self._farewell: list[bytes] = []
+        self._flushing = False
         self._found_by_send = False
         self._limit = trio.current_time() + hub.limits.authentication_timeout_s
         self._end_by = math.inf
@@ -116,6 +118,7 @@ class Connection:
             hub.limits,
             self._member.id,
             knows_symbol=hub.knows_symbol,
+            rate=hub.rate,
             clock=time.time,
         )
         hub.connections.add(self)
@@ -175,7 +178,11 @@ class Connection:
             self._nursery.cancel_scope.cancel()
 
     def dismiss(self) -> None:
-        """End the connection because the service ends: the notice, then 1012; synchronous."""
+        """End the connection because the service ends; synchronous.
+
+        What is still pending goes out first, then the notice and 1012.
+        """
+        self._flushing = not self.closed
         # Not all at once: who comes back is spread over a few seconds.
         notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
         self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
@@ -242,15 +249,12 @@ class Connection:
         self.closed = True
         self._leave_seat()
         for subscription in self._subscriptions.values():
-            subscription.close()
+            subscription.close(keep=self._flushing)
         gone = self._close is not None and not self._close.ours
         self._transport.hurry(0 if gone else self._hub.limits.close_timeout_s)
 
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
-        # One trace, of the innermost group with something in it: a nursery wraps each exception.
-        error: BaseException = errors
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
+        error = logs.innermost(errors)
         logs.emit(
             logs.line("internal_error", address=self._transport.peer, error=error)._replace(
                 exception=error
@@ -261,8 +265,11 @@ class Connection:
 
     async def _close_transport(self, close: Close) -> None:
         try:
-            if self._farewell and close.ours:
-                await self._transport.send(self._farewell)
+            if close.ours:
+                pending = self._subscriptions.values() if self._flushing else ()
+                rest = [frame for subscription in pending for frame in subscription.rest()]
+                if frames := rest + self._farewell:
+                    await self._transport.send(frames)
             await self._transport.close(close.code, close.reason)
         except TransportClosed:
             pass  # the peer went first: there is nobody left to be polite to

@@ -16,14 +16,13 @@ from trading_push.errors import PayloadError
 from trading_push.models import Ticker
 from trading_push.protocol import encode_data
 from trading_push.sources.base import TickerFeed
+from trading_push.supervision import keep_running
 from trading_push.topics import Topic, ticker_topic
 
 __all__ = ["MarketFeed"]
 
 # Ten publications must not fall into one second even where they are not evenly delivered.
 _MARGIN = 1.03
-_FIRST_RETRY_S = 1.0
-_LAST_RETRY_S = 60.0
 
 
 class MarketFeed:
@@ -36,6 +35,8 @@ class MarketFeed:
     """
 
     def __init__(self, feed: TickerFeed, broker: Broker, max_hz: float) -> None:
+        self.failures = 0
+        """How often the feed has raised since the start."""
         self._feed = feed
         self._broker = broker
         self._period_s = _MARGIN / max_hz
@@ -70,19 +71,12 @@ class MarketFeed:
                 await trio.sleep(self._period_s)
 
     async def _run_feed(self) -> None:
-        delay = _FIRST_RETRY_S
-        while True:
-            began = trio.current_time()
-            try:
-                await self._feed.run(self)
-                return
-            except Exception as error:  # whatever a feed raises, the market comes back
-                if trio.current_time() - began > _LAST_RETRY_S:
-                    delay = _FIRST_RETRY_S
-                logs.emit(logs.line("feed_failed", error=error, delay=delay))
-                self.stale("feed_error")
-            await trio.sleep(delay)
-            delay = min(2 * delay, _LAST_RETRY_S)
+        await keep_running(lambda: self._feed.run(self), self._failed)
+
+    def _failed(self, error: Exception, delay: float) -> None:
+        self.failures += 1
+        logs.emit(logs.line("feed_failed", error=error, delay=delay))
+        self.stale("feed_error")
 
     def _publish(self) -> None:
         batch: list[tuple[Topic, bytes]] = []

@@ -17,6 +17,7 @@ from trading_push.broker.base import Broker
 from trading_push.errors import SourceError
 from trading_push.heartbeat import Timetable, Watched
 from trading_push.proxies import Network
+from trading_push.rate import MessageRate
 from trading_push.registry import Registry
 from trading_push.settings import Limits
 from trading_push.topics import Channels, Topic
@@ -69,6 +70,7 @@ class Hub:
         strangers: How many open connections of each address have not authenticated.
         seats: The open connections of each user who has authenticated, oldest first.
         timetable: When each connection is to be looked after.
+        rate: How many messages each connection may send.
     """
 
     path: str
@@ -90,6 +92,11 @@ class Hub:
     seats: dict[str, dict[Peer, None]] = attrs.field(factory=dict)
     timetable: Timetable = attrs.field(
         default=attrs.Factory(lambda self: Timetable(self.limits.heartbeat_s), takes_self=True)
+    )
+    rate: MessageRate = attrs.field(
+        default=attrs.Factory(
+            lambda self: MessageRate(self.limits, trio.current_time), takes_self=True
+        )
     )
     _told_unavailable_at: float = -math.inf
     _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
@@ -119,6 +126,7 @@ class Hub:
         """A connection's stream has ended."""
         self.connections.discard(connection)
         self.timetable.strike(connection)
+        self.rate.forget(connection.id)
         if not self.connections:
             self._waiting.unpark_all()
 

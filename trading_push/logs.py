@@ -25,7 +25,17 @@ import msgspec
 
 from trading_push.errors import CloseCode, ConfigurationError, TradingPushError
 
-__all__ = ["Line", "attached", "close_line", "emit", "escape", "failure", "line", "set_language"]
+__all__ = [
+    "Line",
+    "attached",
+    "close_line",
+    "emit",
+    "escape",
+    "failure",
+    "innermost",
+    "line",
+    "set_language",
+]
 
 FIELD_LENGTH: Final = 64
 ERROR_LENGTH: Final = 300
@@ -170,6 +180,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "feed",
         "❌ 行情源出错: {error} - {delay}秒后重试",
         "❌ The market feed failed: {error} - next try in {delay} s",
+    ),
+    "part_failed": (
+        "service",
+        "❌ {part}意外出错: {error} - {delay}秒后重启",
+        "❌ The {part} failed: {error} - started again in {delay} s",
     ),
     "tape_bad_lines": (
         "feed",
@@ -319,6 +334,13 @@ def line(event: str, **fields: Any) -> Line:
         elif isinstance(value, float):
             fields[name] = float(f"{value:g}") if value % 1 else int(value)
     return Line(event, fields)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception that nurseries have wrapped; a group where there are several."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def failure(error: BaseException) -> str:
@@ -591,6 +613,9 @@ def attached(
         places.append((descriptor, plain if json else stamped))
     outputs = [_Output(descriptor, formatter, queue_lines) for descriptor, formatter in places]
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
+    # Says in words of its own what a line of ours says of each retry.
+    retries = logging.getLogger("stamina")
+    retries.disabled = True
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         for output in outputs:
@@ -603,6 +628,7 @@ def attached(
         yield
     finally:
         _outputs.clear()
+        retries.disabled = False
         for logger, old_level, propagate in kept:
             for output in outputs:
                 logger.removeHandler(output)

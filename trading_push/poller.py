@@ -143,7 +143,15 @@ class Poller:
             self._tell_settled([self._topic(user) for user in settled])
 
     async def run(self) -> None:
-        """Poll until cancelled, which leaves nothing behind but worker threads that go on."""
+        """Poll until cancelled, which leaves nothing behind but worker threads that go on.
+
+        After an end by an exception it may be run again.
+        """
+        self._queue.clear()
+        self._busy.clear()
+        self._rounds_waiting = 0
+        self._new.update(dict.fromkeys(self._watched))
+        self._wake.set()
         async with trio.open_nursery() as nursery:
             while True:
                 with trio.move_on_at(next(iter(self._watched.values()), math.inf)):

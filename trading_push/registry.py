@@ -91,6 +91,8 @@ class Registry:
         on_leave: Callable[[Member], None] = lambda member: None,
     ) -> None:
         self.ledger = Ledger()
+        self.cleanup_failures = 0
+        """How many steps of a clean-up have raised since the start."""
         self._channels = channels
         self._on_watched = on_watched
         self._on_leave = on_leave
@@ -289,6 +291,7 @@ class Registry:
             self._on_leave(member)
         except Exception as error:  # an application's own code: the unit stays whole
             errors.append(error)
+        self.cleanup_failures += len(errors)
         lines += [line("cleanup_failed", error=error) for error in errors]
         if member.user is not None:
             lines.append(line("cleaned_up", user=member.user))

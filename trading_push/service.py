@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +22,7 @@ from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
+from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,
     Channel,
@@ -47,6 +49,8 @@ class Statistics:
         subscribers_by_symbol: Subscribed users by symbol.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
+        failures: How often each part of the service has raised and was started again (or, of a
+            clean-up, logged) since the start; `feed` is the application's.
         connections_stopped: Connections that ended at a firewall; the link's are of the process.
         connections_refused: Connections of this process refused over the limit.
         connections_reaped: Connections of this process whose handler had to be reaped.
@@ -58,6 +62,7 @@ class Statistics:
     subscribers_by_symbol: dict[str, int]
     ledger: Ledger
     failing_fetches: int
+    failures: dict[str, int]
     connections_stopped: int
     connections_refused: int
     connections_reaped: int
@@ -81,6 +86,7 @@ class PushService:
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
         self._broker = MemoryBroker(channels, self._registry.publish)
         self._pollers: dict[str, Poller] = {}
+        self._failures: Counter[str] = Counter()
         turn = trio.Lock()
         if source is not None:
             for channel in channels:
@@ -261,10 +267,17 @@ class PushService:
             },
             ledger=attrs.evolve(self._registry.ledger),
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
+            failures={part: count for part, count in self._all_failures() if count},
             connections_stopped=guard.stopped + self.hub.stopped,
             connections_refused=guard.refused,
             connections_reaped=guard.reaped,
         )
+
+    def _all_failures(self) -> Iterator[tuple[str, int]]:
+        yield from self._failures.items()
+        yield "clean-up", self._registry.cleanup_failures
+        if self._feed is not None:
+            yield "feed", self._feed.failures
 
     @property
     def limits(self) -> Limits:
@@ -314,6 +327,15 @@ class PushService:
         poller = self._pollers.get(topic.channel)
         return poller is not None and topic.user is not None and poller.awaits(topic.user)
 
+    async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
+        def failed(error: Exception, delay: float) -> None:
+            self._failures[part] += 1
+            inner = logs.innermost(error)
+            line = logs.line("part_failed", part=part, error=inner, delay=delay)
+            logs.emit(line._replace(exception=inner))
+
+        await keep_running(run, failed)
+
     async def _forget_idle_topics(self) -> None:
         linger = self._settings.limits.topic_linger_s
         while True:
@@ -341,12 +363,14 @@ class PushService:
             nursery.start_soon(self._registry.run)
             try:
                 async with trio.open_nursery() as workers:
-                    for poller in self._pollers.values():
-                        workers.start_soon(poller.run)
+                    for name, poller in self._pollers.items():
+                        workers.start_soon(self._keep_running, f"{name} poller", poller.run)
                     if self._feed is not None:
-                        workers.start_soon(self._feed.run)
-                    workers.start_soon(self._forget_idle_topics)
-                    workers.start_soon(self.hub.timetable.run)
+                        workers.start_soon(self._keep_running, "market feed", self._feed.run)
+                    workers.start_soon(
+                        self._keep_running, "sweep of idle topics", self._forget_idle_topics
+                    )
+                    workers.start_soon(self._keep_running, "heartbeat", self.hub.timetable.run)
                     task_status.started()
             finally:
                 with trio.CancelScope(shield=True):

@@ -19,6 +19,7 @@ from trading_push import protocol
 from trading_push.auth import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
 from trading_push.protocol import Id, ItemResult, Since
+from trading_push.rate import MessageRate
 from trading_push.settings import Limits
 from trading_push.topics import Channels, Topic, symbol_of
 
@@ -95,6 +96,7 @@ class Session:
         limits: How many subscriptions and bad messages are borne, and the heartbeat told.
         connection_id: Told to the client in the reply to `auth`.
         knows_symbol: Whether a symbol may exist.
+        rate: How many messages the connection may send.
         clock: The time in seconds since the epoch.
     """
 
@@ -105,6 +107,7 @@ class Session:
         "_connection_id",
         "_knows_symbol",
         "_limits",
+        "_rate",
         "principal",
         "request_id",
         "topics",
@@ -117,12 +120,14 @@ class Session:
         connection_id: str,
         *,
         knows_symbol: Callable[[str], bool],
+        rate: MessageRate,
         clock: Callable[[], float],
     ) -> None:
         self._channels = channels
         self._limits = limits
         self._connection_id = connection_id
         self._knows_symbol = knows_symbol
+        self._rate = rate
         self._clock = clock
         self._bad = 0
         self.request_id: Id = None
@@ -142,11 +147,15 @@ class Session:
         try:
             request_id, request = protocol.decode_request(message)
         except protocol.BadRequest as error:
+            if not self._rate.serves(self._connection_id):
+                return self._over_rate(error.id)
             self._bad += 1
             actions: list[Action] = [Reply(protocol.error_reply(error.id, error))]
             if self._bad >= self._limits.bad_messages:
                 actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many bad requests"))
             return actions
+        if not self._rate.serves(self._connection_id):
+            return self._over_rate(request_id)
         self._bad = 0
         self.request_id = request_id
         match request:
@@ -168,6 +177,16 @@ class Session:
             case protocol.ListRequest():
                 names = sorted(topic.channel for topic in self.topics)
                 return [Reply(protocol.ListReply(protocol.reply_id(request_id), True, names))]
+
+    def _over_rate(self, request_id: Id) -> list[Action]:
+        per_s = self._limits.messages_per_s
+        actions = _refuse(
+            request_id,
+            RequestError(ErrorCode.RATE_LIMITED, f"over {per_s:g} messages a second: slow down"),
+        )
+        if not self._rate.bears(self._connection_id):
+            actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many messages"))
+        return actions
 
     # --- authentication ------------------------------------------------------------------
 

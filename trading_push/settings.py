@@ -261,6 +261,10 @@ class Limits:
     )
     """What happens to a user's connection too many: it is refused, or takes the oldest's place."""
     subscriptions: int = attrs.field(default=200, validator=whole(1))
+    messages_per_s: float = attrs.field(default=20, validator=number(0.1))
+    """How many messages of a connection are served, on an average of some seconds."""
+    messages_burst: int = attrs.field(default=60, validator=whole(1))
+    """How many at once; as many again may be refused before the connection ends."""
     message_bytes: int = attrs.field(default=65_536, validator=whole(128))
     bad_messages: int = attrs.field(default=10, validator=whole(1))
     pending_bytes: int = attrs.field(default=1_048_576, validator=whole(65_536))

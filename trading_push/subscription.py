@@ -58,6 +58,7 @@ class Owner(Protocol):
 
 
 _NOTHING: list[Publication] = []
+_NO_FRAMES: list[bytes] = []
 
 
 class _AtEachDelivery:
@@ -96,6 +97,7 @@ class Subscription(_AtEachDelivery):
         "_pending",
         "_period",
         "_sent_at",
+        "_taken",
         "_told",
         "head",
         "kind",
@@ -134,6 +136,7 @@ class Subscription(_AtEachDelivery):
         self._parked: trio.lowlevel.Task | None = None
         # Mostly empty, and then one for all: a list or deque of its own is up to 0.7 KB of memory.
         self._pending: list[Publication] = _NOTHING
+        self._taken: list[bytes] = _NO_FRAMES
         self._backlog = backlog
         self._bytes = 0
         self._dropped = 0
@@ -192,11 +195,17 @@ class Subscription(_AtEachDelivery):
             return publication.epoch != last.epoch or publication.seq > last.seq
         return self._is_unsent(publication)
 
-    def close(self) -> None:
-        """Shut the gate for good: nothing more is sent, and the sender task ends."""
+    def close(self, *, keep: bool = False) -> None:
+        """Shut the gate for good: nothing more is sent, and the sender task ends.
+
+        Args:
+            keep: What is pending can still be had, by `rest`.
+        """
         self.shut = True
+        if not (keep and self._opened):
+            self._hold(_NOTHING)
+            self.status = None
         self._opened = False
-        self._hold(_NOTHING)
         if self._pause is not None:
             self._pause.cancel()
         self._wake()
@@ -288,6 +297,13 @@ class Subscription(_AtEachDelivery):
                 frames.insert(0 if live else len(frames), frame)
         return frames
 
+    def rest(self) -> list[bytes]:
+        """What the sender task has not sent before it was cancelled, and what waited behind it."""
+        self._period = 0
+        frames = self._taken if self.idle else [*self._taken, *self._take()]
+        self._taken = _NO_FRAMES
+        return frames
+
     @property
     def idle(self) -> bool:
         """Whether nothing waits for the sender task."""
@@ -321,7 +337,9 @@ class Subscription(_AtEachDelivery):
                         await trio.sleep_forever()
                     self._pause = None
                 if frames := self._take():
+                    self._taken = frames
                     await self.transport.send(frames)
+                    self._taken = _NO_FRAMES
         except TransportClosed as error:
             owner.send_failed(error)
         finally:

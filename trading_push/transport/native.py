@@ -161,10 +161,7 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
         pass  # trio-websocket answers a ping that comes after a close of ours, and must not
     except* Exception as errors:
         hub.stopped += 1
-        error: BaseException = errors
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        address = push_stream.peer
+        error, address = logs.innermost(errors), push_stream.peer
         logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
     finally:
         push_stream.abort()
