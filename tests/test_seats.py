@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import trio
 import trio.testing
@@ -104,3 +106,39 @@ async def test_at_every_door(kind, certificates):
         with trio.fail_after(5), pytest.raises(trio_websocket.ConnectionClosed) as closed:
             await client.receive()
         assert closed.value.reason.code == 4503
+
+
+async def test_a_revoked_token_ends_its_connections_and_opens_none(autojump_clock, caplog):
+    caplog.set_level("INFO", "trading_push")
+    async with room() as here:
+        peers = {}
+        for name in ("old", "new"):
+            peers[name], _ = here.join()
+            peers[name].say("auth", token=f"4 {name}")
+            await peers[name].next()
+        assert here.service.revoke("old") == 1
+        assert await settled(*peers.values()) == [4503, None]
+        assert peers["old"].closed_with == (4503, "token revoked")
+        again, _ = here.join()
+        again.say("auth", token="4 old")
+        [reply] = await again.next()
+        assert reply["error"]["code"] == "bad_token"
+        assert await settled(again) == [4500]
+        # What goes on does not take it as a renewal either.
+        refused = await peers["new"].request("auth", token="4 old")
+        assert refused["error"]["code"] == "bad_token"
+        assert (await peers["new"].request("ping"))["op"] == "pong"
+
+
+async def test_a_renewed_session_stands_for_its_newest_token(autojump_clock):
+    async with room() as here:
+        peer, _ = here.join()
+        await peer.request("auth", token="4 old")
+        await peer.request("auth", token="4 new")
+        assert here.service.revoke("old") == 0
+        assert here.service.revoke("new", expires_at=time.time() + 60) == 1
+        assert await settled(peer) == [4503]
+        # Once a token has expired by itself, nobody needs to know any more.
+        here.service.revoke("ancient", expires_at=1.0)
+        here.service.revoke("other")
+        assert set(here.service.hub.revoked) == {"old", "new", "other"}

@@ -31,7 +31,7 @@ from trading_push.transport.base import Close
 
 
 async def by_name(token: str) -> Principal:
-    """A token is the name of its user; some names stand for what goes wrong."""
+    """A token names its user, and itself after a blank; some stand for what goes wrong."""
     await trio.lowlevel.checkpoint()
     if token == "bug":
         raise RuntimeError("the application's own mistake")
@@ -39,7 +39,8 @@ async def by_name(token: str) -> Principal:
         await trio.sleep_forever()
     if token == "bad":
         raise AuthenticationError
-    return Principal(token)
+    user, _, token_id = token.partition(" ")
+    return Principal(user, token_id=token_id or None)
 
 
 class Room:

@@ -62,11 +62,13 @@ class Principal:
         user: The user's id, 1 to 64 characters.
         expires_at: Until when, in seconds since the epoch, without any leeway; None for ever.
         claims: What else the token says; a connection keeps nothing of it.
+        token_id: The token's own name (`jti`, RFC 7519 section 4.1.7), by which it can be revoked.
     """
 
     user: str
     expires_at: float | None = None
     claims: Mapping[str, Any] = attrs.field(default=_NO_CLAIMS, repr=False)
+    token_id: str | None = None
 
 
 Authenticate = Callable[[str], Principal | Awaitable[Principal]]
@@ -170,7 +172,13 @@ class JwtAuthenticator:
         # PyJWT takes "1763600000" and true for times as well.
         if isinstance(expires_at, bool) or not isinstance(expires_at, int | float):
             raise AuthenticationError("the token's exp is not a number")
-        return Principal(user, float(min(expires_at, 2**53)), claims)
+        token_id = claims.get("jti")
+        return Principal(
+            user,
+            float(min(expires_at, 2**53)),
+            claims,
+            token_id if isinstance(token_id, str) else None,
+        )
 
 
 class _PreparedHmac(jwt.algorithms.HMACAlgorithm):

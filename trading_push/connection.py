@@ -158,6 +158,12 @@ class Connection:
         """What the reply to `auth` calls it."""
         return self._member.id
 
+    @property
+    def token_id(self) -> str | None:
+        """The name of the token that it was last authenticated by."""
+        principal = self._session.principal
+        return None if principal is None else principal.token_id
+
     def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
         """End the connection with a close code; synchronous, and harmless when it has ended.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -14,7 +15,7 @@ import trio
 from trading_push import logs
 from trading_push.auth import Authenticate, Principal
 from trading_push.broker.base import Broker
-from trading_push.errors import SourceError
+from trading_push.errors import AuthenticationError, SourceError
 from trading_push.heartbeat import Timetable, Watched
 from trading_push.proxies import Network
 from trading_push.rate import MessageRate
@@ -36,6 +37,11 @@ class Peer(Watched, Protocol):
     @property
     def id(self) -> str:
         """What the reply to `auth` calls it."""
+        ...
+
+    @property
+    def token_id(self) -> str | None:
+        """The name of the token that it was last authenticated by."""
         ...
 
     def stop(self, code: int, reason: str) -> None:
@@ -69,6 +75,7 @@ class Hub:
         connections: Those whose stream has not ended.
         strangers: How many open connections of each address have not authenticated.
         seats: The open connections of each user who has authenticated, oldest first.
+        revoked: The ids of tokens that are refused, and until when, in seconds since the epoch.
         timetable: When each connection is to be looked after.
         rate: How many messages each connection may send.
     """
@@ -90,6 +97,7 @@ class Hub:
     connections: set[Peer] = attrs.field(factory=set)
     strangers: Counter[str] = attrs.field(factory=Counter)
     seats: dict[str, dict[Peer, None]] = attrs.field(factory=dict)
+    revoked: dict[str, float] = attrs.field(factory=dict)
     timetable: Timetable = attrs.field(
         default=attrs.Factory(lambda self: Timetable(self.limits.heartbeat_s), takes_self=True)
     )
@@ -120,7 +128,17 @@ class Hub:
             raise
         if not isinstance(principal, Principal):
             raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
+        if principal.token_id in self.revoked:
+            raise AuthenticationError("the token was revoked")
         return principal
+
+    def revoke(self, token_id: str, until: float) -> list[Peer]:
+        """Refuse a token from now on; the connections that it has opened, which go on."""
+        now = time.time()
+        for old in [old for old, end in self.revoked.items() if end < now]:
+            del self.revoked[old]
+        self.revoked[token_id] = until
+        return [each for each in self.connections if each.token_id == token_id and not each.closed]
 
     def gone(self, connection: Peer) -> None:
         """A connection's stream has ended."""

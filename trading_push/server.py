@@ -153,6 +153,7 @@ def _config(listener: socket.socket, settings: Settings) -> hypercorn.config.Con
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
     config.backlog = BACKLOG
     config.websocket_max_message_size = settings.limits.message_bytes
+    config.h11_max_incomplete_size = settings.limits.header_bytes
     config.graceful_timeout = _AFTER_DRAIN_S
     # No access log: a path can forge a line in it.
     config.errorlog = logging.getLogger("hypercorn.error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -250,6 +251,24 @@ class PushService:
         for each in kicked:
             each.stop(CloseCode.KICKED, reason)
         return len(kicked)
+
+    def revoke(self, token_id: str, *, expires_at: float = math.inf) -> int:
+        """Refuse a token from now on, and close the connections that it stands for (4503).
+
+        For this process and as long as the service runs: elsewhere, `authenticate` must know.
+
+        Args:
+            token_id: The token's `jti`, or the `token_id` of an `authenticate` of your own.
+            expires_at: When the token ends by itself, in seconds since the epoch; it need not be
+                remembered for longer.
+
+        Returns:
+            How many connections were closed.
+        """
+        revoked = self.hub.revoke(token_id, expires_at)
+        for each in revoked:
+            each.stop(CloseCode.KICKED, "token revoked")
+        return len(revoked)
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""

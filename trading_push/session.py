@@ -202,7 +202,7 @@ class Session:
             old = self.principal.expires_at
             if expires_at is not None and (old is None or expires_at < old):
                 expires_at = old
-        self.principal = Principal(principal.user, expires_at)
+        self.principal = Principal(principal.user, expires_at, token_id=principal.token_id)
         expires_in = None if expires_at is None else max(0, int(expires_at - self._clock()))
         return [
             Reply(

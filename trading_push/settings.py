@@ -243,6 +243,8 @@ class Limits:
 
     authentication_timeout_s: float = attrs.field(default=10, validator=number(0.1))
     handshake_timeout_s: float = attrs.field(default=10, validator=number(0.1))
+    header_bytes: int = attrs.field(default=16_384, validator=whole(1024))
+    """How long a request's head may be, under `serve`."""
     heartbeat_s: float = attrs.field(default=15, validator=number(0.1))
     expiry_notice_s: float = attrs.field(default=30, validator=number(0))
     send_timeout_s: float = attrs.field(default=10, validator=number(0.1))
