@@ -2,8 +2,9 @@
 
 A server prints `{"port": N}` (or `{"skip": "why"}`), then takes one JSON command a line and answers
 each with one: `{"do": "publish", "batches": B, "topics": T, "interval_s": S}` publishes B batches
-of T messages, one a topic, S seconds apart, and answers when all are handed to the kernel or to its
-own buffers; with `"bytes": B` each message is so long. `{"do": "collect"}` collects garbage.
+of T messages, one a topic (none where T is 0: it only waits), S seconds apart, and answers when all
+are handed to the kernel or to its own buffers; with `"bytes": B` each message is so long.
+`{"do": "collect"}` collects garbage.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def publish(
             for client in clients:
                 if client.send(data) != size:
                     raise SystemExit("a short send")
-        else:
+        elif topics:
             for client in clients:
                 if client.sendmsg(frames) != size:
                     raise SystemExit("a short send")

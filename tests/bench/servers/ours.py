@@ -43,7 +43,7 @@ async def publish(
     for _ in range(batches):
         if topics == 1:
             await service.publish(f"ticker.{TOPICS[0]}", filled(TOPICS[0], pad))
-        else:
+        elif topics:
             await service.publish_many(
                 [(f"ticker.{symbol}", filled(symbol, pad), None) for symbol in TOPICS[:topics]]
             )
