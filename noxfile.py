@@ -53,6 +53,17 @@ def _from_root(argument: str) -> str:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """The long tests, whose figures are printed; arguments go to pytest."""
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(".", *nox.project.dependency_groups(project, "test"))
+    session.chdir("tests")
+    counts = {"TRADING_PUSH_ABORTS": "20000", "TRADING_PUSH_STORM": "5000"}
+    arguments = session.posargs or ["test_load.py", "test_soak.py"]
+    session.run("pytest", "-s", "-m", "", *map(_from_root, arguments), env=counts)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, its ASYNC rules among others, and flake8-async, which knows more of trio."""
     session.install("ruff == 0.17.*", "flake8 == 7.*", "flake8-async == 26.*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -37,11 +38,13 @@ class Embedded:
         deadline = time.monotonic() + PATIENCE_S
         while not what(seen := self.look()):
             assert time.monotonic() < deadline, f"{why} never came: {seen}"
+            time.sleep(0.1)  # a look holds the server for as long
         return seen
 
 
-@pytest.fixture
-def embedded() -> Iterator[Embedded]:
+@contextmanager
+def embed(*flags: str) -> Iterator[Embedded]:
+    """Run `embedded_server.py` with these flags."""
     # Python's own allocator keeps whole arenas: without it the memory in use is known exactly.
     # One arena and a fixed threshold: what is free can be given back whichever thread took it.
     env = {
@@ -50,5 +53,12 @@ def embedded() -> Iterator[Embedded]:
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TOP_PAD_": "0",
     }
-    with process(sys.executable, str(TESTS / "embedded_server.py"), env=env) as running:
+    command = [sys.executable, str(TESTS / "embedded_server.py"), *flags]
+    with process(*command, env=env) as running:
         yield Embedded(running)
+
+
+@pytest.fixture
+def embedded() -> Iterator[Embedded]:
+    with embed() as running:
+        yield running

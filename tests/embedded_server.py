@@ -1,17 +1,21 @@
 """A program that embeds the service, with data that change at every fetch and a look inside.
 
 It prints its port. For each line on standard input it prints one JSON object: the statistics, the
-living tasks, the open descriptors, the memory in KiB (resident, and what of it is in use), and what
-the recorder has seen.
+living tasks, the open descriptors, the memory in KiB (resident, and what of it is in use), what the
+recorder has seen, and since the line before: how late a task that wakes every 10 ms was at most,
+and how long it was at most from one accepted connection to the next.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import itertools
 import json
+import math
 import os
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,17 +28,38 @@ import psutil
 import recorder
 import trio
 
-from trading_push import JwtAuthenticator, MarketSink, PushService, Ticker, logs, open_push_service
-from trading_push.settings import Auth, Intervals, Settings
+from trading_push import (
+    Channel,
+    JwtAuthenticator,
+    MarketSink,
+    PushService,
+    Ticker,
+    logs,
+    open_push_service,
+)
+from trading_push.settings import Auth, Intervals, Limits, Settings
 from trading_push.transport import hypercorn_link
 
 SECRET = "a secret of at least thirty-two bytes"
 
 
+class Faults:
+    """Some of what is asked fails, by a seed; without one nothing does."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._share = 0.02 if seed else 0.0
+
+    def maybe(self) -> None:
+        if self._rng.random() < self._share:
+            raise RuntimeError("on purpose")
+
+
 class Changing:
     """A source whose every answer is another."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
         self._count = itertools.count()
 
     async def fetch(self, user_id: str, data_type: str) -> Any:
@@ -42,11 +67,16 @@ class Changing:
 
     async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
         await trio.lowlevel.checkpoint()
+        self._faults.maybe()
         return {user: [{"user": user, "count": next(self._count)}] for user in user_ids}
 
 
 class Ticking:
-    """A market of two symbols that moves twenty times a second."""
+    """A market of two symbols that moves some times a second."""
+
+    def __init__(self, hz: float, faults: Faults) -> None:
+        self._pause_s = 1 / hz
+        self._faults = faults
 
     def knows(self, symbol: str) -> bool:
         return symbol in ("BTCUSDT", "ETHUSDT")
@@ -54,7 +84,8 @@ class Ticking:
     async def run(self, sink: MarketSink) -> None:
         for count in itertools.count():
             sink.update([Ticker(symbol, source_ts=count) for symbol in ("BTCUSDT", "ETHUSDT")])
-            await trio.sleep(0.05)
+            await trio.sleep(self._pause_s)
+            self._faults.maybe()
 
 
 class Mallinfo2(ctypes.Structure):
@@ -77,7 +108,51 @@ def in_use() -> int:
     return said.uordblks + said.hblkhd
 
 
-def look(service: PushService) -> str:
+class Watch:
+    """How late the loop was, and how long nobody was accepted, at most."""
+
+    def __init__(self) -> None:
+        self.lag_s = self.accept_gap_s = 0.0
+        self._accepted_at = math.inf
+        self._looked = False
+
+    async def run(self) -> None:
+        while True:
+            due = trio.current_time() + 0.01
+            await trio.sleep_until(due)
+            if not self._looked:  # a look itself holds the loop
+                self.lag_s = max(self.lag_s, trio.current_time() - due)
+            self._looked = False
+
+    def accepts(self) -> None:
+        """Note each connection that a listener accepts from now on."""
+        original = trio.SocketListener.accept
+
+        async def accept(listener: trio.SocketListener) -> trio.SocketStream:
+            stream = await original(listener)
+            now = trio.current_time()
+            self.accept_gap_s = max(self.accept_gap_s, now - self._accepted_at)
+            self._accepted_at = now
+            return stream
+
+        trio.SocketListener.accept = accept
+
+    def since_last(self) -> dict[str, float]:
+        seen = {"lag_s": self.lag_s, "accept_gap_s": self.accept_gap_s}
+        self.lag_s = self.accept_gap_s = 0.0
+        self._accepted_at = math.inf
+        self._looked = True
+        return seen
+
+
+async def report(service: PushService) -> None:
+    """Publish a number on the public events channel, fifty times a second."""
+    for number in itertools.count(1):
+        await service.publish("reports", number)
+        await trio.sleep(0.02)
+
+
+def look(service: PushService, watch: Watch) -> str:
     gc.collect()
     used = in_use()
     return json.dumps(
@@ -88,42 +163,61 @@ def look(service: PushService) -> str:
             "descriptors": len(os.listdir("/proc/self/fd")),
             "rss_kib": psutil.Process().memory_info().rss // 1024,
             "in_use_kib": used // 1024,
+            **watch.since_last(),
+            "stalled_s": recorder.stalled_s,
             "closes": recorder.closes,
             "violations": recorder.violations,
         }
     )
 
 
-async def main() -> None:
-    recorder.install()
-    settings = Settings(jwt_secret=SECRET, intervals=Intervals(0.1, 0.1, 0.1, 0.1))
-    hypercorn_link.install(settings.limits)
+async def open_door(kind: str, service: PushService, limits: Limits, nursery: trio.Nursery) -> int:
+    if kind == "native":
+        serve = partial(trio.serve_tcp, service.handle_stream, 0, host="127.0.0.1", backlog=4096)
+        listeners = await nursery.start(serve)
+        port: int = listeners[0].socket.getsockname()[1]
+        return port
+    hypercorn_link.install(limits)
     config = hypercorn.config.Config.from_mapping(
         {"bind": ["127.0.0.1:0"], "errorlog": "-", "loglevel": "WARNING", "backlog": 4096}
     )
+    served = partial(
+        hypercorn.trio.serve, service.asgi_app, config, shutdown_trigger=trio.sleep_forever
+    )
+    binds = await nursery.start(served)
+    return int(binds[0].rsplit(":", 1)[1])
+
+
+async def main(options: argparse.Namespace) -> None:
+    recorder.install()
+    limits = Limits(**json.loads(options.limits))
+    settings = Settings(jwt_secret=SECRET, intervals=Intervals(*4 * [0.1]), limits=limits)
+    watch = Watch()
+    watch.accepts()
+    faults = Faults(options.faults)
     with logs.attached():
         async with (
             open_push_service(
-                Changing(),
+                Changing(faults),
                 settings=settings,
-                feed=Ticking(),
+                feed=Ticking(options.hz, faults),
                 authenticate=JwtAuthenticator(Auth(), SECRET),
+                channels=[Channel("reports", "events", per_user=False)],
             ) as service,
             trio.open_nursery() as nursery,
         ):
-            binds = await nursery.start(
-                partial(
-                    hypercorn.trio.serve,
-                    service.asgi_app,
-                    config,
-                    shutdown_trigger=trio.sleep_forever,
-                )
-            )
-            print(binds[0].rsplit(":", 1)[1], flush=True)
+            print(await open_door(options.door, service, limits, nursery), flush=True)
+            nursery.start_soon(watch.run)
+            nursery.start_soon(report, service)
             while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
-                print(look(service), flush=True)
+                print(look(service, watch), flush=True)
             nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--door", choices=["linked", "native"], default="linked")
+    parser.add_argument("--limits", default="{}", help="JSON")
+    parser.add_argument("--hz", type=float, default=20, help="of the market")
+    parser.add_argument("--faults", type=int, default=0, help="seed of sources that fail")
+    trio.run(main, parser.parse_args())

@@ -1,4 +1,4 @@
-"""Watches, between the application and the server, what is sent after a close."""
+"""Watches what is sent after a close, and how long a send waits that is never taken."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import sys
 import weakref
 from typing import Any
 
+import trio
+
+from trading_push.errors import SendTimeout
 from trading_push.transport.hypercorn_link import GuardedWSStream
 from trading_push.transport.push_stream import PushStream
 
 violations: list[str] = []
 closes = 0
+stalled_s: list[float] = []
+"""How long each stream whose peer was too slow had waited, from its first refused write on."""
 closed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -34,7 +39,12 @@ def install() -> None:
 
     async def send_frames(self: PushStream, frames: Any) -> None:
         after = self in closed
-        await original_frames(self, frames)
+        began = trio.current_time()
+        try:
+            await original_frames(self, frames)
+        except SendTimeout:
+            stalled_s.append(trio.current_time() - began)
+            raise
         if after:
             _violated("frames sent after a close")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import string
 import threading
 import time
@@ -108,7 +109,7 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
 
     say(0)
     deadline = time.monotonic() + PATIENCE_S
-    while output._lines.qsize():  # until the thread has taken it, and is stuck with it
+    while output._units.qsize():  # until the thread has taken it, and is stuck with it
         assert time.monotonic() < deadline
         time.sleep(0.001)
     say(1, 2, 3, 4, 5, 6)
@@ -120,6 +121,20 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
         output.end(10)
         rest = pipe.read().decode().splitlines()
     assert rest == ["⚠️ 日志输出过慢，已丢弃3行", "line 7", "line 8"]
+
+
+def test_what_is_written_at_once_fits_a_pipe_that_others_write_to():
+    # Chinese, so that a cut anywhere else would tear a character, too.
+    units = [[f"   🚪 退出房间: {n}_{line}" for line in range(n % 300)] for n in range(400)]
+    chunks = list(logs._chunks(units))
+    assert max(map(len, chunks)) <= select.PIPE_BUF
+    assert all(chunk.endswith(b"\n") for chunk in chunks)
+    lines = [line for unit in units for line in unit]
+    assert b"".join(chunks).decode().splitlines() == lines
+    # One that fits is never divided.
+    small = [[f"{n} {line}" for line in range(20)] for n in range(300)]
+    for chunk in logs._chunks(small):
+        assert chunk.count(b" 0\n") == chunk.count(b" 19\n")
 
 
 def test_whoever_listens_besides_hears_every_line(capfd):

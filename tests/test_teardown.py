@@ -521,8 +521,11 @@ async def test_what_is_pending_goes_out_before_the_notice_of_a_drain(autojump_cl
             await here.service.publish("ticker.A", {"n": number})
             await here.service.publish("trades", number, user="4")
             await trio.testing.wait_all_tasks_blocked()
-        begun = [message["data"] for message in peer.sent if "data" in message]
-        assert begun == [{"n": 1}, 1]  # the rest waits for the pace that was asked for
+        begun = {message["channel"]: message["data"] for message in peer.sent if "data" in message}
+        assert begun == {
+            "ticker.A": {"n": 1},
+            "trades": 1,
+        }  # the rest waits for the pace that was asked for
         peer.sent.clear()
         await here.service.drain()
         *pushes, notice = peer.sent

@@ -393,7 +393,7 @@ def emit(*lines: Line) -> None:
     """Log some lines, with no other record of the package between them; never raises."""
     texts = _texts(lines)
     if texts is not None:
-        for output in _outputs:
+        for output in _outputs if texts else ():
             output.say(texts)
     elif len(lines) == 1:
         _emit(lines[0])
@@ -497,7 +497,7 @@ class JsonFormatter(SafeFormatter):
         return msgspec.json.encode(entry, enc_hook=str).decode()
 
 
-_AT_A_TIME = 2000
+_AT_A_TIME = 500
 # Woken for each line of a burst, the thread would take the interpreter from whoever serves.
 _PAUSE_S = 0.01
 _LAST_LINES_S = 2
@@ -518,35 +518,37 @@ class _Output(logging.Handler):
         self._descriptor = descriptor
         self._bound = lines
         self._dropped = 0
+        self._queued = self._taken = 0
         # Without a bound of its own and without a condition to signal: a line costs a third.
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._units: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def say(self, texts: Iterable[str]) -> None:
+    def say(self, lines: list[str]) -> None:
         """Queue bare lines, with no other between them."""
         assert self.lock is not None
         with self.lock:
-            for text in texts:
-                self._queue(text + "\n")
+            self._queue(lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._queue(self._text(record))
+        self._queue([self._text(record)])
 
-    def _queue(self, line: str) -> None:
-        if self._lines.qsize() + bool(self._dropped) >= self._bound:
-            self._dropped += 1
+    def _queue(self, unit: list[str]) -> None:
+        # One thread counts what is queued, the other what it has taken: no lock is needed for that.
+        if self._queued - self._taken + bool(self._dropped) >= self._bound:
+            self._dropped += len(unit)
             return
         if self._dropped:
-            self._lines.put(self._text(self._gap()))
+            unit = [self._text(self._gap()), *unit]
             self._dropped = 0
-        self._lines.put(line)
+        self._queued += len(unit)
+        self._units.put(unit)
 
     def _text(self, record: logging.LogRecord) -> str:
         try:
-            return self.format(record) + "\n"
+            return self.format(record)
         except Exception:  # of a foreign record; its own is no reason to fail
-            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH) + "\n"
+            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH)
 
     def _gap(self) -> logging.LogRecord:
         text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self._dropped)
@@ -557,23 +559,26 @@ class _Output(logging.Handler):
 
     def end(self, timeout_s: float) -> None:
         """Write what is queued and close the file; the thread is given up if it takes longer."""
-        self._lines.put(None)
+        self._units.put(None)
         self._thread.join(timeout_s)
         if self._descriptor != _STDERR and not self._thread.is_alive():
             os.close(self._descriptor)
 
     def _run(self) -> None:
-        while True:
-            batch = [self._lines.get()]
-            while len(batch) < _AT_A_TIME and not self._lines.empty():
-                batch.append(self._lines.get())
-            self._write("".join(text for text in batch if text is not None))
-            if batch[-1] is None:
-                return
-            time.sleep(_PAUSE_S)
+        last = False
+        while not last:
+            units = [self._units.get()]
+            while len(units) < _AT_A_TIME and not self._units.empty():
+                units.append(self._units.get())
+            last = units[-1] is None
+            self._taken += sum(len(unit) for unit in units if unit is not None)
+            for chunk in _chunks(unit for unit in units if unit is not None):
+                self._write(chunk)
+            if not last:
+                time.sleep(_PAUSE_S)
 
-    def _write(self, text: str) -> None:
-        data = memoryview(text.encode("utf-8", "backslashreplace"))
+    def _write(self, chunk: bytes) -> None:
+        data = memoryview(chunk)
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
@@ -581,6 +586,24 @@ class _Output(logging.Handler):
                 select.select([], [self._descriptor], [])
             except OSError:
                 return  # whoever read has gone, or the disk is full
+
+
+def _chunks(units: Iterable[list[str]]) -> Iterator[bytes]:
+    """Whole units, or of a long one whole lines, no more than a pipe takes in one piece.
+
+    Workers share a pipe: what is longer, the kernel may mix with what another one writes.
+    """
+    chunk = b""
+    for unit in units:
+        lines = [f"{line}\n".encode("utf-8", "backslashreplace") for line in unit]
+        whole = b"".join(lines)
+        for part in [whole] if len(whole) <= select.PIPE_BUF else lines:
+            if chunk and len(chunk) + len(part) > select.PIPE_BUF:
+                yield chunk
+                chunk = b""
+            chunk += part
+    if chunk:
+        yield chunk
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -181,11 +182,7 @@ class Registry:
         """Work through the inbox until `close`; shielded, so that no cancellation loses a line."""
         with trio.CancelScope(shield=True):
             try:
-                async for command, args in self._inbox:
-                    steps = command(*args)
-                    if steps is not None:
-                        for _ in steps:
-                            await trio.lowlevel.checkpoint()
+                await self._work()
             except BaseException as error:
                 logs.emit(line("registry_died", error=error)._replace(exception=error))
                 raise
@@ -194,6 +191,26 @@ class Registry:
                 self._inbox.close()
                 for member, departure in self._late:
                     self._left(member, departure)
+
+    async def _work(self) -> None:
+        # One command for each turn of the event loop would be too few where very many tasks run.
+        until = time.perf_counter() + fanout.SLICE_S
+        while True:
+            try:
+                command, args = self._inbox.receive_nowait()
+            except trio.WouldBlock:
+                try:
+                    command, args = await self._inbox.receive()
+                except trio.EndOfChannel:
+                    return
+                until = time.perf_counter() + fanout.SLICE_S
+            except trio.EndOfChannel:
+                return
+            for _ in command(*args) or ():
+                await trio.lowlevel.checkpoint()
+            if time.perf_counter() > until:
+                await trio.lowlevel.checkpoint()
+                until = time.perf_counter() + fanout.SLICE_S
 
     def _connected(self, member: Member) -> None:
         member.present = True
