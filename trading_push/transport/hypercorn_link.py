@@ -113,7 +113,7 @@ class GuardedTCPServer(TCPServer):
         guard.connections += 1
         _server.set(self)
         try:
-            self.push_stream.set_user_timeout(2 * guard.limits.heartbeat_s)
+            self.push_stream.set_user_timeout(guard.limits.heartbeat_s)
             # A scope of our own: Hypercorn's TaskGroup loses the answer of its nursery, and a
             # cancelled one would end the whole server.
             with self._scope:

@@ -151,7 +151,7 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
         stream, limits.send_timeout_s, limits.close_timeout_s, on_end=handshake.cancel
     )
     try:
-        push_stream.set_user_timeout(2 * limits.heartbeat_s)
+        push_stream.set_user_timeout(limits.heartbeat_s)
         async with trio.open_nursery() as reader:
             await _serve(hub, push_stream, reader, handshake)
             reader.cancel_scope.cancel()

@@ -25,6 +25,7 @@ from trading_push.errors import SendTimeout, TransportClosed
 __all__ = ["PushStream", "TlsPushStream", "wrap"]
 
 _CHUNK: Final = 65_536
+_AFTER_THE_HEARTBEAT_S: Final = 3.0
 _CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
 
 Bytes = bytes | bytearray | memoryview
@@ -331,8 +332,13 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
             stream = stream.transport_stream
         return stream.socket  # type: ignore[no-any-return]
 
-    def set_user_timeout(self, seconds: float) -> None:
-        """Let the kernel drop a peer that acknowledges nothing for so long (Linux)."""
+    def set_user_timeout(self, heartbeat_s: float) -> None:
+        """Let the kernel drop a peer that acknowledges nothing (Linux).
+
+        Later than the heartbeat, which says why: at the same time, a peer that was being pushed to
+        would end now with 4002 and now with 1006.
+        """
+        seconds = 2 * heartbeat_s + _AFTER_THE_HEARTBEAT_S
         option = getattr(socket, "TCP_USER_TIMEOUT", None)
         bare = self._bare_socket()
         if option is not None and bare.family in (socket.AF_INET, socket.AF_INET6):
