@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def _look_behind_shims() -> None:
     """
     path = os.get_exec_path()
     for shims in (Path(entry) for entry in path if Path(entry).name == "shims"):
-        path += map(str, sorted(shims.parent.glob("versions/3.*/bin")))
+        for versions in ("versions/3.*/bin", "versions/2.7.*/bin"):
+            path += map(str, sorted(shims.parent.glob(versions)))
     os.environ["PATH"] = os.pathsep.join(dict.fromkeys(path))
 
 
@@ -93,3 +95,49 @@ def bench(session: nox.Session) -> None:
     project = nox.project.load_toml("pyproject.toml")
     session.install(".", *nox.project.dependency_groups(project, "bench"))
     session.run("python", "tests/bench/run.py", *session.posargs)
+
+
+@nox.session
+def autobahn(session: nox.Session) -> None:
+    """Autobahn|Testsuite against both doors; arguments are cases (`-- 1.* 7.1.1`)."""
+    session.install(".")
+    temporary = Path(session.create_tmp()).resolve()
+    wstest = _wstest(session, temporary)
+    # Not from the root, where the servers would import the source.
+    session.chdir("tests")
+    session.run(
+        "python",
+        "autobahn/run.py",
+        f"--wstest={wstest}",
+        f"--reports={temporary / 'autobahn'}",
+        *session.posargs,
+    )
+
+
+def _wstest(session: nox.Session, temporary: Path) -> Path:
+    """The suite's command, in an environment of Python 2.7, which it still needs."""
+    # A shim of a version that is not selected says so, and fails.
+    python = next(filter(_is_python_2, (Path(at) / "python2.7" for at in os.get_exec_path())), None)
+    if python is None:
+        session.skip("Autobahn|Testsuite needs Python 2.7, and there is none")
+    there = temporary / "python2.7"
+    wstest = there / "bin" / "wstest"
+    if not wstest.exists():
+        # The last virtualenv that makes such environments; it needs an older platformdirs than
+        # the package.
+        maker = temporary / "virtualenv"
+        session.install(f"--target={maker}", "virtualenv == 20.21.*")
+        session.run(
+            *("python", "-m", "virtualenv", f"--python={python}", str(there)),
+            env={"PYTHONPATH": str(maker)},
+        )
+        # It pins all that it needs.
+        pip = (str(there / "bin" / "python"), "-m", "pip", "install")
+        session.run(*pip, "autobahntestsuite == 25.10.1", external=True)
+    return wstest
+
+
+def _is_python_2(python: Path) -> bool:
+    if not python.exists():
+        return False
+    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
