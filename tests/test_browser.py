@@ -6,7 +6,6 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from support import SECRET, free_port, hypercorn_serving, process, until
@@ -86,20 +85,16 @@ FRAMED = "http://127.0.0.1:{port}/frame"
         (SAME_HOST, "", None),
         (OTHER_HOST, "", "http://localhost:{port}"),
         (FRAMED, "", "null"),
-        ("data:text/html,{page}", "", "null"),
         (OTHER_HOST, "http://localhost:{port}", None),
         (SAME_HOST, "https://app.example.com", "http://127.0.0.1:{port}"),
     ],
-    ids=["same host", "other host", "sandboxed", "data", "other host, listed", "not listed"],
+    ids=["same host", "other host", "sandboxed", "other host, listed", "not listed"],
 )
 async def test_a_page_in_a_browser(browser, url, origins, refused, tmp_path, caplog):
     caplog.set_level("INFO", "trading_push")
     port = free_port()
-    page = quote(PAGE.format(port=port))
     async with site(origins.format(port=port), port) as served:
-        with process(
-            browser, *FLAGS, f"--user-data-dir={tmp_path}", url.format(port=port, page=page)
-        ):
+        with process(browser, *FLAGS, f"--user-data-dir={tmp_path}", url.format(port=port)):
             await until(lambda: served.told)
     said = [line for line in lines(caplog) if "拒绝来源" in line]
     if refused is None:
