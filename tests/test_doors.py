@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,13 @@ import trustme
 from support import SECRET, TrioClient, hypercorn_serving, token
 from test_firewall import KILLERS, attack, handshake
 
-from trading_push import AuthenticationError, JwtAuthenticator, Principal, open_push_service
+from trading_push import (
+    AuthenticationError,
+    Channel,
+    JwtAuthenticator,
+    Principal,
+    open_push_service,
+)
 from trading_push.service import PushService
 from trading_push.settings import Auth, Limits, Server, Settings
 from trading_push.testing import MemoryTransport, peer
@@ -93,6 +99,7 @@ async def open_door(
     limits: Limits | None = None,
     server: Server | None = None,
     authenticate: Any = None,
+    channels: Sequence[Channel] = (),
 ) -> AsyncIterator[Door]:
     limits = limits or Limits()
     old, guard.limits = guard.limits, limits
@@ -101,6 +108,7 @@ async def open_door(
             open_push_service(
                 settings=Settings(limits=limits, server=server or Server()),
                 authenticate=authenticate or JwtAuthenticator(Auth(), SECRET),
+                channels=channels,
             ) as service,
             served(kind, service, certificates) as port,
         ):

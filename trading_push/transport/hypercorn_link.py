@@ -265,12 +265,14 @@ class _ByteBuffer(WebsocketBuffer):
 
     def extend(self, event: Any) -> None:
         data = event.data
-        self.length += len(data) if isinstance(event, BytesMessage) else _utf8_length(data)
-        if self.length > self.max_length:
+        length = self.length + (
+            len(data) if isinstance(event, BytesMessage) else _utf8_length(data)
+        )
+        if length > self.max_length:
             self.overflowed = True
             self.value = None
             raise FrameTooLargeError
-        length = self.length
+        self.length = 0  # Hypercorn adds the characters to it, and compares
         super().extend(event)
         self.length = length
 

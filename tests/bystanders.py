@@ -1,0 +1,201 @@
+"""Healthy clients that read all the time while others misbehave, and a peer of raw bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import trio
+from support import token, until
+from test_doors import Door
+from test_firewall import handshake
+
+from trading_push import Channel
+
+HEALTHY = 10
+NEWS = Channel("news", "events", per_user=False)
+"""Every value of it is delivered, so that a lost one is seen."""
+PERIOD_S = 0.01
+
+
+class Bystanders:
+    """Ten healthy clients, and how far each of them has read."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._published = 0
+        self.read = [0] * HEALTHY
+
+    async def publish(self) -> None:
+        """Something new, a hundred times a second."""
+        while True:
+            self._published += 1
+            await self._door.service.publish("news", self._published)
+            await trio.sleep(PERIOD_S)
+
+    async def stay(self, number: int) -> None:
+        """One client: it reads each value, without a gap."""
+        last = None
+        async with self._door.connect(f"healthy {number}", "news") as client:
+            while True:
+                push = await client.push()
+                if push["type"] != "status":
+                    assert push.get("prev") == last, push
+                    assert "dropped" not in push
+                    assert push["data"] == push["seq"]
+                    self.read[number] = last = push["seq"]
+
+    async def caught_up(self) -> None:
+        """Each has read what is published by now."""
+        goal = self._published
+        await until(lambda: min(self.read) >= goal)
+
+
+@asynccontextmanager
+async def bystanders(door: Door) -> AsyncIterator[None]:
+    """Ten clients that get every value meanwhile, and afterwards; nobody else is connected then.
+
+    The door has the channel `NEWS`. No task of anybody else's is left either.
+    """
+    here = Bystanders(door)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(here.publish)
+        for number in range(HEALTHY):
+            nursery.start_soon(here.stay, number)
+        await until(lambda: min(here.read))
+        await here.caught_up()
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        yield
+        await until(lambda: door.service.statistics().connections == HEALTHY)
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)
+        await here.caught_up()
+        nursery.cancel_scope.cancel()
+
+
+# --- a peer that sends raw bytes -----------------------------------------------------------------
+
+MASK = b"\x00\x00\x00\x00"
+_users = itertools.count()
+
+
+def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
+    """A frame of a client; `first` is its first byte: FIN, the reserved bits and the opcode."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((first, 0x80 | size))
+    elif size < 2**16:
+        head = bytes((first, 0xFE)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((first, 0xFF)) + size.to_bytes(8, "big")
+    if mask != MASK:
+        payload = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
+    return head + mask + payload
+
+
+def said(**request: Any) -> bytes:
+    """A request as a frame."""
+    return masked(0x81, json.dumps(request).encode())
+
+
+def admission(*channels: str) -> bytes:
+    """The frames of a client that authenticates and subscribes."""
+    # Each is another user, who may have only so many connections.
+    return said(op="auth", token=token(next(_users))) + said(op="subscribe", args=list(channels))
+
+
+def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
+    """The whole frames of a server: the opcode and the payload of each."""
+    while len(answer) >= 2:
+        opcode, size, start = answer[0] & 0x0F, answer[1], 2
+        if size >= 126:
+            start = 4 if size == 126 else 10
+            size = int.from_bytes(answer[2:start], "big")
+        if len(answer) < start + size:
+            return
+        yield opcode, answer[start : start + size]
+        answer = answer[start + size :]
+
+
+def close_code(answer: bytes) -> int | None:
+    """The code of the close frame, after which nothing comes; None without one."""
+    found = list(frames_of(answer))
+    closes = [payload for opcode, payload in found if opcode == 8]
+    assert len(closes) <= 1
+    if not closes:
+        return None
+    assert found[-1][0] == 8, found
+    return int.from_bytes(closes[0][:2], "big")
+
+
+class RawPeer:
+    """A client that sends what it likes."""
+
+    def __init__(self, stream: trio.SocketStream, answer: bytes) -> None:
+        self.stream = stream
+        self.upgrade, _, rest = answer.partition(b"\r\n\r\n")
+        self._unread = rest
+
+    async def send(self, data: bytes) -> None:
+        """Send, unless the server has gone."""
+        with suppress(trio.BrokenResourceError):
+            await self.stream.send_all(data)
+
+    async def leave(self) -> None:
+        """The end of what it sends."""
+        with suppress(trio.BrokenResourceError):
+            await self.stream.send_eof()
+
+    async def some(self) -> bytes:
+        """What comes next; b"" at the end, also at a reset."""
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        try:
+            return await self.stream.receive_some()
+        except trio.BrokenResourceError:
+            return b""
+
+    async def rest(self) -> bytes:
+        """Everything until the server closes."""
+        answer = b""
+        with trio.fail_after(20):
+            while data := await self.some():
+                answer += data
+        return answer
+
+    async def until(self, what: Any) -> bytes:
+        """What has come when `what` is true of its frames."""
+        answer = b""
+        with trio.fail_after(20):
+            while not what(list(frames_of(answer))):
+                data = await self.some()
+                assert data, answer
+                answer += data
+        return answer
+
+    def reset(self) -> None:
+        """Go by RST."""
+        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.stream.socket.close()
+
+
+@asynccontextmanager
+async def raw_peer(port: int, *headers: bytes) -> AsyncIterator[RawPeer]:
+    """A peer whose handshake is done."""
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    try:
+        await stream.send_all(handshake(*headers))
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            data = await stream.receive_some()
+            assert data, answer
+            answer += data
+        assert answer.startswith(b"HTTP/1.1 101"), answer
+        yield RawPeer(stream, answer)
+    finally:
+        stream.socket.close()

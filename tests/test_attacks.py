@@ -1,0 +1,75 @@
+"""Hostile and broken peers on real sockets, at every door: ten healthy clients lose nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from bystanders import (
+    NEWS,
+    bystanders,
+    frames_of,
+    masked,
+    raw_peer,
+)
+from test_doors import RAW, Door, certificates, open_door
+
+from trading_push.settings import Limits
+
+__all__ = ["certificates"]
+
+DOORS = ["linked", "plain", "native"]
+at_every_door = pytest.mark.parametrize("kind", DOORS)
+
+
+@pytest.fixture(autouse=True)
+def no_trace(caplog):
+    """Nothing that a peer does shows a trace."""
+    caplog.set_level(logging.INFO)
+    yield
+    records = caplog.get_records("call")
+    assert not [record for record in records if record.exc_info]
+    lines = [record.getMessage() for record in records]
+    assert not [line for line in lines if "Traceback" in line]
+    # Behind the handshake nothing is so broken that it takes the firewall to stop it.
+    assert not [line for line in lines if "已拦截异常连接" in line]
+
+
+@asynccontextmanager
+async def attacked(kind: str, certificates: Any, **limits: Any) -> AsyncIterator[Door]:
+    """A door with ten healthy clients; when it is left, they alone are there, and lost nothing."""
+    # None of the others answers a close frame.
+    quick = Limits(close_timeout_s=0.1, **limits)
+    async with (
+        open_door(kind, certificates, limits=quick, channels=[NEWS]) as door,
+        bystanders(door),
+    ):
+        yield door
+
+
+def closes(caplog: pytest.LogCaptureFixture) -> list[int]:
+    """The codes of the connections that have ended, from the log."""
+    lines = [message for message in caplog.messages if "连接关闭: code=" in message]
+    return [int(line.split("code=")[1].split()[0]) for line in lines]
+
+
+TEXT, MORE, LAST = 0x81, 0x01, 0x80  # a whole text; the first part of one; its last part
+BINARY, CLOSE, PING = 0x82, 0x88, 0x89
+
+
+@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("parts", [1, 2, 7])
+async def test_a_message_of_just_the_limit_works(kind, certificates, parts):
+    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+        text = b'{"op":"ping","id":1' + b" " * (65_536 - 20) + b"}"
+        size = len(text) // parts
+        for place in range(parts):
+            end = len(text) if place == parts - 1 else (place + 1) * size
+            first = (MORE if place == 0 else 0x00) | (LAST if place == parts - 1 else 0x00)
+            await peer.send(masked(first, text[place * size : end]))
+        [(_, pong)] = frames_of(await peer.until(lambda frames: frames))
+        assert json.loads(pong)["id"] == 1
