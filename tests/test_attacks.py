@@ -61,6 +61,16 @@ TEXT, MORE, LAST = 0x81, 0x01, 0x80  # a whole text; the first part of one; its 
 BINARY, CLOSE, PING = 0x82, 0x88, 0x89
 
 
+@at_every_door
+async def test_as_many_fragments_as_a_message_may_have_work(kind, certificates):
+    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+        for number in range(3):  # each message has as many
+            sent = masked(MORE, b"") + masked(0x00, b"") * 1087
+            await peer.send(sent + masked(LAST, b'{"op":"ping","id":%d}' % number))
+            [(_, pong)] = frames_of(await peer.until(lambda frames: frames))
+            assert json.loads(pong)["id"] == number
+
+
 @pytest.mark.parametrize("kind", RAW)
 @pytest.mark.parametrize("parts", [1, 2, 7])
 async def test_a_message_of_just_the_limit_works(kind, certificates, parts):

@@ -10,7 +10,7 @@ import trio
 
 from trading_push.errors import CloseCode
 
-__all__ = ["ABNORMAL", "Close", "Transport", "Writer"]
+__all__ = ["ABNORMAL", "Close", "Transport", "Writer", "most_fragments", "try_write"]
 
 
 @attrs.frozen
@@ -24,6 +24,11 @@ class Close:
 
 ABNORMAL = Close(CloseCode.ABNORMAL)
 """The end without a close frame."""
+
+
+def most_fragments(message_bytes: int) -> int:
+    """In how many frames a message of so many bytes may come: the empty ones cost time, too."""
+    return 64 + message_bytes // 64
 
 
 class Writer(Protocol):

@@ -46,14 +46,15 @@ from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
 from trading_push import logs
 from trading_push.errors import LinkError
 from trading_push.settings import Limits
-from trading_push.transport.base import Close
+from trading_push.transport.base import Close, most_fragments
 from trading_push.transport.push_stream import PushStream, TlsPushStream, wrap
 
 __all__ = ["Guard", "GuardedWSStream", "find", "guard", "install", "worker"]
 
 UNGUARDED: Final = "TRADING_PUSH_UNGUARDED"
 
-_CHUNK: Final = 65_536
+# What one read brings is worked through without a pause: ten thousand frames would be a long one.
+_CHUNK: Final = 4096
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
     b"connection: close\r\n\r\n"
@@ -100,6 +101,7 @@ class GuardedTCPServer(TCPServer):
         super().__init__(app, config, context, state, self.push_stream)  # type: ignore[arg-type]
         self._scope = trio.CancelScope()
         self._handshake_until = trio.current_time() + limits.handshake_timeout_s
+        self._handler_until = math.inf
         self._reap_at = math.inf
         self._idle_until = math.inf
         guard.graceful_timeout_s = config.graceful_timeout
@@ -259,16 +261,21 @@ def _first(errors: BaseException) -> BaseException:
 
 
 class _ByteBuffer(WebsocketBuffer):
-    """Counts a message in bytes, as its limit is; Hypercorn counts characters."""
+    """Counts a message in bytes, as its limit is, and its frames; Hypercorn counts characters."""
 
     overflowed = False
+    fragments = 0
 
     def extend(self, event: Any) -> None:
         data = event.data
         length = self.length + (
             len(data) if isinstance(event, BytesMessage) else _utf8_length(data)
         )
-        if length > self.max_length:
+        if event.message_finished:
+            self.fragments = 0
+        elif event.frame_finished:
+            self.fragments += 1
+        if length > self.max_length or self.fragments > most_fragments(self.max_length):
             self.overflowed = True
             self.value = None
             raise FrameTooLargeError

@@ -12,8 +12,10 @@ from typing import Final
 
 import trio
 import trio_websocket
-import wsproto.events
+import wsproto
 import wsproto.utilities
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection, Event, Message
 
 from trading_push import logs, protocol
 from trading_push.connection import Connection
@@ -21,7 +23,7 @@ from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, Transport
 from trading_push.hub import Hub
 from trading_push.proxies import client_address
 from trading_push.transport.admission import Refused, admit
-from trading_push.transport.base import Close, Writer
+from trading_push.transport.base import Close, Writer, most_fragments
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream"]
@@ -126,18 +128,62 @@ def _headers(request: trio_websocket.WebSocketRequest) -> list[tuple[bytes, byte
 class _Done:
     """What is left of a handshake that is over: it has no events any more."""
 
-    def events(self) -> Iterator[wsproto.events.Event]:
+    def events(self) -> Iterator[Event]:
         return iter(())
 
 
 _DONE: Final = _Done()
 
 
-def _forget_handshake(socket: trio_websocket.WebSocketConnection) -> None:
-    # The request and h11's connection are a tenth of what a connection takes, for nobody.
+def _past_handshake(socket: trio_websocket.WebSocketConnection, message_bytes: int) -> None:
     connection = getattr(socket, "_wsproto", None)
-    if connection is not None:
-        connection.handshake = _DONE
+    if isinstance(connection, wsproto.WSConnection):
+        # The request and h11's connection are a tenth of what a connection takes, for nobody.
+        connection.handshake = _DONE  # type: ignore[assignment]
+        counted = _Counted(connection, most_fragments(message_bytes))
+        socket._wsproto = counted  # type: ignore[assignment]
+
+
+class _Counted:
+    """A wsproto connection that counts the frames of each message.
+
+    trio-websocket keeps every one, also those that are empty: without a limit its list of them
+    grows for as long as the peer likes.
+    """
+
+    __slots__ = ("_connection", "_fragments", "_most")
+
+    def __init__(self, connection: wsproto.WSConnection, most: int) -> None:
+        self._connection = connection
+        self._most = most
+        self._fragments = 0
+
+    @property
+    def client(self) -> bool:
+        return self._connection.client
+
+    @property
+    def state(self) -> ConnectionState:
+        return self._connection.state
+
+    def receive_data(self, data: bytes | None) -> None:
+        self._connection.receive_data(data)
+
+    def send(self, event: Event) -> bytes:
+        return self._connection.send(event)
+
+    def events(self) -> Iterator[Event]:
+        for event in self._connection.events():
+            if isinstance(event, Message):
+                if event.message_finished:
+                    self._fragments = 0
+                elif event.frame_finished:
+                    self._fragments += 1
+                if self._fragments > self._most:
+                    # As wsproto tells of what breaks the protocol: the peer is dropped.
+                    yield CloseConnection(CloseCode.TOO_BIG, "message over the limit")
+                    return
+            yield event
 
 
 async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
@@ -191,7 +237,7 @@ async def _serve(
     if handshake.cancelled_caught:
         return
     del request, headers
-    _forget_handshake(socket)
+    _past_handshake(socket, hub.limits.message_bytes)
     transport = NativeTransport(socket, stream, peer, hub.limits.message_bytes)
     try:
         await Connection(hub, transport, principal).run()
