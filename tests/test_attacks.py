@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+import trio
 from bystanders import (
     NEWS,
+    admission,
     bystanders,
     frames_of,
     masked,
     raw_peer,
+    said,
 )
+from test_close_codes import raw
 from test_doors import RAW, Door, certificates, open_door
 
 from trading_push.settings import Limits
@@ -83,3 +88,24 @@ async def test_a_message_of_just_the_limit_works(kind, certificates, parts):
             await peer.send(masked(first, text[place * size : end]))
         [(_, pong)] = frames_of(await peer.until(lambda frames: frames))
         assert json.loads(pong)["id"] == 1
+
+
+@at_every_door
+async def test_a_flood_that_is_not_served_leaves_nothing_behind(kind, certificates):
+    requests = said(op="ping") * 100_000
+
+    def flood(port: int, before: bytes) -> None:
+        with raw(f"ws://127.0.0.1:{port}/ws") as sock:
+            sock.sendall(before)
+            pour(sock, requests, 1)  # and goes, with its answers unread
+
+    async with attacked(kind, certificates, handler_timeout_s=1, send_timeout_s=1) as door:
+        for before in (b"", admission("news", "balance")) * 2:
+            await trio.to_thread.run_sync(flood, door.port, before)
+
+
+def pour(sock: socket.socket, data: bytes, times: int) -> None:
+    """Send it again and again, until the server has gone."""
+    with suppress(ConnectionError):
+        for _ in range(times):
+            sock.sendall(data)

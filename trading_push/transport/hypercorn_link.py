@@ -102,6 +102,8 @@ class GuardedTCPServer(TCPServer):
         self._scope = trio.CancelScope()
         self._handshake_until = trio.current_time() + limits.handshake_timeout_s
         self._handler_until = math.inf
+        self._handler_until = math.inf
+        self._waiting = 0
         self._reap_at = math.inf
         self._idle_until = math.inf
         guard.graceful_timeout_s = config.graceful_timeout
@@ -237,17 +239,26 @@ class GuardedTCPServer(TCPServer):
         """End the connection now."""
         self._scope.cancel()
 
-    def _limit(self, at: float = math.inf) -> None:
-        self._scope.deadline = min(self._handshake_until, self._reap_at, self._idle_until, at)
+    def _limit(self) -> None:
+        self._scope.deadline = min(
+            self._handshake_until, self._handler_until, self._reap_at, self._idle_until
+        )
 
     @contextmanager
     def waiting_for_handler(self) -> Iterator[None]:
         """Nothing of the peer's is read, not even its end, until a handler takes a message."""
-        self._limit(trio.current_time() + guard.limits.handler_timeout_s)
+        # The reader may wait, and the handler itself, when a send of its own finds the peer gone.
+        self._waiting += 1
+        if self._waiting == 1:
+            self._handler_until = trio.current_time() + guard.limits.handler_timeout_s
+            self._limit()
         try:
             yield
         finally:
-            self._limit()
+            self._waiting -= 1
+            if not self._waiting:
+                self._handler_until = math.inf
+                self._limit()
 
     def _on_end(self) -> None:
         self._reap_at = trio.current_time() + guard.limits.reap_after_s

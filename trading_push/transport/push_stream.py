@@ -324,6 +324,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
     def abort(self) -> None:
         """Close the socket at once, without a farewell; synchronous."""
         self._seal()
+        self._end()
         self._bare_socket().close()
 
     def _bare_socket(self) -> trio.socket.SocketType:
