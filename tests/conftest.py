@@ -17,8 +17,9 @@ class Embedded:
 
     def __init__(self, running: Process) -> None:
         self.process = running
-        running.wait_for(lambda: running.out, "port")
-        self.port = int(running.out[0])
+        running.wait_for(lambda: len(running.out) == 2, "ports")
+        self.port, self.native_port = map(int, running.out)
+        self.ports = {"linked": self.port, "native": self.native_port}
         self.url = f"ws://127.0.0.1:{self.port}/ws"
 
     def look(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A program that embeds the service, with data that change at every fetch and a look inside.
 
-It prints its port. For each line on standard input it prints one JSON object: the statistics, the
-living tasks, the open descriptors, the memory in KiB (resident, and what of it is in use), what the
-recorder has seen, and since the line before: how late a task that wakes every 10 ms was at most,
-and how long it was at most from one accepted connection to the next.
+It prints the port of Hypercorn's door and that of the native one. For each line on standard input
+it prints one JSON object: the statistics, the living tasks, the open descriptors, the memory in KiB
+(resident, the most that it was, and what of it is in use), what the recorder has seen, and since
+the line before: how late a task that wakes every 10 ms was at most, and how long it was at most
+from one accepted connection to the next.
 """
 
 from __future__ import annotations
@@ -152,6 +153,12 @@ async def report(service: PushService) -> None:
         await trio.sleep(0.02)
 
 
+def peak_kib() -> int:
+    """The most that was resident; /proc/PID/clear_refs starts it anew."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
 def look(service: PushService, watch: Watch) -> str:
     gc.collect()
     used = in_use()
@@ -162,6 +169,7 @@ def look(service: PushService, watch: Watch) -> str:
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "descriptors": len(os.listdir("/proc/self/fd")),
             "rss_kib": psutil.Process().memory_info().rss // 1024,
+            "peak_kib": peak_kib(),
             "in_use_kib": used // 1024,
             **watch.since_last(),
             "stalled_s": recorder.stalled_s,
@@ -171,12 +179,7 @@ def look(service: PushService, watch: Watch) -> str:
     )
 
 
-async def open_door(kind: str, service: PushService, limits: Limits, nursery: trio.Nursery) -> int:
-    if kind == "native":
-        serve = partial(trio.serve_tcp, service.handle_stream, 0, host="127.0.0.1", backlog=4096)
-        listeners = await nursery.start(serve)
-        port: int = listeners[0].socket.getsockname()[1]
-        return port
+async def open_hypercorn(service: PushService, limits: Limits, nursery: trio.Nursery) -> int:
     hypercorn_link.install(limits)
     config = hypercorn.config.Config.from_mapping(
         {"bind": ["127.0.0.1:0"], "errorlog": "-", "loglevel": "WARNING", "backlog": 4096}
@@ -206,7 +209,9 @@ async def main(options: argparse.Namespace) -> None:
             ) as service,
             trio.open_nursery() as nursery,
         ):
-            print(await open_door(options.door, service, limits, nursery), flush=True)
+            print(await open_hypercorn(service, limits, nursery), flush=True)
+            [listener] = await nursery.start(partial(service.serve_native, "127.0.0.1", 0))
+            print(listener.socket.getsockname()[1], flush=True)
             nursery.start_soon(watch.run)
             nursery.start_soon(report, service)
             while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
@@ -216,7 +221,6 @@ async def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--door", choices=["linked", "native"], default="linked")
     parser.add_argument("--limits", default="{}", help="JSON")
     parser.add_argument("--hz", type=float, default=20, help="of the market")
     parser.add_argument("--faults", type=int, default=0, help="seed of sources that fail")

@@ -36,8 +36,8 @@ def at_rest(server: Embedded, connections: int = 0) -> dict:
 def test_who_does_not_read_is_cut_and_nobody_else_notices(door):
     flow = ["ticker.BTCUSDT", "ticker.ETHUSDT", "balance", "positions", "pnl", "orders"]
     with (
-        embed("--door", door, "--limits", limits(send_timeout_s=2), "--hz", "20") as server,
-        Crowd(server.port) as crowd,
+        embed("--limits", limits(send_timeout_s=2), "--hz", "20") as server,
+        Crowd(server.ports[door]) as crowd,
     ):
         readers = crowd.join(800, "ticker.BTCUSDT", "ticker.ETHUSDT")
         crowd.during(1)
@@ -84,7 +84,7 @@ def abort_at_some_point(crowd: Crowd, rng: random.Random, count: int) -> None:
 @DOORS
 def test_thousands_who_come_and_abort_leave_nothing(door):
     count = int(os.environ.get("TRADING_PUSH_ABORTS", "2000"))
-    with embed("--door", door, "--limits", limits()) as server, Crowd(server.port) as crowd:
+    with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
         rng = random.Random(4)
         abort_at_some_point(crowd, rng, 500)
         before = at_rest(server)
@@ -107,7 +107,7 @@ def test_thousands_who_come_and_abort_leave_nothing(door):
 
 @DOORS
 def test_a_thousand_resets_in_the_middle_of_a_push_do_not_hold_the_loop(door):
-    with embed("--door", door, "--limits", limits()) as server, Crowd(server.port) as crowd:
+    with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
         rng = random.Random(5)
         lag_s = 0.0
         for _ in range(10):
@@ -175,7 +175,7 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
 @DOORS
 def test_a_storm_of_those_who_come_back_misses_nothing(door):
     count = int(os.environ.get("TRADING_PUSH_STORM", "1000"))
-    with embed("--door", door, "--limits", limits()) as server, Crowd(server.port) as crowd:
+    with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
         members = crowd.join(count, "reports", "balance")
         crowd.during(1)
         server.look()

@@ -98,9 +98,9 @@ def rest(server: Embedded, visitors: Visitors) -> dict:
 
 @pytest.mark.parametrize("door", ["linked", "native"])
 def test_nothing_grows(door):
-    flags = ["--door", door, "--faults", "7", "--limits"]
+    flags = ["--faults", "7", "--limits"]
     limits = '{"unauthenticated_per_address": 2000, "send_timeout_s": 3, "heartbeat_s": 5}'
-    with embed(*flags, limits) as server, Crowd(server.port) as crowd:
+    with embed(*flags, limits) as server, Crowd(server.ports[door]) as crowd:
         visitors = Visitors(crowd, 7)
         began = time.monotonic()
         points: list[tuple[float, int]] = []

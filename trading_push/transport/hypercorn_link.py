@@ -102,7 +102,6 @@ class GuardedTCPServer(TCPServer):
         self._scope = trio.CancelScope()
         self._handshake_until = trio.current_time() + limits.handshake_timeout_s
         self._handler_until = math.inf
-        self._handler_until = math.inf
         self._waiting = 0
         self._reap_at = math.inf
         self._idle_until = math.inf
