@@ -90,6 +90,16 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Fuzz with more inputs than the tests do; TRADING_PUSH_FUZZ says how many (500,000)."""
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(".", *nox.project.dependency_groups(project, "test"))
+    session.chdir("tests")
+    inputs = os.environ.get("TRADING_PUSH_FUZZ", "500000")
+    session.run("pytest", "test_fuzz.py", *session.posargs, env={"TRADING_PUSH_FUZZ": inputs})
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure against other servers; arguments go to tests/bench/run.py (`-- --help`)."""
     project = nox.project.load_toml("pyproject.toml")
