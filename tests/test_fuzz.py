@@ -1,6 +1,6 @@
 """Random input, the same at every run: nothing that a peer sends raises, leaks or is noticed.
 
-`TRADING_PUSH_FUZZ` is the number of inputs; a fifth of them go to live sockets after the handshake.
+`TESTS_FUZZ` is the number of inputs; a fifth of them go to live sockets after the handshake.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trading_push.settings import Limits
 
 __all__ = ["certificates"]
 
-INPUTS = int(os.environ.get("TRADING_PUSH_FUZZ", "50_000"))
+INPUTS = int(os.environ.get("TESTS_FUZZ", "50_000"))
 AT_THE_SOCKET = INPUTS // 5
 OF_HYPOTHESIS = 20
 """How many messages hypothesis makes for one conversation."""

@@ -83,7 +83,7 @@ def abort_at_some_point(crowd: Crowd, rng: random.Random, count: int) -> None:
 
 @DOORS
 def test_thousands_who_come_and_abort_leave_nothing(door):
-    count = int(os.environ.get("TRADING_PUSH_ABORTS", "2000"))
+    count = int(os.environ.get("TESTS_ABORTS", "2000"))
     with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
         rng = random.Random(4)
         abort_at_some_point(crowd, rng, 500)
@@ -174,7 +174,7 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
 
 @DOORS
 def test_a_storm_of_those_who_come_back_misses_nothing(door):
-    count = int(os.environ.get("TRADING_PUSH_STORM", "1000"))
+    count = int(os.environ.get("TESTS_STORM", "1000"))
     with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
         members = crowd.join(count, "reports", "balance")
         crowd.during(1)

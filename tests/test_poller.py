@@ -435,7 +435,8 @@ async def test_coming_back_does_not_make_a_failure_news_again(autojump_clock, ca
 async def test_coming_and_going_does_not_make_the_source_work_harder(autojump_clock):
     source = Table()
     source.values["4", "pnl"] = 1
-    async with serving(source, settings=Settings(intervals=Intervals(pnl=60))) as (_, join):
+    settings = Settings(intervals=Intervals(pnl=60), limits=Limits(messages_burst=1000))
+    async with serving(source, settings=settings) as (_, join):
         peer = await join("4")
         for _ in range(100):
             peer.say("subscribe", args=["pnl"])

@@ -1,6 +1,6 @@
 """Minutes of a crowd that comes and goes among faults: `nox -s soak`, which prints figures.
 
-Deselected by default; `TRADING_PUSH_SOAK_S` says how long (1200 seconds).
+Deselected by default; `TESTS_SOAK_S` says how long (1200 seconds).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support import SIX
 
 pytestmark = pytest.mark.soak
 
-SECONDS = float(os.environ.get("TRADING_PUSH_SOAK_S", "1200"))
+SECONDS = float(os.environ.get("TESTS_SOAK_S", "1200"))
 CLIENTS = 500
 LOOK_EVERY_S = 15.0
 RUBBISH = [
