@@ -140,3 +140,27 @@ def test_programs_tune_the_interpreter_and_the_library_does_not():
         command = [sys.executable, "-c", code.format(statement)]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
         assert done.stdout.strip() == same
+
+
+def test_a_registry_that_dies_ends_its_worker_and_a_new_one_starts(tmp_path):
+    with plain_hypercorn(tmp_path, "-w", "1", app="dying_app:app") as server:
+
+        async def once(user: int) -> None:
+            async with client(server.url, user) as each:
+                await each.subscribe("balance")
+                await each.until_snapshots(["balance"])
+
+        async def kill() -> None:
+            async with client(server.url) as each:
+                with pytest.raises(ConnectionClosedError) as closed:
+                    await each.authenticate(13)
+                    while True:
+                        await each.push()
+                assert closed.value.rcvd.code == 1012
+
+        asyncio.run(once(1))
+        asyncio.run(kill())
+        server.wait_for_line("❌ 订阅登记任务意外终止: RuntimeError: a mistake of ours")
+        server.wait_for_line("启动交易数据WebSocket推送服务", count=2)
+        asyncio.run(once(1))
+        assert server.stop() == 0
