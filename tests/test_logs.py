@@ -109,7 +109,7 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
 
     say(0)
     deadline = time.monotonic() + PATIENCE_S
-    while output._units.qsize():  # until the thread has taken it, and is stuck with it
+    while output._taken < output._queued:  # until the thread has taken it, and is stuck with it
         assert time.monotonic() < deadline
         time.sleep(0.001)
     say(1, 2, 3, 4, 5, 6)
