@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import pytest
 import trio
 from support import token, until
 from test_doors import Door
@@ -21,6 +23,17 @@ HEALTHY = 10
 NEWS = Channel("news", "events", per_user=False)
 """Every value of it is delivered, so that a lost one is seen."""
 PERIOD_S = 0.01
+
+
+def show_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of what was logged is a trace, or an error of ours."""
+    records = caplog.get_records("call")
+    assert not [record for record in records if record.exc_info]
+    assert not [record for record in records if record.levelno >= logging.ERROR]
+    lines = [record.getMessage() for record in records]
+    assert not [line for line in lines if "Traceback" in line]
+    # Behind the handshake nothing is so broken that it takes the firewall to stop it.
+    assert not [line for line in lines if "已拦截异常连接" in line]
 
 
 class Bystanders:

@@ -142,7 +142,7 @@ async def read_for_ever(client: TrioClient) -> None:
 
 async def just_heard(service: PushService) -> None:
     (connection,) = service.hub.connections
-    transport: Any = connection._transport  # type: ignore[attr-defined]
+    transport: Any = connection._transport
     before = transport.last_heard
     await until(lambda: transport.last_heard > before)
 
@@ -214,7 +214,7 @@ async def test_the_kernel_drops_nobody_before_the_heartbeat_says_why(
     limits = Limits(heartbeat_s=heartbeat_s)
     async with open_door(kind, certificates, limits=limits) as door, door.connect(4):
         (connection,) = door.service.hub.connections
-        bare = connection._transport._stream.socket  # type: ignore[attr-defined]
+        bare = connection._transport._stream.socket
         kernel_s = bare.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
     step_s = min(1, heartbeat_s / 4)
     # A time stands in the next step of the timetable, whose rounds are a step apart.

@@ -65,7 +65,7 @@ async def test_a_poller_that_raises_is_started_again_and_asks_everybody(autojump
                 raise broken.pop()
             return original()
 
-        poller._due = due  # type: ignore[method-assign]
+        poller._due = due
         source.values["4", "pnl"] = [2]
         assert (await here.push())["data"] == [2]
         assert service.statistics().failures == {"pnl poller": 1}

@@ -73,7 +73,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["linked", "native"])
     kind = parser.parse_args().kind
-    native.Connection = asgi.Connection = Echo  # type: ignore[assignment,misc]
+    native.Connection = asgi.Connection = Echo
     with logs.attached():
         async with (
             open_push_service(
