@@ -38,6 +38,7 @@ from trading_push import (
     logs,
     open_push_service,
 )
+from trading_push.server import tune
 from trading_push.settings import Auth, Intervals, Limits, Settings
 from trading_push.transport import hypercorn_link
 
@@ -193,6 +194,7 @@ async def open_hypercorn(service: PushService, limits: Limits, nursery: trio.Nur
 
 async def main(options: argparse.Namespace) -> None:
     recorder.install()
+    tune()  # as the README tells a program with very many connections
     limits = Limits(**json.loads(options.limits))
     settings = Settings(jwt_secret=SECRET, intervals=Intervals(*4 * [0.1]), limits=limits)
     watch = Watch()
