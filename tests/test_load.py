@@ -173,7 +173,7 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
         server.wait_for_line("启动交易数据WebSocket推送服务", count=2)
         port = int(server.url.split(":")[2].split("/")[0])
         with Crowd(port) as crowd:
-            live = crowd.join(980, *SIX, users=5)
+            live = crowd.join(1980, *SIX, users=5)
             crowd.join(20, *SIX, reads=False, users=5)
             began = time.monotonic()
             os.killpg(server.popen.pid, signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
             assert server.popen.wait(10) == 0
             assert time.monotonic() - began < 4 + 2
         server.stop()
-        assert sum("已退出所有房间并清理订阅" in line for line in server.err) == 1000
+        assert sum("已退出所有房间并清理订阅" in line for line in server.err) == 2000
         assert server.traces() == []
 
 
