@@ -23,7 +23,7 @@ class Recorder:
     def update(self, tickers: Sequence[Ticker]) -> None:
         self.calls.append((trio.current_time(), list(tickers)))
 
-    def stale(self, reason: str) -> None:
+    def stale(self, reason: str, symbols: object = None) -> None:
         raise AssertionError("a simulated market never ends")
 
 

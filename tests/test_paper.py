@@ -277,7 +277,7 @@ class Recorder:
         self.updates += 1
         self._wake()
 
-    def stale(self, reason: str) -> None:
+    def stale(self, reason: str, symbols: object = None) -> None:
         self.reasons.append(reason)
         self._wake()
 
@@ -653,7 +653,7 @@ class Sink:
         self.updates += 1
         if self.updates % 20 == 0:
             print(self.updates, flush=True)
-    def stale(self, reason):
+    def stale(self, reason, symbols=None):
         pass
 
 async def main():

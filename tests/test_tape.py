@@ -41,7 +41,7 @@ class Recorder:
         if len(self.calls) == self.stop_at:
             self.scope.cancel()
 
-    def stale(self, reason: str) -> None:
+    def stale(self, reason: str, symbols: object = None) -> None:
         self.stale_reasons.append((trio.current_time() - self.started, reason))
 
     @property

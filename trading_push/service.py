@@ -103,7 +103,11 @@ class PushService:
                         turn=turn,
                     )
         self._feed = (
-            None if feed is None else MarketFeed(feed, self._broker, settings.market.max_hz)
+            None
+            if feed is None
+            else MarketFeed(
+                feed, self._broker, settings.market.max_hz, settings.market.stale_after_s
+            )
         )
         self._idle_since: dict[Topic, float] = {}
         self.hub = Hub(

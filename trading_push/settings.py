@@ -292,6 +292,8 @@ class Market:
     loop: bool = attrs.field(default=False, validator=switch)
     max_hz: float = attrs.field(default=10, validator=number(0.1, 1000))
     """How often a second a symbol's latest value is published at most."""
+    stale_after_s: float = attrs.field(default=60, validator=number(0.1))
+    """After how long without an update a symbol is said to be stale."""
 
 
 @attrs.frozen

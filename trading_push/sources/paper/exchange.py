@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from decimal import Decimal
 from pathlib import Path
@@ -114,10 +114,10 @@ class PaperExchange:
         if self._sink is not None:
             self._sink.update(tickers)
 
-    def stale(self, reason: str) -> None:
-        """Pass on that the market stands still."""
+    def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
+        """Pass on that the market, or a part of it, stands still."""
         if self._sink is not None:
-            self._sink.stale(reason)
+            self._sink.stale(reason, symbols)
 
     async def _trade(self, trading: Trading) -> None:
         due = trio.current_time()
