@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
     ("registry", "heartbeat"),
-    ("hub", "poller", "feed"),
+    ("hub", "poller", "feed", "demand"),
     ("connection",),
     ("transport", "sources", "broker"),
     ("service",),

@@ -115,10 +115,85 @@ async def test_only_who_is_subscribed_is_asked(autojump_clock):
         assert ("4", "pnl") in {call[1:] for call in source.calls[-2:]}
         tabs[2].leave()
         other.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1.1)  # they are still asked for, should the page only be loaded again
         source.calls.clear()
         await trio.sleep(60)
         assert source.calls == []
+
+
+async def test_a_page_that_is_loaded_again_does_not_ask_anew(autojump_clock):
+    source = Table()
+    settings = Settings(intervals=Intervals(pnl=10))
+    async with serving(source, settings=settings) as (_, join):
+        for _ in range(5):
+            peer = await join("4", "pnl")
+            peer.leave()
+            await trio.sleep(0.5)
+        assert len(source.calls) == 1
+        await trio.sleep(1)
+        await join("4", "pnl")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(source.calls) == 2
+
+
+async def test_what_is_published_stands_until_the_source_changes(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = "source 1"
+    async with serving(source) as (service, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        await service.publish("pnl", "published 1", "4")
+        await trio.sleep(5)
+        assert [push["data"] for push in await peer.next()] == ["published 1"]
+        assert peer.sent == []  # though the source said "source 1" all the time
+        source.values["4", "pnl"] = "source 2"
+        await trio.sleep(1.5)
+        assert [push["data"] for push in await peer.next()] == ["source 2"]
+        await service.publish("pnl", "source 3", "4")
+        source.values["4", "pnl"] = "source 3"  # it only follows
+        await trio.sleep(5)
+        assert [push["data"] for push in await peer.next()] == ["source 3"]
+        assert peer.sent == []
+
+
+async def test_what_was_published_before_anybody_came_stands_too(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = "source 1"
+    async with serving(source) as (service, join):
+        await service.publish("pnl", "published", "4")
+        peer = await join("4", "pnl")
+        await trio.sleep(5)
+        assert [push["data"] for push in await peer.next()] == ["published"]
+        assert peer.sent == []
+        source.values["4", "pnl"] = "source 2"
+        await trio.sleep(1.5)
+        assert (await peer.next())[0]["data"] == "source 2"
+
+
+async def test_a_value_without_an_answer_for_too_long_is_stale(autojump_clock, caplog):
+    source = Table()
+    source.values["4", "pnl"] = 1
+    settings = Settings(intervals=Intervals(pnl=2), limits=Limits(stale_after_s=9))
+    async with serving(source, settings=settings) as (service, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        assert service.statistics().topics == {"pnl": {"live": 1}}
+        source.stuck.add("4")
+        began = trio.current_time()
+        [status] = await peer.next()
+        assert (status["state"], status["reason"]) == ("stale", "source_timeout")
+        assert 9 <= trio.current_time() - began <= 9 + 2 + 2
+        assert service.statistics().topics == {"pnl": {"stale": 1}}
+        latest = service.latest("pnl", "4")
+        assert latest is not None
+        assert (bytes(latest.data), latest.status.state) == (b"1", "stale")
+        source.stuck.clear()
+        [status] = await peer.next()
+        assert status["state"] == "live"
+        assert [line for line in lines(caplog) if "用户4的pnl" in line] == [
+            "⚠️ 用户4的pnl数据已过期",
+            "✅ 用户4的pnl数据已恢复",
+        ]
 
 
 async def test_none_pushes_nothing_and_leaves_the_last_value(autojump_clock):

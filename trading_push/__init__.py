@@ -24,9 +24,18 @@ from trading_push.errors import (
 )
 from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
 from trading_push.server import serve
-from trading_push.service import PushService, Statistics, open_push_service
+from trading_push.service import Latest, PushService, Statistics, open_push_service
 from trading_push.settings import Settings, load_settings
-from trading_push.sources.base import BatchSource, MarketSink, Source, TickerFeed
+from trading_push.sources.base import (
+    BatchSource,
+    ChangeSink,
+    MarketSink,
+    SessionSource,
+    Source,
+    TickerFeed,
+    WatchedFeed,
+    WatchingSource,
+)
 from trading_push.sources.sql import SqlSource
 from trading_push.topics import Channel
 from trading_push.transport.hypercorn_link import install as guard_hypercorn
@@ -36,12 +45,14 @@ __all__ = [
     "AuthenticationError",
     "Balance",
     "BatchSource",
+    "ChangeSink",
     "Channel",
     "CloseCode",
     "ConfigurationError",
     "ErrorCode",
     "Fill",
     "JwtAuthenticator",
+    "Latest",
     "LinkError",
     "MarketSink",
     "Order",
@@ -54,6 +65,7 @@ __all__ = [
     "RequestError",
     "SendTimeout",
     "ServiceClosed",
+    "SessionSource",
     "Settings",
     "Source",
     "SourceError",
@@ -64,6 +76,8 @@ __all__ = [
     "TickerFeed",
     "TradingPushError",
     "TransportClosed",
+    "WatchedFeed",
+    "WatchingSource",
     "guard_hypercorn",
     "issue_token",
     "load_settings",

@@ -60,16 +60,21 @@ class MarketFeed:
         if self._watched_feed is not None:
             self._watched_feed.watch(symbol)
 
-    def unwatch(self, symbol: str) -> None:
-        """A symbol's last watcher has gone; who comes next is told that the value is old."""
+    def unwatch(self, symbol: str) -> bool:
+        """A symbol's last watcher has gone; who comes next is told that the value is old.
+
+        Returns:
+            Whether nothing more comes of the symbol.
+        """
         if self._watched_feed is None:
-            return
+            return False
         self._watched_feed.unwatch(symbol)
         for kept in (self._changed, self._heard, self._to_tell):
             kept.pop(symbol, None)
         self._told_stale.discard(symbol)
         if self._latest.pop(symbol, None) is not None:
             self._broker.mark([ticker_topic(symbol)], Status("stale", "not_watched"))
+        return True
 
     def update(self, tickers: Sequence[Ticker]) -> None:
         """Take the newest value of some symbols."""

@@ -174,6 +174,26 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "✅ 用户{user}的{data_type}数据已恢复",
         "✅ The {data_type} of user {user} has recovered",
     ),
+    "data_stale": (
+        "poller",
+        "⚠️ 用户{user}的{data_type}数据已过期",
+        "⚠️ The {data_type} of user {user} is stale",
+    ),
+    "session_failed": (
+        "service",
+        "❌ 用户{user}的上游会话出错: {error} - {delay}秒后重试",
+        "❌ The upstream session of user {user} failed: {error} - next try in {delay} s",
+    ),
+    "watch_failed": (
+        "service",
+        "❌ 数据源变更监听出错: {error} - {delay}秒后重试",
+        "❌ The watch over the source failed: {error} - next try in {delay} s",
+    ),
+    "publish_failed": (
+        "service",
+        "❌ 数据源发布的{channel}无法推送: {error}",
+        "❌ What the source published to {channel} cannot be pushed: {error}",
+    ),
     "symbol_stale": ("feed", "⚠️ {symbol}行情中断", "⚠️ The {symbol} ticker is interrupted"),
     "symbol_recovered": ("feed", "✅ {symbol}行情已恢复", "✅ The {symbol} ticker has recovered"),
     "feed_failed": (

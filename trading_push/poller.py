@@ -99,8 +99,11 @@ class Poller:
         self._queue: dict[str, None] = {}  # who waits for one of the fetches that may run
         self._rounds_waiting = 0
         self._busy: set[str] = set()
+        self._again: set[str] = set()  # who has changed while they were being asked for
+        self._given: dict[str, bytes] = {}  # what the source gave last
         self._settled: set[str] = set()
         self._failures: dict[str, _Failure] = {}
+        self._stale: set[str] = set()
         self._answered_at: dict[str, float] = {}
         self._threads = trio.CapacityLimiter(math.inf)  # bounded by `_limiter`
         self._wake = trio.Event()
@@ -136,6 +139,29 @@ class Poller:
         self._new.pop(user, None)
         self._settled.discard(user)
 
+    def changed(self, users: Iterable[str]) -> None:
+        """The source says that it has something new for these users: ask at once."""
+        for user in users:
+            if user in self._busy:
+                self._again.add(user)
+            elif user in self._watched:
+                self._new[user] = None
+        self._wake.set()
+
+    def missed(self) -> None:
+        """The source may have something new for anybody."""
+        self.changed(self._watched)
+
+    def forget(self, user: str) -> None:
+        """The user's value is no longer kept: the source's next answer is news."""
+        self._given.pop(user, None)
+
+    def _freed(self, users: Iterable[str]) -> None:
+        self._busy.difference_update(users)
+        if self._again and (again := self._again.intersection(users)):
+            self._again -= again
+            self.changed(again)
+
     def _settle(self, users: Iterable[str]) -> None:
         settled = [user for user in users if user in self._watched and user not in self._settled]
         self._settled.update(settled)
@@ -149,6 +175,7 @@ class Poller:
         """
         self._queue.clear()
         self._busy.clear()
+        self._again.clear()
         self._rounds_waiting = 0
         self._new.update(dict.fromkeys(self._watched))
         self._wake.set()
@@ -160,6 +187,7 @@ class Poller:
                 self._prune()
                 users = dict.fromkeys((*self._new, *self._due()))
                 self._new.clear()
+                self._find_stale(users)
                 self._ask(nursery, [user for user in users if user not in self._busy])
 
     def _due(self) -> list[str]:
@@ -173,6 +201,15 @@ class Poller:
             self._watched[user] = max(self._watched.pop(user) + self.interval_s, now)
         return due
 
+    def _find_stale(self, due: Iterable[str]) -> None:
+        """Who is due and still waits for an answer, with a value that is too old."""
+        too_old = trio.current_time() - max(self._limits.stale_after_s, 2 * self.interval_s)
+        for user in self._busy.intersection(due) - self._stale - self._failures.keys():
+            if self._answered_at.get(user, math.inf) <= too_old:
+                self._stale.add(user)
+                self._broker.mark([self._topic(user)], Status("stale", "source_timeout"))
+                logs.emit(logs.line("data_stale", user=user, data_type=self.data_type))
+
     def _prune(self) -> None:
         # What is known of users who have gone, once it is of no use any more.
         long_ago = trio.current_time() - REPEAT_S
@@ -180,6 +217,7 @@ class Poller:
             del self._left[user]
             self._failures.pop(user, None)
             self._answered_at.pop(user, None)
+            self._stale.discard(user)
 
     def _ask(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
@@ -225,7 +263,7 @@ class Poller:
                 await self._ask_for(users[middle:], await self._free_fetch())
                 return
             self._failed(users, error)
-        self._busy.difference_update(users)
+        self._freed(users)
         self._settle(users)
 
     async def _call(
@@ -261,7 +299,7 @@ class Poller:
 
         def ended() -> None:
             self._limiter.release_on_behalf_of(fetch)
-            self._busy.difference_update(users)
+            self._freed(users)
 
         def call() -> Any:
             try:
@@ -293,7 +331,15 @@ class Poller:
             except Exception as error:
                 self._failed([user], error)
                 continue
-            if data is not None and (last is None or last.data != data):
+            given = self._given.get(user)
+            if data is not None:
+                self._given[user] = data
+            # What was published stands until the source itself has something else to say.
+            if (
+                data is not None
+                and (last is None or last.data != data)
+                and (data != given if given is not None else last is None)
+            ):
                 changed.append((topic, data))
             elif last is not None:
                 unchanged.append(topic)
@@ -311,7 +357,9 @@ class Poller:
 
     def _answered(self, user: str) -> None:
         self._answered_at[user] = trio.current_time()
-        if self._failures.pop(user, None) is not None:
+        stale = user in self._stale
+        self._stale.discard(user)
+        if self._failures.pop(user, None) is not None or stale:
             logs.emit(logs.line("fetch_recovered", user=user, data_type=self.data_type))
 
     def _failed(self, users: Sequence[str], error: Exception) -> None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import math
 import ssl
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import attrs
+import msgspec
 import trio
 
 from trading_push import logs, protocol
 from trading_push.auth import Authenticate, JwtAuthenticator
+from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
-from trading_push.errors import CloseCode
+from trading_push.demand import Demand, Session
+from trading_push.errors import CloseCode, PayloadError
 from trading_push.feed import MarketFeed
 from trading_push.hub import Hub
 from trading_push.poller import FetchContext, Poller
 from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings
-from trading_push.sources.base import Source, TickerFeed
+from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
 from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,
@@ -35,7 +40,7 @@ from trading_push.transport import native
 from trading_push.transport.asgi import AsgiDoor
 from trading_push.transport.hypercorn_link import guard
 
-__all__ = ["PushService", "Statistics", "open_push_service"]
+__all__ = ["Latest", "PushService", "Statistics", "open_push_service"]
 
 _BACKLOG = 4096
 _FORGET_EVERY_S = 10
@@ -48,6 +53,8 @@ class Statistics:
     Args:
         subscribers_by_data_type: Subscribed users by channel, tickers left out.
         subscribers_by_symbol: Subscribed users by symbol.
+        topics: How many topics with a value are live, stale or down, by channel; all symbols are
+            `ticker`.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
         failures: How often each part of the service has raised and was started again (or, of a
@@ -61,12 +68,61 @@ class Statistics:
     connections: int
     subscribers_by_data_type: dict[str, int]
     subscribers_by_symbol: dict[str, int]
+    topics: dict[str, dict[State, int]]
     ledger: Ledger
     failing_fetches: int
     failures: dict[str, int]
     connections_stopped: int
     connections_refused: int
     connections_reaped: int
+
+
+@attrs.frozen
+class Latest:
+    """A channel's last value.
+
+    Args:
+        data: As JSON.
+        ts: When it was published, in ms since the epoch.
+        age_s: How long ago that was, in seconds.
+        status: Whether it can be relied on.
+    """
+
+    data: msgspec.Raw
+    ts: int
+    age_s: float
+    status: Status
+
+
+class _Changes:
+    """What a source that watches its upstream speaks to; see `sources.base.ChangeSink`."""
+
+    def __init__(
+        self,
+        publish: Callable[[Iterable[tuple[str, Any, str | int | None]]], None],
+        pollers: Mapping[str, Poller],
+    ) -> None:
+        self._publish = publish
+        self._pollers = pollers
+
+    def changed(self, changes: Iterable[tuple[str, str]]) -> None:
+        users: dict[str, list[str]] = {}
+        for user, data_type in changes:
+            users.setdefault(data_type, []).append(user)
+        for data_type, changed in users.items():
+            if data_type in self._pollers:
+                self._pollers[data_type].changed(changed)
+
+    def missed(self) -> None:
+        for poller in self._pollers.values():
+            poller.missed()
+
+    def publish(self, values: Iterable[tuple[str, Any, str]]) -> None:
+        for value in values:
+            try:
+                self._publish([value])
+            except (PayloadError, ValueError) as error:
+                logs.emit(logs.line("publish_failed", channel=value[0], error=error))
 
 
 class PushService:
@@ -80,13 +136,26 @@ class PushService:
         authenticate: Authenticate,
         channels: Channels,
         fetch_context: FetchContext,
+        user_session: Session | None,
         on_leave: Callable[[Member], None],
     ) -> None:
         self._settings = settings
         limits = settings.limits
-        self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
-        self._broker = MemoryBroker(channels, self._registry.publish)
         self._pollers: dict[str, Poller] = {}
+        self._demand = Demand(
+            limits.watch_linger_s,
+            begin=self._begin_upstream,
+            end=self._end_upstream,
+            failed=self._upstream_failed,
+            session=_sessions(source, user_session),
+            watch=(
+                partial(source.watch, _Changes(self._publish_now, self._pollers))
+                if isinstance(source, WatchingSource)
+                else None
+            ),
+        )
+        self._registry = Registry(channels, on_watched=self._demand.watched, on_leave=on_leave)
+        self._broker = MemoryBroker(channels, self._registry.publish)
         self._failures: Counter[str] = Counter()
         turn = trio.Lock()
         if source is not None:
@@ -137,7 +206,8 @@ class PushService:
             data: Any object that msgspec encodes; see `protocol.encode_data`.
             user: Whose topic it is, for a channel where every user has their own.
 
-        The last value is kept for as long as the service runs, unless the channel is polled too.
+        The last value is kept for as long as the service runs, unless the channel is polled too:
+        then it stands until the source itself has another value than before.
 
         Raises:
             PayloadError: The data cannot be encoded.
@@ -159,15 +229,35 @@ class PushService:
 
         A checkpoint. What was published is published, also when cancelled.
         """
+        self._publish_now(values)
+        await trio.lowlevel.checkpoint()
+
+    def _publish_now(self, values: Iterable[tuple[str, Any, str | int | None]]) -> None:
         batch = [
             (self._topic(channel, user), protocol.encode_data(data))
             for channel, data, user in values
         ]
         self._broker.publish(batch)
         for topic, _ in batch:
-            if topic.channel in self._pollers and not self._registry.watched(topic):
+            if topic.channel in self._pollers and not self._demand.holds(topic):
                 self._idle_since[topic] = trio.current_time()  # the source can give it again
-        await trio.lowlevel.checkpoint()
+
+    def latest(self, channel: str, user: str | int | None = None) -> Latest | None:
+        """The last value of a channel, live or not; None where there is none. Synchronous.
+
+        Args:
+            channel: As `publish` takes it.
+            user: Whose, for a channel where every user has their own.
+
+        Raises:
+            ValueError: There is no such channel, or a user is missing or too much.
+        """
+        topic = self._topic(channel, user)
+        last = self._broker.snapshot(topic)
+        if last is None:
+            return None
+        age_s = max(0.0, time.time() - last.ts / 1000)
+        return Latest(msgspec.Raw(last.data), last.ts, age_s, self._broker.status(topic))
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:
         ticker = self.hub.channels.ticker(channel)
@@ -288,6 +378,7 @@ class PushService:
                 for name, count in counts.items()
                 if (symbol := symbol_of(name)) is not None
             },
+            topics=self._broker.states(),
             ledger=attrs.evolve(self._registry.ledger),
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
             failures={part: count for part, count in self._all_failures() if count},
@@ -335,16 +426,36 @@ class PushService:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self.hub.wait_empty()
 
-    def _watched(self, topic: Topic, watched: bool) -> None:
-        poller = self._pollers.get(topic.channel)
-        if poller is None or topic.user is None:
-            return
-        if watched:
-            self._idle_since.pop(topic, None)
+    def _begin_upstream(self, topic: Topic) -> None:
+        self._idle_since.pop(topic, None)
+        symbol = symbol_of(topic.channel)
+        if symbol is not None:
+            if self._feed is not None:
+                self._feed.watch(symbol)
+        elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
             poller.watch(topic.user)
-        else:
+
+    def _end_upstream(self, topic: Topic) -> None:
+        symbol = symbol_of(topic.channel)
+        if symbol is not None:
+            if self._feed is not None and self._feed.unwatch(symbol):
+                self._idle_since[topic] = trio.current_time()
+        elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
             self._idle_since[topic] = trio.current_time()
             poller.unwatch(topic.user)
+
+    def _upstream_failed(self, user: str | None, error: Exception, delay: float) -> None:
+        inner = logs.innermost(error)
+        if user is None:
+            self._failures["watch over the source"] += 1
+            logs.emit(logs.line("watch_failed", error=inner, delay=delay))
+            return
+        self._failures["user sessions"] += 1
+        logs.emit(logs.line("session_failed", user=user, error=inner, delay=delay))
+        for topic in (Topic(channel, user) for channel in self._pollers):
+            if self._demand.holds(topic):
+                state: State = "down" if self._broker.snapshot(topic) is None else "stale"
+                self._broker.mark([topic], Status(state, "source_error"))
 
     def _awaits_source(self, topic: Topic) -> bool:
         poller = self._pollers.get(topic.channel)
@@ -368,6 +479,9 @@ class PushService:
                 if now - since > linger:
                     del self._idle_since[topic]
                     self._broker.forget(topic)
+                    poller = self._pollers.get(topic.channel)
+                    if poller is not None and topic.user is not None:
+                        poller.forget(topic.user)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled, then drain; ends when every line of every leave is emitted.
@@ -386,6 +500,7 @@ class PushService:
             nursery.start_soon(self._registry.run)
             try:
                 async with trio.open_nursery() as workers:
+                    await workers.start(self._demand.run)
                     for name, poller in self._pollers.items():
                         workers.start_soon(self._keep_running, f"{name} poller", poller.run)
                     if self._feed is not None:
@@ -410,6 +525,7 @@ async def open_push_service(
     authenticate: Authenticate | None = None,
     channels: Iterable[Channel] = (),
     fetch_context: FetchContext = nullcontext,
+    user_session: Session | None = None,
     on_leave: Callable[[Member], None] = lambda member: None,
 ) -> AsyncIterator[PushService]:
     """Run a push service while the context is open.
@@ -421,6 +537,11 @@ async def open_push_service(
         authenticate: Takes a token, returns its `Principal`; None checks JWTs by the settings.
         channels: The application's own, after balance, positions, pnl and orders.
         fetch_context: A context manager factory, opened anew round each call of the source.
+        user_session: Takes a user's id, returns an async context manager: entered when the user's
+            first watcher comes, left when the last one has gone, after `limits.watch_linger_s`; for
+            an upstream session, say. Nothing is fetched for the user while it is not open. What it
+            raises is logged, and it is entered again after a growing delay. To leave it may take a
+            second, also when the service is cancelled.
         on_leave: Called for each connection that has left; what it raises is logged.
 
     Raises:
@@ -443,6 +564,7 @@ async def open_push_service(
         authenticate,
         Channels([*builtin, *channels]),
         fetch_context,
+        user_session,
         on_leave,
     )
     failure: Exception | None = None
@@ -455,3 +577,21 @@ async def open_push_service(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+def _sessions(source: Source | None, user_session: Session | None) -> Session | None:
+    """The application's session of a user, and within it the source's."""
+    factories = [user_session] if user_session is not None else []
+    if isinstance(source, SessionSource):
+        factories.append(source.session)
+    if not factories:
+        return None
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for factory in factories:
+                await stack.enter_async_context(factory(user))
+            yield
+
+    return session

@@ -278,6 +278,11 @@ class Limits:
     """How many fetches of one data type may be under way at the same time."""
     fetch_batch: int = attrs.field(default=500, validator=whole(1, 10_000))
     """How many users one `fetch_many` is asked for."""
+    stale_after_s: float = attrs.field(default=30, validator=number(0.1))
+    """After how long without an answer of the source a polled value is said to be stale, where two
+    intervals are not longer."""
+    watch_linger_s: float = attrs.field(default=1, validator=number(0))
+    """How long the source is still asked for what nobody watches any more."""
     topic_linger_s: float = attrs.field(default=60, validator=number(0))
     """How long a polled topic that nobody watches keeps its value and its numbering."""
 

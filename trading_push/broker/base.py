@@ -72,6 +72,13 @@ class Broker(Protocol):
         """The status of a topic; `down`, `no_data` where nothing was ever published."""
         ...
 
+    def states(self) -> dict[str, dict[State, int]]:
+        """How many topics that had a value or a status are in each state, by channel.
+
+        All symbols are counted as `ticker`.
+        """
+        ...
+
     def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
         """What was published after `seq`, oldest first; None where that is no longer known.
 

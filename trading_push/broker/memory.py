@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from trading_push.broker.base import Message, Publication, Status, StatusChange
-from trading_push.topics import Channels, Topic
+from trading_push.broker.base import Message, Publication, State, Status, StatusChange
+from trading_push.topics import Channels, Topic, symbol_of
 
 __all__ = ["MemoryBroker"]
 
@@ -47,10 +47,12 @@ class MemoryBroker:
         self._deliver = deliver
         self._history = history
         self._topics: dict[Topic, _TopicState] = {}
+        self._states: dict[str, dict[State, int]] = {}
 
     def _state(self, topic: Topic) -> _TopicState:
         state = self._topics.get(topic)
         if state is None:
+            self._count(topic, _NO_DATA.state, 1)
             kept = self._history if self._channels.kind_of(topic) == "events" else 0
             state = self._topics[topic] = _TopicState(kept)
         return state
@@ -62,7 +64,7 @@ class MemoryBroker:
         for topic, data in values:
             state = self._state(topic)
             if state.status.state != "live":
-                state.status = _LIVE
+                self._turn(topic, state, _LIVE)
                 batch.append(StatusChange(topic, _LIVE, now))
             state.seq += 1
             state.last = Publication(
@@ -81,7 +83,7 @@ class MemoryBroker:
         for topic in topics:
             state = self._state(topic)
             changed = state.status.state != status.state
-            state.status = status
+            self._turn(topic, state, status)
             if changed:
                 changes.append(StatusChange(topic, status, now))
         if changes:
@@ -96,6 +98,25 @@ class MemoryBroker:
         """The status of a topic; `down`, `no_data` where nothing was ever published."""
         state = self._topics.get(topic)
         return _NO_DATA if state is None else state.status
+
+    def states(self) -> dict[str, dict[State, int]]:
+        """How many topics that had a value or a status are in each state, by channel."""
+        return {channel: {**counts} for channel, counts in self._states.items()}
+
+    def _turn(self, topic: Topic, state: _TopicState, status: Status) -> None:
+        if state.status.state != status.state:
+            self._count(topic, state.status.state, -1)
+            self._count(topic, status.state, 1)
+        state.status = status
+
+    def _count(self, topic: Topic, state: State, change: int) -> None:
+        channel = topic.channel if symbol_of(topic.channel) is None else "ticker"
+        counts = self._states.setdefault(channel, {})
+        counts[state] = counts.get(state, 0) + change
+        if not counts[state]:
+            del counts[state]
+            if not counts:
+                del self._states[channel]
 
     def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
         """What was published after `seq`, oldest first; None where that is no longer known."""
@@ -112,7 +133,9 @@ class MemoryBroker:
 
     def forget(self, topic: Topic) -> None:
         """Drop all that is known of a topic; it comes back with a new epoch."""
-        self._topics.pop(topic, None)
+        state = self._topics.pop(topic, None)
+        if state is not None:
+            self._count(topic, state.status.state, -1)
 
 
 def _now_ms() -> int:
