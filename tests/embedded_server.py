@@ -18,7 +18,9 @@ import math
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -88,6 +90,29 @@ class Ticking:
             sink.update([Ticker(symbol, source_ts=count) for symbol in ("BTCUSDT", "ETHUSDT")])
             await trio.sleep(self._pause_s)
             self._faults.maybe()
+
+
+class Numbers:
+    """Streams that count, and are counted."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self.last_ended_at = 0.0
+
+    async def own(self, user: str = "") -> AsyncGenerator[Any, None]:
+        self.begun += 1
+        try:
+            for number in itertools.count():
+                yield {"user": user, "number": number}
+                await trio.sleep(0.05)
+        finally:
+            self.ended += 1
+            self.last_ended_at = time.monotonic()
+
+    async def shared(self) -> AsyncGenerator[Any, None]:
+        async with aclosing(self.own()) as values:
+            async for value in values:
+                yield value
 
 
 class Mallinfo2(ctypes.Structure):
@@ -160,7 +185,7 @@ def peak_kib() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def look(service: PushService, watch: Watch) -> str:
+def look(service: PushService, watch: Watch, numbers: Numbers) -> str:
     gc.collect()
     used = in_use()
     return json.dumps(
@@ -176,6 +201,7 @@ def look(service: PushService, watch: Watch) -> str:
             "stalled_s": recorder.stalled_s,
             "closes": recorder.closes,
             "violations": recorder.violations,
+            "numbers": vars(numbers),
         }
     )
 
@@ -200,6 +226,7 @@ async def main(options: argparse.Namespace) -> None:
     watch = Watch()
     watch.accepts()
     faults = Faults(options.faults)
+    numbers = Numbers()
     with logs.attached():
         async with (
             open_push_service(
@@ -216,8 +243,10 @@ async def main(options: argparse.Namespace) -> None:
             print(listener.socket.getsockname()[1], flush=True)
             nursery.start_soon(watch.run)
             nursery.start_soon(report, service)
+            service.add_stream("numbers", numbers.own)
+            service.add_stream("shared", numbers.shared, shared=True)
             while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
-                print(look(service, watch), flush=True)
+                print(look(service, watch, numbers), flush=True)
             nursery.cancel_scope.cancel()
 
 

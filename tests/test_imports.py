@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("protocol", "auth", "rate", "supervision"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
-    ("registry", "heartbeat"),
+    ("registry", "heartbeat", "streams"),
     ("hub", "poller", "feed", "demand"),
     ("connection",),
     ("transport", "sources", "broker"),

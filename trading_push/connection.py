@@ -73,6 +73,7 @@ class Connection:
         "_pinged_at",
         "_principal",
         "_session",
+        "_streams",
         "_subscriptions",
         "_told_expiry",
         "_transport",
@@ -85,6 +86,7 @@ class Connection:
         self._transport = transport
         self._principal = principal
         self._subscriptions: dict[Topic, Subscription] = {}
+        self._streams: dict[Topic, trio.CancelScope] | None = None
         self._backlog = Backlog(hub.limits.pending_bytes)
         self._member: Member
         self._session: Session
@@ -472,6 +474,21 @@ class Connection:
         for subscription in begun:
             assert self._nursery is not None
             self._nursery.start_soon(subscription.run, self, name=_SENDER)
+            if subscription.topic.channel in hub.streams.own:
+                self._start_stream(subscription)
+
+    def _start_stream(self, subscription: Subscription) -> None:
+        scope = trio.CancelScope()
+        if self._streams is None:
+            self._streams = {}
+        self._streams[subscription.topic] = scope
+        assert self._nursery is not None
+        self._nursery.start_soon(self._run_stream, subscription, scope)
+
+    async def _run_stream(self, subscription: Subscription, scope: trio.CancelScope) -> None:
+        topic = subscription.topic
+        with scope:
+            await self._hub.streams.run_for(subscription, lambda: self._log_pushed(topic))
 
     def _first(self, subscription: Subscription, wanted: Wanted) -> Sequence[Publication] | None:
         # What a subscription begins with; None where its value is yet to come.
@@ -498,6 +515,8 @@ class Connection:
         ended = [self._subscriptions.pop(topic) for topic in action.topics]
         for subscription in ended:
             subscription.close()
+            if self._streams and subscription.topic in self._streams:
+                self._streams.pop(subscription.topic).cancel()
         if ended:
             self._hub.registry.unsubscribe(self._member, ended)
         await self._send([protocol.frame(protocol.encode(action.reply))])
@@ -512,7 +531,11 @@ class Connection:
     def begin(self, subscription: Subscription) -> None:
         """Give a subscription the value or the status that there is by now."""
         topic = subscription.topic
-        if not subscription.shut and subscription.begin(
+        if topic.channel in self._hub.streams.own:
+            if subscription.idle:
+                subscription.offer(self._status(topic))
+            subscription.open()
+        elif not subscription.shut and subscription.begin(
             self._hub.broker.snapshot(topic), self._status(topic)
         ):
             self._log_pushed(topic)

@@ -21,6 +21,7 @@ from trading_push.proxies import Network
 from trading_push.rate import MessageRate
 from trading_push.registry import Registry
 from trading_push.settings import Limits
+from trading_push.streams import Streams
 from trading_push.topics import Channels, Topic
 
 __all__ = ["Hub", "Peer"]
@@ -78,6 +79,7 @@ class Hub:
         revoked: The ids of tokens that are refused, and until when, in seconds since the epoch.
         timetable: When each connection is to be looked after.
         rate: How many messages each connection may send.
+        streams: An application's own.
     """
 
     path: str
@@ -106,6 +108,7 @@ class Hub:
             lambda self: MessageRate(self.limits, trio.current_time), takes_self=True
         )
     )
+    streams: Streams = attrs.field(factory=Streams)
     _told_unavailable_at: float = -math.inf
     _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 

@@ -189,6 +189,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ 数据源变更监听出错: {error} - {delay}秒后重试",
         "❌ The watch over the source failed: {error} - next try in {delay} s",
     ),
+    "stream_failed": (
+        "service",
+        "❌ 数据流{channel}出错: {error} - {delay}秒后重启",
+        "❌ The stream {channel} failed: {error} - started again in {delay} s",
+    ),
     "publish_failed": (
         "service",
         "❌ 数据源发布的{channel}无法推送: {error}",

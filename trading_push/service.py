@@ -20,7 +20,7 @@ from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.demand import Demand, Session
-from trading_push.errors import CloseCode, PayloadError
+from trading_push.errors import CloseCode, PayloadError, ServiceClosed
 from trading_push.feed import MarketFeed
 from trading_push.hub import Hub
 from trading_push.poller import FetchContext, Poller
@@ -28,11 +28,13 @@ from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
+from trading_push.streams import SharedStream, Stream
 from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,
     Channel,
     Channels,
+    Kind,
     Topic,
     symbol_of,
 )
@@ -55,6 +57,7 @@ class Statistics:
         subscribers_by_symbol: Subscribed users by symbol.
         topics: How many topics with a value are live, stale or down, by channel; all symbols are
             `ticker`.
+        streams: How many generators of streams run.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
         failures: How often each part of the service has raised and was started again (or, of a
@@ -69,6 +72,7 @@ class Statistics:
     subscribers_by_data_type: dict[str, int]
     subscribers_by_symbol: dict[str, int]
     topics: dict[str, dict[State, int]]
+    streams: int
     ledger: Ledger
     failing_fetches: int
     failures: dict[str, int]
@@ -154,7 +158,7 @@ class PushService:
                 else None
             ),
         )
-        self._registry = Registry(channels, on_watched=self._demand.watched, on_leave=on_leave)
+        self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
         self._broker = MemoryBroker(channels, self._registry.publish)
         self._failures: Counter[str] = Counter()
         turn = trio.Lock()
@@ -179,6 +183,7 @@ class PushService:
             )
         )
         self._idle_since: dict[Topic, float] = {}
+        self._workers: trio.Nursery | None = None
         self.hub = Hub(
             path=settings.server.path,
             origins=frozenset(settings.server.origins.split()),
@@ -268,10 +273,47 @@ class PushService:
         known = self.hub.channels.get(channel)
         if known is None:
             raise ValueError(f"there is no channel {channel!r}: add it to channels=")
+        if channel in self.hub.streams.own:
+            raise ValueError(f"{channel!r} is a stream: its values come from its generator")
         if known.per_user != (user is not None):
             hint = "give the user" if known.per_user else "leave out the user"
             raise ValueError(f"{channel!r} is {'not ' * (not known.per_user)}per user: {hint}")
         return Topic(channel, None if user is None else str(user))
+
+    def add_stream(
+        self, name: str, stream: Stream, *, shared: bool = False, kind: Kind = "events"
+    ) -> None:
+        """Add a channel whose values an async generator yields. Synchronous.
+
+        A generator runs while it is subscribed. When the subscriber leaves, it is cancelled where
+        it waits and its `finally` is run, in the same task; what that awaits needs a shield of its
+        own, with a deadline. One that raises is logged with its trace and made anew after a growing
+        delay; one that ends is told as `down`, reason `ended`.
+
+        Args:
+            name: As a `Channel`'s.
+            stream: An async generator function of objects that msgspec encodes (attrs, dataclasses,
+                `Decimal`, `datetime`, enums). It is called with the user's id, for each
+                subscription; where `shared`, without arguments, once for all subscribers.
+            shared: Whether one generator serves everyone who subscribes.
+            kind: `events`: each value is delivered, in order, and a generator of one subscription
+                waits for a peer that is slow. `state`: the latest value counts.
+
+        Raises:
+            ConfigurationError: The name cannot be a channel's, or there is one already.
+            ServiceClosed: The service runs no more.
+        """
+        if self._workers is None:
+            raise ServiceClosed("the service runs no more")
+        self.hub.channels.add(Channel(name, kind, per_user=not shared))
+        streams = self.hub.streams
+        if shared:
+            streams.shared[name] = SharedStream(
+                streams, Topic(name), stream, self._broker, self._registry.settle
+            )
+            self._workers.start_soon(streams.shared[name].run)
+        else:
+            streams.own[name] = stream
 
     async def handle_stream(self, stream: trio.abc.Stream) -> None:
         """Serve a WebSocket on a stream, plain or `trio.SSLStream`; the native door.
@@ -380,6 +422,7 @@ class PushService:
             },
             topics=self._broker.states(),
             ledger=attrs.evolve(self._registry.ledger),
+            streams=self.hub.streams.running,
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
             failures={part: count for part, count in self._all_failures() if count},
             connections_stopped=guard.stopped + self.hub.stopped,
@@ -390,6 +433,7 @@ class PushService:
     def _all_failures(self) -> Iterator[tuple[str, int]]:
         yield from self._failures.items()
         yield "clean-up", self._registry.cleanup_failures
+        yield "streams", self.hub.streams.failures
         if self._feed is not None:
             yield "feed", self._feed.failures
 
@@ -426,6 +470,13 @@ class PushService:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self.hub.wait_empty()
 
+    def _watched(self, topic: Topic, watched: bool) -> None:
+        shared = self.hub.streams.shared.get(topic.channel)
+        if shared is not None:
+            shared.watched(watched)
+        else:
+            self._demand.watched(topic, watched)
+
     def _begin_upstream(self, topic: Topic) -> None:
         self._idle_since.pop(topic, None)
         symbol = symbol_of(topic.channel)
@@ -458,6 +509,11 @@ class PushService:
                 self._broker.mark([topic], Status(state, "source_error"))
 
     def _awaits_source(self, topic: Topic) -> bool:
+        streams = self.hub.streams
+        if topic.channel in streams.own:
+            return True
+        if (shared := streams.shared.get(topic.channel)) is not None:
+            return shared.awaited
         poller = self._pollers.get(topic.channel)
         return poller is not None and topic.user is not None and poller.awaits(topic.user)
 
@@ -500,6 +556,7 @@ class PushService:
             nursery.start_soon(self._registry.run)
             try:
                 async with trio.open_nursery() as workers:
+                    self._workers = workers
                     await workers.start(self._demand.run)
                     for name, poller in self._pollers.items():
                         workers.start_soon(self._keep_running, f"{name} poller", poller.run)
@@ -511,6 +568,7 @@ class PushService:
                     workers.start_soon(self._keep_running, "heartbeat", self.hub.timetable.run)
                     task_status.started()
             finally:
+                self._workers = None
                 with trio.CancelScope(shield=True):
                     await self.drain()
                 self._registry.close()

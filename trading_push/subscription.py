@@ -90,6 +90,7 @@ class Subscription(_AtEachDelivery):
     __slots__ = (
         "_backlog",
         "_bytes",
+        "_drained",
         "_dropped",
         "_opened",
         "_parked",
@@ -140,6 +141,7 @@ class Subscription(_AtEachDelivery):
         self._backlog = backlog
         self._bytes = 0
         self._dropped = 0
+        self._drained: trio.Event | None = None
         if max_hz is not None:
             self.throttle(max_hz)
 
@@ -208,8 +210,21 @@ class Subscription(_AtEachDelivery):
         self._opened = False
         if self._pause is not None:
             self._pause.cancel()
+        self._tell_drained()
         self._wake()
         self._aim()
+
+    async def wait_idle(self) -> None:
+        """Wait until the sender task has taken what was offered, or the subscription is closed."""
+        if not (self.idle or self.shut):
+            if self._drained is None:
+                self._drained = trio.Event()
+            await self._drained.wait()
+
+    def _tell_drained(self) -> None:
+        if self._drained is not None:
+            self._drained.set()
+            self._drained = None
 
     def _hold(self, pending: list[Publication]) -> None:
         self._pending = pending
@@ -328,6 +343,7 @@ class Subscription(_AtEachDelivery):
                 owner.begin(self)
             while not self.shut:
                 if self.idle:
+                    self._tell_drained()
                     self._parked = trio.lowlevel.current_task()
                     self._aim()
                     await trio.lowlevel.wait_task_rescheduled(self._unpark)

@@ -94,11 +94,20 @@ class Channels:
 
     def __init__(self, channels: Iterable[Channel]) -> None:
         self._by_name: dict[str, Channel] = {}
+        self._rank: dict[str, int] = {}
         for channel in channels:
-            if channel.name in self._by_name:
-                raise ConfigurationError(f"the channel {channel.name!r} is there twice")
-            self._by_name[channel.name] = channel
-        self._rank = {name: rank for rank, name in enumerate(self._by_name)}
+            self.add(channel)
+
+    def add(self, channel: Channel) -> None:
+        """Know one more, the last in the log's order.
+
+        Raises:
+            ConfigurationError: There is one of that name already.
+        """
+        if channel.name in self._by_name:
+            raise ConfigurationError(f"the channel {channel.name!r} is there twice")
+        self._rank[channel.name] = len(self._by_name)
+        self._by_name[channel.name] = channel
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(self._by_name.values())
