@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import postgres_server
 import pytest
 from support import TESTS, Process, process
 
@@ -63,3 +64,10 @@ def embed(*flags: str, exact_memory: bool = True) -> Iterator[Embedded]:
 def embedded() -> Iterator[Embedded]:
     with embed() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.PostgresServer]:
+    """A server for the whole run: what is in it belongs into a database of the test's own."""
+    with postgres_server.running() as server:
+        yield server
