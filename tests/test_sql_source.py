@@ -242,6 +242,21 @@ async def test_nothing_is_held_between_calls_nor_after_a_cancellation(make: Any)
     assert source._engine.pool.checkedout() == 0
 
 
+async def test_a_statement_ends_at_its_deadline(tmp_path: Path, database: Any) -> None:
+    endless = Query(
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
+        "SELECT max(n) AS n FROM c WHERE :user_id IS NOT NULL"
+    )
+    queries = {"endless": endless, "orders": ORDERS}
+    source = SqlSource(url(tmp_path), queries, threads=1, statement_timeout_s=0.1)
+    with trio.fail_after(30):
+        with pytest.raises(SourceError, match="interrupted") as caught:
+            await source.fetch("1", "endless")
+    assert caught.value.retryable
+    assert decoded(await source.fetch_many(["2"], "orders"))["2"]
+    source.close()
+
+
 async def test_more_fetches_than_threads(make: Any) -> None:
     source = make(threads=2, orders=ORDERS)
     async with trio.open_nursery() as nursery:

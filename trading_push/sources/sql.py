@@ -7,9 +7,12 @@
 4. No URL, password or parameter is in the text of an error.
 5. An SQLite file is opened read-only: a reader can neither make nor change it (a URL with options
    of its own, after a `?`, says itself how).
+6. A thread cannot be cancelled, so a statement has a deadline that the database itself holds:
+   PostgreSQL and an SQLite file have `statement_timeout_s`. For another database the driver's own
+   time-out belongs into the URL (`?read_timeout=30` for PyMySQL), or to the role that reads.
 
 User ids are bound as untyped strings, so that the database compares them with a column of its own
-type. A thread cannot be cancelled: where the driver knows a time-out, it belongs into the URL.
+type.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import math
 import re
 import sqlite3
 import threading
+import time
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -37,6 +41,7 @@ from sqlalchemy import (
     TextClause,
     bindparam,
     create_engine,
+    event,
     make_url,
     text,
 )
@@ -46,13 +51,27 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleErr
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import Query
 
-__all__ = ["SqlSource"]
+__all__ = ["SqlSource", "parse"]
 
 # Databases bound the parameters of one statement (the lowest bound in use is about 2,000, and a
 # query may name the list twice); more users are read in several queries on the same connection.
 IDS_PER_QUERY = 500
 
 BUSY_TIMEOUT_S = 5.0
+
+# How libpq (section 34.1.2 of PostgreSQL's manual) is told to give up: on a server that does not
+# answer a connect, and on one that has vanished in the midst of an answer. The URL goes before it.
+_LIBPQ = {
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "25000",
+    "application_name": "trading_push",
+}
+
+# SQLite looks at the clock after so many steps of its virtual machine, about 10 ms of them.
+_STEPS = 1_000_000
 
 # What may go into the JSON as it is; a row of nothing else needs no look at its values.
 _PLAIN = frozenset({str, int, bool, type(None)})
@@ -82,20 +101,28 @@ class SqlSource:
             `?` goes into a `sqlalchemy.URL`.
         queries: A query for each data type. A type without one has nothing to say.
         threads: How many fetches may run at the same time, each with a connection.
+        statement_timeout_s: How long PostgreSQL, or an SQLite file, may take for one query.
 
     Raises:
         ConfigurationError: The URL, its driver or a query's shape is wrong.
     """
 
-    def __init__(self, url: str | URL, queries: Mapping[str, Query], *, threads: int = 4) -> None:
+    def __init__(
+        self,
+        url: str | URL,
+        queries: Mapping[str, Query],
+        *,
+        threads: int = 4,
+        statement_timeout_s: float = 30,
+    ) -> None:
         self._plans = {name: _plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
-        self._url = _parse(url)
+        self._url = parse(url)
         # Python's driver gives the interpreter away at each row: two threads that read rows at the
         # same time do little else than hand it to each other.
         self._one_reads: AbstractContextManager[Any]
         self._one_reads = threading.Lock() if _is_sqlite_file(self._url) else nullcontext()
-        self._engine = _engine(self._url, threads)
+        self._engine = _engine(self._url, threads, statement_timeout_s)
         self._closed = False
 
     async def check(self) -> None:
@@ -176,16 +203,23 @@ class SqlSource:
                 "correct the database's url, or start the database"
             ) from None
 
-    def _first_line(self, error: SQLAlchemyError) -> str:
+    def _first_line(self, error: Exception) -> str:
         """What the driver said, in one line. SQLAlchemy's own text holds the parameters."""
-        cause = error.orig if isinstance(error, DBAPIError) and error.orig else None
+        cause: BaseException | None = error
+        if isinstance(error, SQLAlchemyError):
+            cause = error.orig if isinstance(error, DBAPIError) else None
         lines = str(cause or "").strip().splitlines()
         line = lines[0] if lines else type(cause or error).__name__
         password = self._url.password
         return line.replace(str(password), "***") if password else line
 
 
-def _parse(url: str | URL) -> URL:
+def parse(url: str | URL) -> URL:
+    """The URL, with what libpq needs to give up in time.
+
+    Raises:
+        ConfigurationError: It cannot be read, or names no SQLite file.
+    """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -198,6 +232,8 @@ def _parse(url: str | URL) -> URL:
         raise ConfigurationError(
             "the database's url names no file: give one like sqlite:////path/to/file"
         )
+    if parsed.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        return parsed.set(query={**_LIBPQ, **parsed.query})
     return parsed
 
 
@@ -206,7 +242,7 @@ def _is_sqlite_file(url: URL) -> bool:
     return url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
 
 
-def _engine(url: URL, threads: int) -> Engine:
+def _engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
     options: dict[str, Any] = {
         "pool_size": threads,
         "max_overflow": 0,
@@ -214,21 +250,54 @@ def _engine(url: URL, threads: int) -> Engine:
         # Every fetch is reading alone: no transaction to begin and roll back around it.
         "isolation_level": "AUTOCOMMIT",
     }
+    backend = url.get_backend_name()
     if _is_sqlite_file(url):
         options["creator"] = lambda: _open_sqlite(str(url.database))
-    elif url.get_backend_name() != "sqlite":
+    elif backend != "sqlite":
         options["pool_pre_ping"] = True
+    if backend == "postgresql":
+        # JSON goes on as the server wrote it: as floats its numbers would lose digits.
+        options["json_deserializer"] = msgspec.Raw
     try:
-        return create_engine(url, **options)
-    except (NoSuchModuleError, ModuleNotFoundError):
+        engine = create_engine(url, **options)
+    except (NoSuchModuleError, ImportError):
         raise ConfigurationError(
-            f"there is no driver {url.drivername!r} for the database's url: "
-            "install it, or name another (as in postgresql+psycopg://)"
+            f"there is no driver {url.drivername!r} for the database's url: {_advice(backend)}"
         ) from None
     except (SQLAlchemyError, TypeError, ValueError):
         raise ConfigurationError(
             f"the database's url is not one for {url.drivername!r}: correct it"
         ) from None
+    if _is_sqlite_file(url):
+        event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
+    elif backend == "postgresql":
+        event.listen(engine, "connect", _postgres_deadline(statement_timeout_s))
+    return engine
+
+
+def _advice(backend: str) -> str:
+    if backend == "postgresql":
+        return "pip install 'trading_push[postgres]', and begin the url with postgresql+psycopg://"
+    return "install it, or name another (as in postgresql+psycopg://)"
+
+
+def _postgres_deadline(seconds: float) -> Callable[..., None]:
+    def on_connect(connection: Any, _record: object) -> None:
+        # Not among the options of the connect, which a URL may have, and a pooler refuses.
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(f"SET statement_timeout = {round(seconds * 1000)}")
+        connection.commit()  # else a driver that has begun a transaction takes it back
+
+    return on_connect
+
+
+def _sqlite_deadline(seconds: float) -> Callable[..., None]:
+    def before_execute(connection: Connection, *_: object) -> None:
+        end = time.monotonic() + seconds
+        driver: Any = connection.connection.driver_connection
+        driver.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
+
+    return before_execute
 
 
 def _open_sqlite(path: str) -> sqlite3.Connection:
@@ -348,6 +417,8 @@ def _convert(plan: _Plan, column: str, value: Any) -> Any:
         # From the parts: a float of seconds would round the last digit.
         since = moment - datetime(1970, 1, 1, tzinfo=UTC)
         return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
+    if isinstance(value, list):  # an array
+        return [_convert(plan, column, each) for each in value]
     return value
 
 
