@@ -18,9 +18,17 @@ from typing import Any
 import attrs
 import msgspec
 import trio
-from support import SIX, TESTS, client, free_port, process, serving, trio_client
+from support import PATIENCE_S, SIX, TESTS, client, free_port, process, serving, trio_client
 
-from trading_push import Channel, Principal, SqlSource, Ticker, load_settings, open_push_service
+from trading_push import (
+    Channel,
+    PostgresSource,
+    Principal,
+    SqlSource,
+    Ticker,
+    load_settings,
+    open_push_service,
+)
 from trading_push.settings import Settings
 from trading_push.testing import peer
 
@@ -97,6 +105,44 @@ async def test_configuration_loads_and_its_queries_run(tmp_path, monkeypatch):
         assert msgspec.json.decode(await source.fetch("4", "orders")) == []
     finally:
         source.close()
+
+
+async def test_a_trigger_tells_as_printed(tmp_path, monkeypatch, postgres):
+    monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
+    file = tmp_path / "trading-push.toml"
+    file.write_text(block("notify"), encoding="utf-8")
+    database = load_settings(config=file, flags={}).database
+    postgres.create_database(
+        "as_printed", "CREATE TABLE balances (user_id bigint, asset text, free numeric, locked int)"
+    )
+    postgres.admin(block("trigger"), "as_printed")
+    told, news = trio.open_memory_channel(100)
+
+    class Sink:
+        def missed(self):
+            told.send_nowait("missed")
+
+        def changed(self, changes):
+            for change in changes:
+                told.send_nowait(change)
+
+    url = postgres.url("as_printed")
+    source = PostgresSource(url, database.queries, database.notify_channel)
+    await source.check()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.watch, Sink())
+        with trio.fail_after(PATIENCE_S):
+            assert await news.receive() == "missed"
+            for change, value in (
+                ("INSERT INTO balances VALUES (4, 'BTC', 0.10, 1)", b'"total":"1.10"'),
+                ("UPDATE balances SET free = 2.50 WHERE user_id = 4", b'"total":"3.50"'),
+                ("DELETE FROM balances WHERE user_id = 4", b"[]"),
+            ):
+                await trio.to_thread.run_sync(postgres.admin, change, "as_printed")
+                assert await news.receive() == ("4", "balance")
+                assert value in bytes(await source.fetch("4", "balance"))
+        nursery.cancel_scope.cancel()
+    source.close()
 
 
 class Silent:

@@ -36,6 +36,7 @@ from trading_push.sources.base import (
     WatchedFeed,
     WatchingSource,
 )
+from trading_push.sources.postgres import PostgresSource
 from trading_push.sources.sql import SqlSource
 from trading_push.topics import Channel
 from trading_push.transport.hypercorn_link import install as guard_hypercorn
@@ -59,6 +60,7 @@ __all__ = [
     "PayloadError",
     "Pnl",
     "Position",
+    "PostgresSource",
     "Principal",
     "Push",
     "PushService",

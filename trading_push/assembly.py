@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TypedDict
 
 from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
 from trading_push.errors import ConfigurationError
@@ -13,12 +14,20 @@ from trading_push.settings import Auth, Settings
 from trading_push.sources.base import TickerFeed
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PAPER_QUERIES, open_paper_exchange
+from trading_push.sources.postgres import PostgresSource
 from trading_push.sources.sql import SqlSource
 from trading_push.sources.tape import Tape
 
 __all__ = ["authenticator", "open_configured_service"]
 
 PAPER_FILE = "paper.sqlite3"
+
+
+class _Bounds(TypedDict):
+    """What every source that reads SQL is given."""
+
+    threads: int
+    statement_timeout_s: float
 
 
 def authenticator(settings: Settings) -> Authenticate:
@@ -46,6 +55,7 @@ async def open_configured_service(
         ConfigurationError: The tape, the database or a key cannot be used.
     """
     database, market = settings.database, settings.market
+    bounds = _Bounds(threads=database.threads, statement_timeout_s=database.statement_timeout_s)
     feed: TickerFeed | None = None
     async with AsyncExitStack() as opened:
         if market.tape is not None:
@@ -60,11 +70,13 @@ async def open_configured_service(
                 )
             )
             feed = exchange
-            source = SqlSource(
-                f"sqlite:///{path}", {**PAPER_QUERIES, **database.queries}, threads=database.threads
+            source = SqlSource(f"sqlite:///{path}", {**PAPER_QUERIES, **database.queries}, **bounds)
+        elif database.notify_channel is not None:
+            source = PostgresSource(
+                database.url, database.queries, database.notify_channel, **bounds
             )
         else:
-            source = SqlSource(database.url, database.queries, threads=database.threads)
+            source = SqlSource(database.url, database.queries, **bounds)
         opened.callback(source.close)
         await source.check()
         yield await opened.enter_async_context(

@@ -211,6 +211,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ {part}意外出错: {error} - {delay}秒后重启",
         "❌ The {part} failed: {error} - started again in {delay} s",
     ),
+    "notification_unusable": (
+        "source",
+        "⚠️ 频道{channel}的通知无法解析，已忽略（仅提示一次）: {error} - '{payload}'",
+        "⚠️ A notification on {channel} cannot be read, such are ignored: {error} - '{payload}'",
+    ),
     "tape_bad_lines": (
         "feed",
         "⚠️ 行情录像{path}有{count}行无法解析 - 第{line}行: {error}",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -158,6 +159,11 @@ def _is_host(value: str) -> bool:
 
 def _is_query(value: str) -> bool:
     return ":user_id" in value  # :user_ids too
+
+
+def _is_identifier(value: str) -> bool:
+    # Of capitals, NOTIFY makes small letters and pg_notify() does not; a name has 63 at most.
+    return re.fullmatch("[a-z_][a-z0-9_]{0,62}", value) is not None
 
 
 def _is_json(value: str) -> bool:
@@ -334,6 +340,13 @@ class Database:
     path: Path | None = attrs.field(default=None, validator=optional(file_path))
     queries: dict[str, Query] = attrs.field(factory=dict)
     threads: int = attrs.field(default=4, validator=whole(1, 100))
+    statement_timeout_s: float = attrs.field(default=30, validator=number(0.1))
+    """How long one query may take, where the database can be told (PostgreSQL and SQLite)."""
+    notify_channel: str | None = attrs.field(
+        default=None,
+        validator=optional(text("give a name of a-z, 0-9 and _", _is_identifier)),
+    )
+    """PostgreSQL's channel on which the database tells of changes, so that they push at once."""
 
 
 @attrs.frozen
@@ -392,6 +405,11 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
     if database.url is not None and database.path is not None:
         raise ConfigurationError(
             "database.url and database.path are both set: keep the one to read accounts from"
+        )
+    if database.notify_channel is not None and database.url is None:
+        raise ConfigurationError(
+            "database.notify_channel is set without database.url: set the url of a PostgreSQL "
+            "database, or remove the channel"
         )
     if database.url is not None and not database.queries:
         raise ConfigurationError(

@@ -1,0 +1,181 @@
+"""PostgreSQL as a source that says itself what has changed: LISTEN on a channel, in trio.
+
+1. A notification's payload is a JSON object: `{"user": 4, "type": "balance"}`, the user as a string
+   or a number; without `type` all of the user's data have changed. Other keys are passed over.
+2. Notifications sent while nobody listens are lost for good (PostgreSQL's manual, LISTEN): after
+   each connect, once LISTEN has been confirmed, everything watched is said to be missed.
+3. One connection besides those of the pool is held while there is somebody to watch. It is opened
+   in a worker thread, because libpq looks up names without giving way; from then on it is read
+   through its file descriptor, without a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+from sqlalchemy.engine import URL
+
+from trading_push import logs
+from trading_push.errors import ConfigurationError, SourceError
+from trading_push.settings import Query
+from trading_push.sources.base import ChangeSink
+from trading_push.sources.sql import SqlSource, parse
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+    from psycopg.pq.abc import PGconn
+
+__all__ = ["PostgresSource"]
+
+LISTEN_TIMEOUT_S = 10
+"""How long the server may take to confirm LISTEN."""
+
+
+class _Changed(msgspec.Struct):
+    """What a notification says."""
+
+    user: str | int
+    type: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Changed).decode
+
+
+class PostgresSource(SqlSource):
+    """Reads as `SqlSource` does, and is told of changes by NOTIFY; a `WatchingSource`.
+
+    Args:
+        url: A database of PostgreSQL. Whatever the driver it names, it is read by psycopg 3.
+        queries: A query for each data type.
+        notify_channel: The channel to LISTEN on.
+        threads: How many fetches may run at the same time, each with a connection.
+        statement_timeout_s: How long one query may take.
+
+    Raises:
+        ConfigurationError: The URL, its driver or a query's shape is wrong, or psycopg is missing.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        queries: Mapping[str, Query],
+        notify_channel: str,
+        *,
+        threads: int = 4,
+        statement_timeout_s: float = 30,
+    ) -> None:
+        parsed = parse(url)
+        if parsed.get_backend_name() != "postgresql":
+            raise ConfigurationError(
+                "only PostgreSQL has a notify_channel: give a url like "
+                "postgresql+psycopg://user:password@host/name, or no notify_channel"
+            )
+        super().__init__(
+            parsed.set(drivername="postgresql+psycopg"),
+            queries,
+            threads=threads,
+            statement_timeout_s=statement_timeout_s,
+        )
+        import psycopg  # an extra of the package: without it we would not have come here
+
+        self._psycopg = psycopg
+        self._channel = notify_channel
+        # What is given up still counts, so that no more than one is ever being opened.
+        self._opening = trio.CapacityLimiter(1)
+        self._told = False
+
+    async def watch(self, sink: ChangeSink) -> None:
+        """Tell the sink of what is notified, until cancelled; see `WatchingSource`.
+
+        Cancellation closes the connection; one that a thread is just opening, the thread closes.
+
+        Raises:
+            SourceError: The connection could not be made, or is lost.
+        """
+        try:
+            await self._listen(sink)
+        except self._psycopg.Error as error:
+            raise SourceError(self._first_line(error)) from None
+        except trio.TooSlowError:
+            raise SourceError(f"no answer to LISTEN within {LISTEN_TIMEOUT_S} s") from None
+
+    async def _listen(self, sink: ChangeSink) -> None:
+        opened: list[Connection[Any]] = []
+        lock = threading.Lock()
+        left = False
+
+        def connect() -> None:
+            connection = self._connect()
+            with lock:
+                opened.append(connection)
+                if left:  # given up while it was being opened
+                    connection.close()
+
+        try:
+            await trio.to_thread.run_sync(connect, abandon_on_cancel=True, limiter=self._opening)
+            (connection,) = opened
+            server = connection.pgconn
+            with trio.fail_after(LISTEN_TIMEOUT_S):
+                await _command(server, f'LISTEN "{self._channel}"')
+            sink.missed()
+            while True:
+                # Looked at before the first wait: some may have come along with an earlier answer.
+                changes = []
+                while (notification := server.notifies()) is not None:
+                    changes += self._changes(notification.extra)
+                if changes:
+                    sink.changed(changes)
+                    # TLS may hold more where the socket has nothing: read again before a wait.
+                    await trio.lowlevel.checkpoint()
+                else:
+                    await trio.lowlevel.wait_readable(server.socket)
+                server.consume_input()
+        finally:
+            with lock:
+                left = True
+                for connection in opened:
+                    if not connection.broken:  # libpq has closed the socket of a broken one
+                        trio.lowlevel.notify_closing(connection.fileno())
+                    connection.close()
+
+    def _connect(self) -> Connection[Any]:
+        """A new connection; runs in a worker thread, no longer than its time-out (rule 3)."""
+        _, parameters = self._engine.dialect.create_connect_args(self._url)
+        # JSON is UTF-8, whatever the database's own encoding.
+        return self._psycopg.Connection.connect(**{**parameters, "client_encoding": "utf8"})
+
+    def _changes(self, payload: bytes) -> list[tuple[str, str]]:
+        try:
+            changed = _decode(payload)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            if not self._told:
+                self._told = True
+                text = payload.decode(errors="replace")
+                logs.emit(
+                    logs.line(
+                        "notification_unusable", channel=self._channel, payload=text, error=error
+                    )
+                )
+            return []
+        types = self._plans if changed.type is None else (changed.type,)
+        return [(str(changed.user), data_type) for data_type in types]
+
+
+async def _command(server: PGconn, command: str) -> None:
+    """Run a command that returns no rows."""
+    server.send_query(command.encode())  # it fits into the empty buffer of a new socket
+    error = b""
+    while True:
+        while server.is_busy():
+            await trio.lowlevel.wait_readable(server.socket)
+            server.consume_input()
+        result = server.get_result()
+        if result is None:
+            break
+        error = error or result.error_message
+    if error:
+        raise SourceError(error.decode(errors="replace").splitlines()[0])
