@@ -462,6 +462,37 @@ async def test_a_subscriber_sees_another_program_s_change_also_after_a_restart(
             await free_becomes(value)
 
 
+async def test_a_notified_change_reaches_a_client_within_milliseconds(
+    make: Any, postgres: PostgresServer, database: str
+) -> None:
+    settings = Settings(
+        jwt_secret=SECRET,
+        intervals=Intervals(balance=600),
+        database=Database(
+            url=postgres.url(database), queries={"balance": BALANCE}, notify_channel=CHANNEL
+        ),
+    )
+    took = []
+    postgres.admin("GRANT UPDATE ON balances TO PUBLIC", database)  # this once, by the reader
+    notify = f"""SELECT pg_notify('{CHANNEL}', '{{"user": 5, "type": "balance"}}')"""
+    async with (
+        assembly.open_configured_service(settings) as service,
+        hypercorn_serving(service) as port,
+        trio_client(port, 5, "balance") as client,
+    ):
+        with make()._engine.connect() as session, trio.fail_after(PATIENCE_S):
+            await client.push()
+            for number in range(101):
+                began = trio.current_time()
+                session.exec_driver_sql(f"UPDATE balances SET free = {number} WHERE user_id = 5")
+                session.exec_driver_sql(notify)
+                data = (await client.push())["data"]
+                took.append((trio.current_time() - began) * 1000)
+                assert data[0]["free"] == str(number)
+    print(f"\nUPDATE to client: median {statistics.median(took):.2f} ms, worst {max(took):.2f} ms")
+    assert statistics.median(took) < 50
+
+
 # --- what is wrong is said, without the password --------------------------------------------------
 
 
