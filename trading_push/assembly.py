@@ -13,7 +13,7 @@ from trading_push.service import PushService, open_push_service
 from trading_push.settings import Auth, Settings
 from trading_push.sources.base import TickerFeed
 from trading_push.sources.market import SimulatedMarket
-from trading_push.sources.paper import PAPER_QUERIES, open_paper_exchange
+from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.postgres import PostgresSource
 from trading_push.sources.sql import SqlSource
 from trading_push.sources.tape import Tape
@@ -70,7 +70,7 @@ async def open_configured_service(
                 )
             )
             feed = exchange
-            source = SqlSource(f"sqlite:///{path}", {**PAPER_QUERIES, **database.queries}, **bounds)
+            source: SqlSource = PaperSource(path, database.queries, **bounds)
         elif database.notify_channel is not None:
             source = PostgresSource(
                 database.url, database.queries, database.notify_channel, **bounds

@@ -593,7 +593,7 @@ async def open_push_service(
         settings: Intervals, limits, keys.
         feed: Where tickers come from; None where they are published.
         authenticate: Takes a token, returns its `Principal`; None checks JWTs by the settings.
-        channels: The application's own, after balance, positions, pnl and orders.
+        channels: The application's own, after balance, positions, pnl, orders and fills.
         fetch_context: A context manager factory, opened anew round each call of the source.
         user_session: Takes a user's id, returns an async context manager: entered when the user's
             first watcher comes, left when the last one has gone, after `limits.watch_linger_s`; for
@@ -615,6 +615,7 @@ async def open_push_service(
         Channel(name, interval_s=getattr(settings.intervals, name) if source else None)
         for name in BUILTIN_CHANNELS
     ]
+    builtin.append(Channel("fills", "events"))
     service = PushService(
         settings,
         source,

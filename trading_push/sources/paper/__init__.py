@@ -13,13 +13,14 @@ The law, to the last decimal, for every user and after every committed transacti
 4. Decimals are TEXT in plain notation, computed here; SQL does no arithmetic.
 5. One process trades on a file (a lock beside it says which); another one only reads.
 
-Imports run one way: book -> traders, schema -> ledger -> file -> law, exchange.
+Imports run one way: book -> traders, schema -> ledger -> file -> law, exchange, source.
 """
 
 from trading_push.sources.paper.book import Account, Book, OrderRefused
 from trading_push.sources.paper.exchange import PaperExchange, open_paper_exchange
 from trading_push.sources.paper.law import check_law
 from trading_push.sources.paper.schema import PAPER_QUERIES
+from trading_push.sources.paper.source import PaperSource
 
 __all__ = [
     "PAPER_QUERIES",
@@ -27,6 +28,7 @@ __all__ = [
     "Book",
     "OrderRefused",
     "PaperExchange",
+    "PaperSource",
     "check_law",
     "open_paper_exchange",
 ]
