@@ -145,6 +145,15 @@ async def test_a_trigger_tells_as_printed(tmp_path, monkeypatch, postgres):
     source.close()
 
 
+def test_http_configuration_loads(tmp_path, monkeypatch):
+    # test_http_source.py serves it.
+    monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
+    file = tmp_path / "trading-push.toml"
+    file.write_text(block("http"), encoding="utf-8")
+    http = load_settings(config=file, flags={}).http
+    assert (http.pointer, http.headers) == ("/data", {"X-Api-Version": "2"})
+
+
 class Silent:
     async def fetch(self, user_id: str, data_type: str) -> None:
         return None

@@ -30,6 +30,7 @@ from trading_push.settings import (
 )
 
 SECRET = "0123456789abcdef0123456789abcdef"
+HTTP = "http://host/{user_id}/{data_type}"
 SQL = "SELECT user_id, asset FROM balances WHERE user_id IN :user_ids"
 
 
@@ -180,6 +181,25 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[database]\nnotify_channel = 'Trades'", "give a name of a-z, 0-9 and _"),
         (f"[database]\nnotify_channel = '{'a' * 64}'", "give a name of a-z, 0-9 and _"),
         ("[database]\nstatement_timeout_s = 0", "give a number, 0.1 to"),
+        (f"[http]\nurl = '{HTTP}'\n[database]\nurl = 'sqlite://'", "are both set"),
+        (f"[http]\nurl = '{HTTP}'\n[database]\npath = 'a'", "are both set"),
+        ("[http]\nbatch_url = 'http://h/{user_ids}/{data_type}'", "is set without http.url"),
+        (
+            "[http]\nurl = 'http://me:hunter2@h/{user_id}/{data_type}'",
+            "http.url is not usable: give",
+        ),
+        ("[http]\nurl = 'http://h/{user_id}'", "{user_id} and {data_type} in it"),
+        (f"[http]\nbatch_url = '{HTTP}'", "{user_ids} and {data_type} in it"),
+        ("[http]\npointer = 'data'", "http.pointer is 'data': give a JSON pointer"),
+        ("[http]\npointer = '/~2'", "http.pointer is '/~2'"),
+        ("[http]\ntoken = 'hunter2 x'", "http.token is not usable"),
+        ("[http]\ntimeout_s = 0", "http.timeout_s is 0"),
+        ("[http]\nconnections = 0", "http.connections is 0"),
+        ("[http]\nheaders = 'X: hunter2'", "write a table [http.headers]"),
+        ("[http.headers]\nX = 5", "http.headers.X is not usable"),
+        ('[http.headers]\nX = "hunter2\\nY"', "http.headers.X is not usable"),
+        ("[http.headers]\n'a b' = '5'", "no name that HTTP knows"),
+        ("[http.headers]\nHost = 'h'", "http.headers.Host is not for you to set"),
         ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
         ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
         ("[database.queries.balance]\nsql = 'SELECT 1'", "it must select by :user_ids"),
@@ -198,8 +218,9 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         from_file(config, toml)
     assert says in refusal(error)
     # Two settings that do not go together may come from two places.
-    together = ("are both set", "without queries", "without database.url")
+    together = ("are both set", "without queries", "without database.url", "set without")
     assert any(each in says for each in together) or str(config) in refusal(error)
+    assert "hunter2" not in refusal(error)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +236,7 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         ("PORT", "1", "TRADING_PUSH_PORT is no setting: did you mean TRADING_PUSH_SERVER_PORT?"),
         ("JWT_SECRT", "1", "did you mean TRADING_PUSH_JWT_SECRET?"),
         ("CONFG", "1", "did you mean TRADING_PUSH_CONFIG?"),
+        ("HTTP_HEADERS", "X=hunter2", "TRADING_PUSH_HTTP_HEADERS: http.headers is not usable"),
         ("DATABASE_QUERIES", "1", "TRADING_PUSH_DATABASE_QUERIES: database.queries"),
     ],
 )
@@ -250,6 +272,17 @@ def test_secrets_do_not_show_in_a_repr(config: Path) -> None:
     )
     assert SECRET not in repr(settings)
     assert "pass" not in repr(settings)
+
+
+def test_the_http_token_comes_from_the_environment_and_does_not_show(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRADING_PUSH_HTTP_TOKEN", "t0ken")
+    settings = from_file(config, f"[http]\nurl = '{HTTP}?key=s3cret'\nheaders = {{X = 'k3y'}}")
+    assert settings.http.token == "t0ken"
+    assert settings.http.headers == {"X": "k3y"}
+    for hidden in ("t0ken", "s3cret", "k3y"):
+        assert hidden not in repr(settings)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, config: Path) -> None:
@@ -312,14 +345,18 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
     assert set(examples["database"].pop("queries")["balance"]) == {
         field.name for field in attrs.fields(Query)
     }
+    assert examples["http"].pop("headers")
     named = {
         f"{section}.{name}" if isinstance(table, dict) else section
         for section, table in examples.items()
         for name in (table if isinstance(table, dict) else [""])
     }
     assert named == {name for name, default in every_setting().items() if default is None}
-    usable = re.sub(r"(?m)^#! (?!jwt_secret|path)", "", text)  # `path` and `url` exclude each other
+    # Of the three places that accounts are read from, each excludes the others.
+    usable = re.sub(r"(?m)^#! (?!jwt_secret|path|(batch_)?url = \"https)", "", text)
     assert from_file(config, usable).database.queries["balance"].empty == "[]"
+    usable = re.sub(r"(?m)^#! (?!jwt_secret|path|notify_channel|url = \"postgresql)", "", text)
+    assert from_file(config, usable).http.headers == {"X-Api-Version": "2"}
 
 
 # The first text takes a while where hypothesis has not yet cached its tables of Unicode.

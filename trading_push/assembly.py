@@ -1,17 +1,17 @@
-"""A service as its settings say: which source, which market, which key to check tokens with."""
+"""A service as its settings say: which accounts, which market, which key to check tokens with."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
-from trading_push.settings import Auth, Settings
-from trading_push.sources.base import TickerFeed
+from trading_push.settings import Auth, Database, Http, Market, Settings
+from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.postgres import PostgresSource
@@ -21,13 +21,6 @@ from trading_push.sources.tape import Tape
 __all__ = ["authenticator", "open_configured_service"]
 
 PAPER_FILE = "paper.sqlite3"
-
-
-class _Bounds(TypedDict):
-    """What every source that reads SQL is given."""
-
-    threads: int
-    statement_timeout_s: float
 
 
 def authenticator(settings: Settings) -> Authenticate:
@@ -48,37 +41,17 @@ async def open_configured_service(
 ) -> AsyncIterator[PushService]:
     """Run the service that the settings describe while the context is open.
 
-    With `database.url` the accounts are read from there; otherwise a paper exchange trades, on the
-    simulated market or on the tape.
+    Accounts are read from the one place that is set (`database.url`, `http.url`); where none is, a
+    paper exchange trades, on the simulated market or on the market that is set.
 
     Raises:
-        ConfigurationError: The tape, the database or a key cannot be used.
+        ConfigurationError: The market, the place of the accounts or a key cannot be used.
     """
-    database, market = settings.database, settings.market
-    bounds = _Bounds(threads=database.threads, statement_timeout_s=database.statement_timeout_s)
-    feed: TickerFeed | None = None
     async with AsyncExitStack() as opened:
-        if market.tape is not None:
-            tape = Tape(market.tape, market.speed, market.loop)
-            await tape.open()
-            feed = tape
-        if database.url is None:
-            path = database.path or _default_path()
-            exchange = await opened.enter_async_context(
-                open_paper_exchange(
-                    path, market=feed or SimulatedMarket(market.seed), seed=market.seed
-                )
-            )
-            feed = exchange
-            source: SqlSource = PaperSource(path, database.queries, **bounds)
-        elif database.notify_channel is not None:
-            source = PostgresSource(
-                database.url, database.queries, database.notify_channel, **bounds
-            )
-        else:
-            source = SqlSource(database.url, database.queries, **bounds)
-        opened.callback(source.close)
-        await source.check()
+        feed = await _market(settings.market)
+        source = await _accounts(settings, opened)
+        if source is None:
+            source, feed = await _paper_exchange(settings, feed, opened)
         yield await opened.enter_async_context(
             open_push_service(
                 source,
@@ -87,6 +60,71 @@ async def open_configured_service(
                 authenticate=authenticate or authenticator(settings),
             )
         )
+
+
+async def _market(market: Market) -> TickerFeed | None:
+    """The market that is set; None where the paper exchange has its simulated one."""
+    if market.tape is None:
+        return None
+    tape = Tape(market.tape, market.speed, market.loop)
+    await tape.open()
+    return tape
+
+
+async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None:
+    """Where the settings say that accounts come from; None for the paper exchange."""
+    if settings.database.url is not None:
+        return await _checked(_database(settings.database.url, settings.database), opened)
+    if settings.http.url is not None:
+        return _http(settings.http.url, settings.http, opened)
+    return None
+
+
+def _database(url: str, database: Database) -> SqlSource:
+    if database.notify_channel is not None:
+        return PostgresSource(url, database.queries, database.notify_channel, **_bounds(database))
+    return SqlSource(url, database.queries, **_bounds(database))
+
+
+def _bounds(database: Database) -> dict[str, Any]:
+    return {"threads": database.threads, "statement_timeout_s": database.statement_timeout_s}
+
+
+async def _checked(source: SqlSource, opened: AsyncExitStack) -> SqlSource:
+    opened.callback(source.close)
+    await source.check()
+    return source
+
+
+def _http(url: str, http: Http, opened: AsyncExitStack) -> Source:
+    # It needs a library that is not installed with this one.
+    from trading_push.sources.http import HttpBatchSource, HttpSource
+
+    options: dict[str, Any] = {
+        "headers": http.headers,
+        "token": http.token,
+        "pointer": http.pointer,
+        "timeout_s": http.timeout_s,
+        "connections": http.connections,
+    }
+    if http.batch_url is None:
+        source = HttpSource(url, **options)
+    else:
+        source = HttpBatchSource(url, http.batch_url, **options)
+    opened.push_async_callback(source.aclose)
+    return source
+
+
+async def _paper_exchange(
+    settings: Settings, market: TickerFeed | None, opened: AsyncExitStack
+) -> tuple[Source, TickerFeed]:
+    database, seed = settings.database, settings.market.seed
+    path = database.path or _default_path()
+    exchange = await opened.enter_async_context(
+        open_paper_exchange(path, market=market or SimulatedMarket(seed), seed=seed)
+    )
+    source = PaperSource(path, database.queries, **_bounds(database))
+    return await _checked(source, opened), exchange
 
 
 def _default_path() -> Path:

@@ -33,6 +33,7 @@ __all__ = [
     "ENVIRONMENT_PREFIX",
     "Auth",
     "Database",
+    "Http",
     "Intervals",
     "Limits",
     "Log",
@@ -54,6 +55,9 @@ _OTHER_VARIABLES = (
 
 SECRET_BYTES = 32
 """How long the secret of HS256 is at least (RFC 7518, section 3.2)."""
+
+DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?:[/?]|$)", re.IGNORECASE)
+"""A piece of a URL's path that leads up, or nowhere (RFC 3986, section 5.2.4)."""
 
 optional = attrs.validators.optional
 Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -155,6 +159,65 @@ def _is_url(value: str) -> bool:
 
 def _is_host(value: str) -> bool:
     return len(value.split()) == 1 and value.isprintable() and "/" not in value
+
+
+def _url_template(*names: str) -> Check:
+    """A check for an http(s) URL whose path or query holds each of these names in braces.
+
+    There may be no user and password in it, no fragment, no `.` or `..`, and nothing but what
+    RFC 3986 lets stand there.
+    """
+    piece = "|".join((r"[\w.~!$&'()*+,;=:@/?-]", "%[0-9A-Fa-f]{2}", *(f"{{{n}}}" for n in names)))
+    host = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+    url = re.compile(f"https?://{host}/(?:{piece})*", re.ASCII)
+    in_braces = [f"{{{name}}}" for name in names]
+    return text(
+        f"give one like https://host/path with {' and '.join(in_braces)} in it, and without a user "
+        "or password (http.token is for a token)",
+        lambda value: (
+            url.fullmatch(value) is not None
+            and all(name in value for name in in_braces)
+            and not DOT_SEGMENT.search(value)
+            and int((_PORT.match(value) or ["", "80"])[1]) in range(1, 65536)
+        ),
+    )
+
+
+_PORT = re.compile(r"https?://[^/]*:([0-9]+)/")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+# What the source says itself, or HTTP says.
+_OWN_HEADERS = frozenset(
+    {
+        *("accept-encoding", "connection", "content-length", "host", "if-none-match"),
+        *("te", "transfer-encoding", "upgrade"),
+    }
+)
+
+
+def _headers(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, dict):
+        raise _refuse(attribute, value, "write a table [http.headers] in the configuration file")
+    for name, text_ in value.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ConfigurationError(f"{attribute.name}: one has no name that HTTP knows")
+        if name.lower() in _OWN_HEADERS:
+            raise ConfigurationError(f"{attribute.name}.{name} is not for you to set: remove it")
+        if (
+            not isinstance(text_, str)
+            or text_ != text_.strip()
+            or not (text_.isascii() and text_.isprintable())
+        ):
+            raise ConfigurationError(
+                f"{attribute.name}.{name} is not usable: give a text of ASCII characters"
+            )
+
+
+def _is_token(value: str) -> bool:
+    return bool(value) and value.isascii() and value.isprintable() and " " not in value
+
+
+def _is_pointer(value: str) -> bool:
+    return re.fullmatch(r"(?:/(?:[^~/]|~[01])*)*", value) is not None  # RFC 6901, section 3
 
 
 def _is_query(value: str) -> bool:
@@ -350,6 +413,31 @@ class Database:
 
 
 @attrs.frozen
+class Http:
+    """The HTTP service that accounts are read from."""
+
+    url: str | None = attrs.field(
+        default=None, repr=False, validator=optional(_url_template("user_id", "data_type"))
+    )
+    batch_url: str | None = attrs.field(
+        default=None, repr=False, validator=optional(_url_template("user_ids", "data_type"))
+    )
+    """Where many users are read in one request."""
+    pointer: str = attrs.field(
+        default="", validator=text("give a JSON pointer, like /data", _is_pointer)
+    )
+    """Where in an answer the data are (RFC 6901); empty is the whole answer."""
+    token: str | None = attrs.field(
+        default=None,
+        repr=False,
+        validator=optional(text("give the token as it stands behind `Bearer`", _is_token)),
+    )
+    headers: dict[str, str] = attrs.field(factory=dict, repr=False, validator=_headers)
+    timeout_s: float = attrs.field(default=10, validator=number(0.1))
+    connections: int = attrs.field(default=20, validator=whole(1, 1000))
+
+
+@attrs.frozen
 class Log:
     """The log lines' language and format; they go to standard error, and to `file` as well."""
 
@@ -371,6 +459,7 @@ class Settings:
     limits: Limits = attrs.field(factory=Limits)
     market: Market = attrs.field(factory=Market)
     database: Database = attrs.field(factory=Database)
+    http: Http = attrs.field(factory=Http)
     log: Log = attrs.field(factory=Log)
 
 
@@ -401,16 +490,24 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
         )
     except TsError as error:  # pragma: no cover - what the loaders let through, nothing known
         raise ConfigurationError(" ".join(str(error).split())) from error
-    database = settings.database
-    if database.url is not None and database.path is not None:
+    database, http = settings.database, settings.http
+    places = {
+        "database.url": database.url,
+        "database.path": database.path,
+        "http.url": http.url,
+    }
+    given = [name for name, value in places.items() if value is not None]
+    if len(given) > 1:
         raise ConfigurationError(
-            "database.url and database.path are both set: keep the one to read accounts from"
+            f"{given[0]} and {given[1]} are both set: keep the one to read accounts from"
         )
     if database.notify_channel is not None and database.url is None:
         raise ConfigurationError(
             "database.notify_channel is set without database.url: set the url of a PostgreSQL "
             "database, or remove the channel"
         )
+    if http.url is None and http.batch_url is not None:
+        raise ConfigurationError("http.batch_url is set without http.url: give that one as well")
     if database.url is not None and not database.queries:
         raise ConfigurationError(
             "database.url is set without queries: write a table [database.queries.NAME] with the "

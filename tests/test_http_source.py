@@ -1,0 +1,1016 @@
+"""The HTTP source against real services: by Hypercorn, and some that break the rules on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import gzip
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import trio
+import trio.testing
+import trustme
+from support import client, free_port, hypercorn_serving, serving
+from test_readme import block
+
+from trading_push import ConfigurationError, SourceError
+from trading_push.sources.base import BatchSource
+
+pytest.importorskip("asks", reason="asks is installed by the session `http` alone")
+
+from trading_push.sources import http
+from trading_push.sources.http import HttpBatchSource, HttpSource
+
+TOKEN = "t0p-secret.token"
+BALANCE = b'[{"asset": "USDT", "free": 0.10, "total": 12345678901234567890.1234567890}]'
+
+
+# --- a service that keeps the rules, on Hypercorn -----------------------------------------------
+
+
+class Service:
+    """Answers by `answer`, or by the turns in `turns`; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.turns: list[tuple[int, bytes, dict[str, str]]] = []
+        self.answer: Callable[[str], tuple[int, bytes, dict[str, str]]] = lambda path: (
+            200,
+            BALANCE,
+            {},
+        )
+        self.arrived = trio.Event()
+        self.go_on = trio.Event()
+        self.go_on.set()
+        self.port = 0
+
+    def url(self, path: str = "/users/{user_id}/{data_type}") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def say(self, body: bytes, status: int = 200, **headers: str) -> None:
+        """Answer with this from now on; `_` in a header's name stands for `-`."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.answer = lambda path: (status, body, named)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            assert message["type"] == "lifespan.shutdown"
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        query = scope["query_string"].decode()
+        path = scope["raw_path"].decode() + (f"?{query}" if query else "")
+        self.asked.append(path)
+        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        self.arrived.set()
+        await self.go_on.wait()
+        status, body, headers = self.turns.pop(0) if self.turns else self.answer(path)
+        named = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": named})
+        for start in range(0, len(body), 65_536):
+            part = body[start : start + 65_536]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    made = Service()
+    async with hypercorn_serving(made) as made.port:
+        yield made
+
+
+@asynccontextmanager
+async def reading(url: str, **options: Any) -> AsyncIterator[HttpSource]:
+    async with aclosing(HttpSource(url, **options)) as source:
+        yield source
+
+
+# --- a service that does not --------------------------------------------------------------------
+
+
+Script = Callable[["Peer"], Awaitable[None]]
+
+
+class Peer:
+    """One connection of a service that breaks the rules."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.send = stream.send_all
+
+    async def request(self) -> bytes:
+        """The head of the next request; nothing at the end."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            try:
+                data = await self.stream.receive_some()
+            except trio.BrokenResourceError:
+                return b""
+            if not data:
+                return b""
+            head += data
+        return head
+
+    def reset(self) -> None:
+        """Cut the connection as a crash does."""
+        linger = b"\1\0\0\0\0\0\0\0"
+        self.stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, linger)
+        self.stream.socket.close()
+
+
+def ok(body: bytes, *headers: bytes) -> bytes:
+    lines = [b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body), *headers, b"", body]
+    return b"\r\n".join(lines)
+
+
+@asynccontextmanager
+async def scripted(
+    *scripts: Script, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[Any]:
+    """Serve each connection by the next script, the last one again and again; URL and count."""
+    count = 0
+
+    async def handle(stream: trio.SocketStream) -> None:
+        nonlocal count
+        count += 1
+        script = scripts[min(count, len(scripts)) - 1]
+        if tls is None:
+            async with stream:
+                await script(Peer(stream))
+            return
+        held = HeldStream(stream)
+        secured = trio.SSLStream(held, tls, server_side=True, https_compatible=True)
+        async with secured:
+            peer = Peer(secured)
+            peer.held = held
+            await script(peer)
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, handle, 0, host=host))
+        scheme = "https" if tls else "http"
+        port = listener.socket.getsockname()[1]
+        yield f"{scheme}://localhost:{port}/{{user_id}}/{{data_type}}", lambda: count
+        nursery.cancel_scope.cancel()
+
+
+class HeldStream(trio.abc.Stream):
+    """A stream that sends, while it is held, nothing; and then all at once."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._waiting = bytearray()
+        self.hold = False
+
+    async def send_all(self, data: Any) -> None:
+        self._waiting += data
+        if not self.hold:
+            waiting, self._waiting = self._waiting, bytearray()
+            await self._stream.send_all(waiting)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def answering(peer: Peer) -> None:
+    """What a good service does: the path as JSON, on a connection that is kept."""
+    while head := await peer.request():
+        await peer.send(ok(json.dumps(head.split()[1].decode()).encode()))
+
+
+async def failure(source: HttpSource, user: str = "4") -> SourceError:
+    with pytest.raises(SourceError) as caught:
+        await source.fetch(user, "balance")
+    assert TOKEN not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- what is asked, and what is made of the answer ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pointer", "answer"),
+    [
+        ("", b" \r\n" + BALANCE + b"\n"),
+        ("/data", b'{"ok": true, "data" : ' + BALANCE + b' , "x": 1}'),
+        ("/result/1/a~1b~0/ü", '{"result":[0,{"a/b~":{"ü":'.encode() + BALANCE + b"}}]}"),
+        ("/", b'{"":' + BALANCE + b"}"),
+    ],
+)
+async def test_data_go_on_as_they_were_written(
+    service: Service, pointer: str, answer: bytes
+) -> None:
+    service.say(answer, content_type="text/html")
+    async with reading(service.url(), pointer=pointer) as source:
+        value = await source.fetch("4", "balance")
+        assert isinstance(value, msgspec.Raw)
+        assert bytes(value) == BALANCE
+
+
+@pytest.mark.parametrize(
+    ("user", "piece"),
+    [
+        ("4", "4"),
+        ("a/b?c#d", "a%2Fb%3Fc%23d"),
+        ("../../admin", "..%2F..%2Fadmin"),
+        ("%2e%2e", "%252e%252e"),
+        ("...", "..."),
+        ("ü \r\n\t\0", "%C3%BC%20%0D%0A%09%00"),
+        ("{data_type}", "%7Bdata_type%7D"),
+        ("a;b,c&d=e+f", "a%3Bb%2Cc%26d%3De%2Bf"),
+        ("\\@:", "%5C%40%3A"),
+    ],
+)
+async def test_a_user_id_is_one_piece_of_the_url(service: Service, user: str, piece: str) -> None:
+    template = service.url("/v1/users/{user_id}/{data_type}?of={user_id}&x=%20y")
+    async with reading(template) as source:
+        await source.fetch(user, "balance")
+    assert service.asked == [f"/v1/users/{piece}/balance?of={piece}&x=%20y"]
+
+
+@pytest.mark.parametrize("user", ["", ".", "..", "\ud800"])
+async def test_a_user_id_that_no_url_can_hold(service: Service, user: str) -> None:
+    async with reading(service.url()) as source:
+        error = await failure(source, user)
+    assert (error.retryable, "no URL can hold" in str(error)) == (False, True)
+    assert service.asked == []
+
+
+async def test_token_and_headers_are_sent_and_told_nobody(service: Service) -> None:
+    headers = {"X-Key": "k3y", "user-agent": "mine"}
+    async with reading(service.url(), token=TOKEN, headers=headers) as source:
+        await source.fetch("4", "balance")
+        for secret in (TOKEN, "k3y"):
+            assert secret not in repr(source)
+    [sent] = service.headers
+    assert sent["authorization"] == f"Bearer {TOKEN}"
+    assert (sent["x-key"], sent["user-agent"]) == ("k3y", "mine")
+    assert sent["host"] == f"127.0.0.1:{service.port}"
+
+
+async def test_nothing_to_say(service: Service) -> None:
+    async with reading(service.url(), pointer="/data") as source:
+        service.say(b"", 204)
+        assert await source.fetch("4", "balance") is None
+        service.say(b'{"data": null}')
+        assert await source.fetch("4", "balance") is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"<html>",
+        b'{"data": NaN}',
+        b'{"data": [1, 2',
+        b'{"data": [1]} x',
+        b'{"data": "\xff"}',
+        b'{"data": "\\ud800"}',
+        b'{"data": 1e999}',
+        b'{"data": 1, "other": -Infinity}',
+        b'{"data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"data": 1' + b"0" * 5_000 + b"}",
+    ],
+    ids=range(11),
+)
+async def test_what_is_not_json(service: Service, answer: bytes) -> None:
+    service.say(answer, content_type="application/json", etag='"1"')
+    async with reading(service.url(), pointer="/data") as source:
+        error = await failure(source)
+        assert (error.retryable, "is not JSON" in str(error)) == (False, True)
+        service.say(b'{"data": 1}')
+        assert bytes(await source.fetch("4", "balance")) == b"1"
+    assert "if-none-match" not in service.headers[1]
+
+
+@pytest.mark.parametrize(
+    ("pointer", "answer"),
+    [
+        ("/data", b'{"error": "no"}'),
+        ("/data/x", b'{"data": [1]}'),
+        ("/data/01", b'{"data": [1, 2]}'),
+        ("/data/-", b'{"data": [1, 2]}'),
+        ("/data/2", b'{"data": [1, 2]}'),
+        ("/data/0", b'{"data": "text"}'),
+    ],
+)
+async def test_a_pointer_to_nothing(service: Service, pointer: str, answer: bytes) -> None:
+    service.say(answer)
+    async with reading(service.url(), pointer=pointer) as source:
+        error = await failure(source)
+    assert (error.retryable, "has nothing where" in str(error)) == (False, True)
+
+
+# --- ETags --------------------------------------------------------------------------------------
+
+
+async def test_304_is_the_value_that_the_etag_is_of(service: Service) -> None:
+    service.turns = [
+        (200, b'{"data": [0.10]}', {"etag": 'W/"1"'}),
+        (304, b"", {"etag": 'W/"1"'}),
+        (200, b'{"data": [0.20]}', {"etag": '"2"'}),
+        (304, b"", {}),
+        (200, b'{"data": [0.30]}', {}),
+        (200, b'{"data": [0.40]}', {}),
+    ]
+    async with reading(service.url(), pointer="/data") as source:
+        got = [bytes(await source.fetch("4", "balance")) for _ in range(6)]
+    assert got == [b"[0.10]", b"[0.10]", b"[0.20]", b"[0.20]", b"[0.30]", b"[0.40]"]
+    sent = [headers.get("if-none-match") for headers in service.headers]
+    assert sent == [None, 'W/"1"', 'W/"1"', '"2"', '"2"', None]
+
+
+async def test_an_etag_is_of_one_user_and_type(service: Service) -> None:
+    service.say(BALANCE, etag='"1"')
+    async with reading(service.url()) as source:
+        for user, data_type in (("4", "balance"), ("5", "balance"), ("4", "orders")):
+            await source.fetch(user, data_type)
+    assert not any("if-none-match" in headers for headers in service.headers)
+
+
+@pytest.mark.parametrize("etag", ["1", '"1', 'w/"1"', '"a b"', '"' + "x" * 300 + '"'])
+async def test_what_is_no_etag_is_not_sent_back(service: Service, etag: str) -> None:
+    service.say(BALANCE, etag=etag)
+    async with reading(service.url()) as source:
+        await source.fetch("4", "balance")
+        await source.fetch("4", "balance")
+        service.say(b"", 304)
+        assert "answered 304" in str(await failure(source))
+    assert not any("if-none-match" in headers for headers in service.headers)
+
+
+async def test_etags_are_kept_within_bounds(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "KNOWN_BYTES", 1_500)  # room for two
+    service.say(BALANCE, etag='"1"')
+    async with reading(service.url()) as source:
+        for user in ("1", "2", "1", "3", "1", "2", "3"):
+            await source.fetch(user, "balance")
+        service.say(b"1" * 3_000, etag='"1"')
+        await source.fetch("1", "balance")
+        assert source._known._left == 1_500
+    sent = ["if-none-match" in headers for headers in service.headers]
+    assert sent == [False, False, True, False, True, False, False, False]
+
+
+# --- other answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "retryable", "says"),
+    [
+        (202, False, "answered 202"),
+        (206, False, "answered 206"),
+        (301, False, "redirects are not followed: correct http.url"),
+        (307, False, "redirects are not followed"),
+        (400, False, "answered 400"),
+        (401, False, "answered 401: look after http.token"),
+        (403, False, "answered 403: look after http.token"),
+        (404, False, "answered 404"),
+        (408, True, "answered 408"),
+        (429, True, "answered 429"),
+        (500, True, "answered 500"),
+        (502, True, "answered 502"),
+        (503, True, "answered 503"),
+    ],
+)
+async def test_each_status_for_what_it_is(
+    service: Service, status: int, retryable: bool, says: str
+) -> None:
+    async with scripted(answering) as (elsewhere, connections):
+        service.say(b"<html>sorry", status, location=elsewhere.replace("{", "").replace("}", ""))
+        async with reading(service.url(), token=TOKEN) as source:
+            error = await failure(source)
+            assert error.retryable is retryable
+            assert says in str(error)
+            service.say(BALANCE)
+            assert bytes(await source.fetch("4", "balance")) == BALANCE
+        assert connections() == 0
+    assert len(service.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "after", "pause_s"),
+    [
+        (429, "7", 7),
+        (503, "7", 7),
+        (429, "100000", 300),
+        (429, "9" * 5_000, 300),
+        (429, lambda: email.utils.formatdate(time.time() + 100_000, usegmt=True), 300),
+        (503, lambda: email.utils.formatdate(time.time() - 60, usegmt=True), 0),
+        (429, "-5", 0),
+        (429, "soon", 0),
+        (429, "1.5", 0),
+        (429, "Mon, 99 Foo 2026 00:00:00 GMT", 0),
+        (500, "7", 0),
+    ],
+)
+async def test_retry_after_holds_everything_back(
+    service: Service, mock_clock: trio.testing.MockClock, status: int, after: Any, pause_s: float
+) -> None:
+    service.turns = [(status, b"", {"retry-after": after() if callable(after) else after})]
+    async with reading(service.url()) as source:
+        assert (await failure(source)).retryable
+        if pause_s:
+            mock_clock.jump(pause_s - 0.5)
+            error = await failure(source, "5")
+            assert error.retryable
+            assert "asked for a pause, of which 1 s are left" in str(error)
+            assert len(service.asked) == 1
+            mock_clock.jump(0.6)
+        assert await source.fetch("5", "balance") is not None
+
+
+async def test_who_waits_for_a_connection_heeds_the_pause_too(
+    service: Service, mock_clock: trio.testing.MockClock
+) -> None:
+    service.go_on = trio.Event()
+    service.turns = [(429, b"", {"retry-after": "5"})]
+    async with reading(service.url(), connections=1) as source, trio.open_nursery() as nursery:
+        for user in ("1", "2", "3"):
+            nursery.start_soon(failure, source, user)
+        await service.arrived.wait()
+        service.go_on.set()
+    assert len(service.asked) == 1
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_takes_too_long(
+    service: Service, mock_clock: trio.testing.MockClock
+) -> None:
+    service.go_on = trio.Event()
+    async with reading(service.url(), timeout_s=5) as source, trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            error = await failure(source)
+            assert error.retryable
+            assert isinstance(error, trio.TooSlowError)  # told as `source_timeout`
+            assert str(error) == "the HTTP service did not answer within 5 s"
+
+        nursery.start_soon(fail)
+        await service.arrived.wait()
+        mock_clock.jump(5.1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        service.go_on.set()
+
+
+async def test_a_body_that_comes_byte_by_byte(mock_clock: trio.testing.MockClock) -> None:
+    ended = trio.Event()
+
+    async def drip(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await peer.send(b"1")
+                mock_clock.jump(1)
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        ended.set()
+
+    async with scripted(drip) as (url, _), reading(url, timeout_s=10) as source:
+        assert isinstance(await failure(source), trio.TooSlowError)
+        await ended.wait()
+
+
+async def test_waiting_for_a_connection_is_not_on_the_clock(
+    service: Service, mock_clock: trio.testing.MockClock
+) -> None:
+    service.go_on = trio.Event()
+    async with reading(service.url(), timeout_s=5, connections=1) as source:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(source.fetch, "1", "balance")
+            await service.arrived.wait()
+            nursery.start_soon(source.fetch, "2", "balance")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mock_clock.jump(3)
+            service.arrived = trio.Event()
+            service.go_on.set()
+            service.go_on = trio.Event()
+            await service.arrived.wait()
+            mock_clock.jump(3)
+            service.go_on.set()
+        assert len(service.asked) == 2
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+async def test_connections_are_kept_and_bounded(service: Service) -> None:
+    async with reading(service.url(), connections=3) as source:
+        for _ in range(3):
+            async with trio.open_nursery() as nursery:
+                for user in range(20):
+                    nursery.start_soon(source.fetch, str(user), "balance")
+        assert len(service.asked) == 60
+        assert len(connections_to(service.port)) == 3
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await source.aclose()
+        assert connections_to(service.port) == []
+
+
+def connections_to(port: int) -> list[int]:
+    """Our sockets that are connected to a port."""
+    return [
+        each.fd
+        for each in psutil.Process().net_connections("tcp")
+        if each.raddr and each.raddr.port == port
+    ]
+
+
+async def test_a_cancelled_answer_is_never_the_next_one() -> None:
+    half_sent, go_on = trio.Event(), trio.Event()
+
+    async def stop_halfway(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok(b'"first of all"')[:-5])
+        half_sent.set()
+        await go_on.wait()
+        with pytest.raises(trio.BrokenResourceError):
+            for _ in range(100):
+                await peer.send(b' all"' + ok(b'"wrong"'))
+                await trio.sleep(0.01)
+
+    async with scripted(stop_halfway, answering) as (url, connections), reading(url) as source:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(source.fetch, "1", "balance")
+            await half_sent.wait()
+            nursery.cancel_scope.cancel()
+        go_on.set()
+        assert bytes(await source.fetch("2", "balance")) == b'"/2/balance"'
+        assert bytes(await source.fetch("3", "balance")) == b'"/3/balance"'
+        assert connections() == 2
+
+
+@pytest.mark.parametrize("secured", [False, True])
+async def test_an_answer_too_many_is_never_the_next_one(secured: bool) -> None:
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if secured else None
+    trusting = ssl.create_default_context()
+    if tls is not None:
+        authority.issue_cert("localhost").configure_cert(tls)
+        authority.configure_trust(trusting)
+
+    async def answer_twice(peer: Peer) -> None:
+        await peer.request()
+        if secured:  # both arrive together, in two records
+            peer.held.hold = True
+            await peer.send(ok(b'"/1/balance"'))
+            peer.held.hold = False
+            await peer.send(ok(b'"wrong"'))
+        else:
+            await peer.send(ok(b'"/1/balance"'))
+            await first.wait()
+            await peer.send(ok(b'"wrong"'))
+        sent.set()
+        await answering(peer)
+
+    first, sent = trio.Event(), trio.Event()
+    async with (
+        scripted(answer_twice, answering, tls=tls) as (url, connections),
+        reading(url, ssl_context=trusting) as source,
+    ):
+        assert bytes(await source.fetch("1", "balance")) == b'"/1/balance"'
+        first.set()
+        await sent.wait()
+        assert bytes(await source.fetch("2", "balance")) == b'"/2/balance"'
+        assert bytes(await source.fetch("3", "balance")) == b'"/3/balance"'
+        assert connections() == 2
+
+
+async def test_a_service_that_closes_idle_connections() -> None:
+    closed = trio.Event()
+
+    async def close_when_idle(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok(b"1"))
+        await peer.stream.aclose()
+        closed.set()
+
+    async with scripted(close_when_idle, answering) as (url, connections), reading(url) as source:
+        assert bytes(await source.fetch("1", "balance")) == b"1"
+        await closed.wait()
+        assert bytes(await source.fetch("2", "balance")) == b'"/2/balance"'
+        assert connections() == 2
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_connection_that_ends_just_as_it_is_used_again(how: str) -> None:
+    asked = []
+
+    async def end_at_the_second(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(ok(b"1"))
+        asked.append(await peer.request())
+        if how == "reset":
+            peer.reset()
+
+    async with scripted(end_at_the_second, answering) as (url, connections):
+        async with reading(url) as source:
+            assert bytes(await source.fetch("1", "balance")) == b"1"
+            assert bytes(await source.fetch("2", "balance")) == b'"/2/balance"'
+        assert connections() == 2
+    assert asked[0].startswith(b"GET /2/balance")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_body_that_breaks_off(how: str, chunked: bool) -> None:
+    async def break_off(peer: Peer) -> None:
+        await peer.request()
+        head = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 100"
+        start = b"5\r\n[1, 2\r\n" if chunked else b"[1, 2]"
+        await peer.send(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + start)
+        if how == "reset":
+            await trio.testing.wait_all_tasks_blocked(0.05)  # it shall have read this much
+            peer.reset()
+
+    async with scripted(break_off, answering) as (url, connections), reading(url) as source:
+        error = await failure(source)
+        assert (error.retryable, "broke the connection" in str(error)) == (True, True)
+        assert connections() == 1  # what has begun is not asked for again
+        assert bytes(await source.fetch("2", "balance")) == b'"/2/balance"'
+
+
+GARBAGE = {
+    "not HTTP": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "endless head": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000,
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n11",
+    "a bad length": b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n1",
+    "a bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "a header that is not UTF-8": ok(b"1", b"X: \xff"),
+    "a cookie without a value": ok(b"1", b"Set-Cookie: x"),
+    "early hints": b"HTTP/1.1 103 Early Hints\r\n\r\n" + ok(b"1"),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+async def test_garbage(what: str) -> None:
+    async def garbage(peer: Peer) -> None:
+        with suppress(trio.BrokenResourceError):  # it need not hear us out
+            while await peer.request():
+                await peer.send(GARBAGE[what])
+
+    async with scripted(garbage) as (url, connections), reading(url, token=TOKEN) as source:
+        error = await failure(source)
+        assert error.retryable
+        assert "is not HTTP" in str(error) or "cannot be read" in str(error)
+        assert connections() <= 2
+
+
+async def test_nobody_there() -> None:
+    async with reading(f"http://127.0.0.1:{free_port()}/{{user_id}}/{{data_type}}") as source:
+        error = await failure(source)
+        assert str(error) == "the HTTP service cannot be reached: Connection refused"
+        assert error.retryable
+    async with reading("http://nowhere.invalid/{user_id}/{data_type}") as source:
+        error = await failure(source)
+        assert "cannot be reached" in str(error)
+        assert error.retryable
+
+
+async def test_an_ipv6_address() -> None:
+    heads = []
+
+    async def remember(peer: Peer) -> None:
+        heads.append(await peer.request())
+        await peer.send(ok(b"1"))
+
+    try:
+        async with scripted(remember, host="::1") as (url, _):
+            url = url.replace("localhost", "[::1]")
+            async with reading(url) as source:
+                await source.fetch("4", "balance")
+    except* OSError:
+        pytest.skip("there is no IPv6 here")
+    authority = url.split("/")[2]
+    assert f"\r\nHost: {authority}\r\n".encode() in heads[0]
+
+
+async def test_certificates() -> None:
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(tls)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+
+    async def refuse(peer: Peer) -> None:
+        with suppress(trio.BrokenResourceError):
+            assert not await peer.stream.receive_some()
+
+    async with scripted(refuse, answering, tls=tls) as (url, _):
+        async with reading(url) as source:
+            error = await failure(source)
+            assert (error.retryable, "certificate is not one to trust" in str(error)) == (
+                False,
+                True,
+            )
+        async with reading(url, ssl_context=trusting) as source:
+            for _ in range(2):
+                assert bytes(await source.fetch("4", "balance")) == b'"/4/balance"'
+
+    async def speak_plainly(peer: Peer) -> None:
+        await peer.stream.receive_some()
+        await peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with (
+        scripted(speak_plainly) as (url, _),
+        reading(url.replace("http", "https"), ssl_context=trusting) as source,
+    ):
+        error = await failure(source)
+        assert (error.retryable, "cannot be reached: no TLS" in str(error)) == (True, True)
+
+
+# --- size, and gzip -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_answer_that_is_too_long(service: Service, chunked: bool) -> None:
+    body = b"[" + b"1," * (http.BODY_BYTES // 2) + b"1]"
+    service.say(body, **({} if chunked else {"content_length": str(len(body))}))
+    async with reading(service.url()) as source:
+        error = await failure(source)
+        assert (error.retryable, "is longer than 8388608 bytes" in str(error)) == (False, True)
+        service.say(b"1")
+        assert bytes(await source.fetch("4", "balance")) == b"1"
+
+
+async def test_gzip(service: Service) -> None:
+    async with reading(service.url()) as source:
+        service.say(gzip.compress(BALANCE), content_encoding="gzip")
+        assert bytes(await source.fetch("4", "balance")) == BALANCE
+        assert service.headers[0]["accept-encoding"] == "gzip"
+        for body, encoding, says in (
+            # Its checksum is wrong: who unpacks it to the end says so instead.
+            (gzip.compress(b"1" * 50_000_000)[:-8] + bytes(8), "gzip", "is longer than 8388608"),
+            (gzip.compress(BALANCE)[:-3], "gzip", "cannot be unpacked"),
+            (gzip.compress(BALANCE) + b"x", "gzip", "cannot be unpacked"),
+            (BALANCE, "gzip", "cannot be unpacked"),
+            (BALANCE, "br", "not by gzip"),
+            (gzip.compress(gzip.compress(BALANCE)), "gzip, gzip", "not by gzip"),
+        ):
+            service.say(body, content_encoding=encoding)
+            error = await failure(source)
+            assert (error.retryable, says in str(error)) == (False, True), str(error)
+
+
+# --- many users in one request ------------------------------------------------------------------
+
+
+def batch(service: Service, **options: Any) -> HttpBatchSource:
+    url = service.url("/{data_type}?users={user_ids}")
+    return HttpBatchSource(service.url(), url, **options)
+
+
+def as_text(values: Any) -> dict[str, str]:
+    assert all(isinstance(value, msgspec.Raw) for value in values.values())
+    return {user: bytes(value).decode() for user, value in values.items()}
+
+
+def test_only_a_source_with_a_batch_url_offers_batches() -> None:
+    one = "http://host/{user_id}/{data_type}"
+    assert not isinstance(HttpSource(one), BatchSource)
+    assert isinstance(HttpBatchSource(one, "http://host/{user_ids}/{data_type}"), BatchSource)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"4": [0.10], "7": null, "9": [], "a/b": {"x": 1}}',
+        '[{"user_id": 4, "data": [0.10]}, {"user_id": "9", "data": []}, {"user_id": "7",'
+        ' "data": null}, {"user_id": "a/b", "x": 1}]',
+    ],
+)
+async def test_each_form_of_a_batch(service: Service, answer: str) -> None:
+    service.say(f'{{"result": {answer}}}'.encode(), etag='"1"')
+    async with aclosing(batch(service, pointer="/result")) as source:
+        expected = {"4": "[0.10]", "a/b": '{"x":1}'}
+        for _ in range(2):
+            got = as_text(await source.fetch_many(["4", "5", "7", "a/b"], "balance"))
+            assert {user: text.replace(" ", "") for user, text in got.items()} == expected
+            service.say(b"", 304)
+        assert service.headers[1]["if-none-match"] == '"1"'
+        service.say(b'{"result": [1]}')
+        assert bytes(await source.fetch("4", "balance")) == b"[1]"
+        assert await source.fetch_many([], "balance") == {}
+    assert service.asked == [*["/balance?users=4,5,7,a%2Fb"] * 2, "/users/4/balance"]
+
+
+async def test_a_batch_goes_in_urls_that_servers_take(service: Service) -> None:
+    users = [f"user-{number:04}-" + "ü" * 50 for number in range(100)]
+
+    def echo(path: str) -> tuple[int, bytes, dict[str, str]]:
+        numbers = [piece.split("-")[1] for piece in path.partition("=")[2].split(",")]
+        values = {users[int(number)]: int(number) for number in numbers}
+        return 200, json.dumps(values).encode(), {}
+
+    service.answer = echo
+    async with aclosing(batch(service)) as source:
+        got = as_text(await source.fetch_many(users, "balance"))
+    assert got == {user: str(number) for number, user in enumerate(users)}
+    assert max(map(len, service.asked)) <= http.URL_BYTES
+    assert len(service.asked) == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "retryable"),
+    [
+        (200, b'{"4": NaN}', False),
+        (200, b'[{"user_id": 4, "data": 1}, {"user_id": "4", "data": 2}]', False),
+        (200, b"[1]", True),
+        (200, b'[{"data": 1}]', True),
+        (200, b'[{"user_id": true, "data": 1}]', True),
+        (200, b'"text"', True),
+        (400, b"", False),
+        (404, b"", False),
+        (422, b"", False),
+        (302, b"", True),
+        (401, b"", True),
+        (403, b"", True),
+        (414, b"", True),
+        (429, b"", True),
+        (500, b"", True),
+    ],
+)
+async def test_what_concerns_everybody_is_not_looked_for_in_smaller_batches(
+    service: Service, status: int, answer: bytes, retryable: bool
+) -> None:
+    service.say(answer, status)
+    async with aclosing(batch(service)) as source:
+        with pytest.raises(SourceError) as caught:
+            await source.fetch_many(["4", "5"], "balance")
+    assert caught.value.retryable is retryable
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+async def test_nothing_is_left_open(service: Service) -> None:
+    def descriptors() -> int:
+        return psutil.Process().num_fds()
+
+    async def misbehave(peer: Peer) -> None:
+        while head := await peer.request():
+            match head[5:6]:
+                case b"0":
+                    await trio.sleep_forever()
+                case b"1":
+                    await peer.send(b"garbage\r\n\r\n")
+                case b"2":
+                    peer.reset()
+                    return
+                case b"3":
+                    await peer.send(ok(b"1" * 100)[:-10])
+                    await trio.sleep_forever()
+                case b"4":
+                    await peer.send(ok(b"1", b"X: \xff"))
+                case b"5":
+                    await peer.send(ok(b"1", b"Connection: close"))
+                case _:
+                    await peer.send(ok(b"1"))
+
+    async def fetch(source: HttpSource, user: str) -> None:
+        try:
+            await source.fetch(user, "balance")
+        except SourceError:
+            failed.add(user)
+
+    before = descriptors()
+    failed: set[str] = set()
+    async with scripted(misbehave) as (url, _):
+        async with (
+            reading(url, timeout_s=0.3, connections=4) as source,
+            trio.open_nursery() as nursery,
+        ):
+            for user in range(24):
+                nursery.start_soon(fetch, source, str(user % 8))
+        assert failed == set("01234")
+    with trio.fail_after(10):
+        while descriptors() > before:
+            await trio.sleep(0.01)
+
+
+def test_the_readme_configuration_is_served_as_printed(tmp_path: Path) -> None:
+    # As printed, but for where the service is.
+    async def serve_accounts(*, task_status: Any) -> None:
+        accounts = Service()
+        accounts.answer = lambda path: (200, b'{"data": {"4": ' + BALANCE + b"}}", {})
+        async with hypercorn_serving(accounts) as port:
+            task_status.started((accounts, port))
+            await trio.sleep_forever()
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            accounts, port = await nursery.start(serve_accounts)
+            file = tmp_path / "trading-push.toml"
+            printed = block("http")
+            assert printed.count("https://accounts.example.com") == 2
+            here = f"http://127.0.0.1:{port}"
+            file.write_text(printed.replace("https://accounts.example.com", here))
+            await trio.to_thread.run_sync(talk, file)
+            sent = accounts.headers[0]
+            assert sent["authorization"] == f"Bearer {TOKEN}"
+            assert sent["x-api-version"] == "2"
+            nursery.cancel_scope.cancel()
+
+    def talk(file: Path) -> None:
+        environment = {"TRADING_PUSH_HTTP_TOKEN": TOKEN}
+        with serving(tmp_path, "--config", str(file), env=environment) as server:
+            asyncio.run(subscribe(server.url))
+            assert server.stop() == 0
+            assert TOKEN not in "".join(server.err + server.out)
+            assert server.traces() == []
+
+    async def subscribe(url: str) -> None:
+        async with client(url, 4) as each:
+            await each.subscribe("balance")
+            push = await each.until(lambda message: message.get("channel") == "balance")
+            assert push["data"] == json.loads(BALANCE)
+
+    trio.run(run)
+
+
+OPTIONS: Sequence[dict[str, Any]] = (
+    {"token": "two words"},
+    {"token": "line\r\nX: y"},
+    {"token": ""},
+    {"headers": {"X": "a\r\nY: b"}},
+    {"headers": {"X: y\r\nZ": "b"}},
+    {"headers": {"X": "ü"}},
+    {"headers": {"Host": "elsewhere"}},
+    {"headers": {"content-length": "5"}},
+    {"pointer": "data"},
+    {"pointer": "/a~2"},
+    {"timeout_s": 0},
+    {"connections": 0},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+def test_options_that_cannot_be_used(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        HttpSource("http://host/{user_id}/{data_type}", **options)
+    assert "two words" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:pa55@host/{user_id}/{data_type}",
+        "http://{user_id}.host/{user_id}/{data_type}",
+        "http://host{user_id}/{data_type}",
+        "http://host/{user_id}",
+        "http://host/{user_id}/{data_typ}",
+        "http://host/{user_id}/{data_type}/{user_ids}",
+        "http://host/{user_id}/{data_type}#x",
+        "http://host/../{user_id}/{data_type}",
+        "http://host/%2E%2e/{user_id}/{data_type}",
+        "http://host/%zz/{user_id}/{data_type}",
+        "http://host:0/{user_id}/{data_type}",
+        "http://host:65536/{user_id}/{data_type}",
+        "http://host/ /{user_id}/{data_type}",
+        "http://höst/{user_id}/{data_type}",
+        "http:///{user_id}/{data_type}",
+        "ftp://host/{user_id}/{data_type}",
+        "",
+    ],
+)
+def test_urls_that_cannot_be_used(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        HttpSource(url)
+    assert "pa55" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "batch_url",
+    [
+        "https://host/{user_ids}/{data_type}",
+        "http://host:81/{user_ids}/{data_type}",
+        "http://host/",
+    ],
+)
+def test_batch_urls_that_cannot_be_used(batch_url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        HttpBatchSource("http://host/{user_id}/{data_type}", batch_url)
