@@ -19,7 +19,6 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from decimal import Context, Decimal, InvalidOperation
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, TypeAlias, cast
 
@@ -28,10 +27,19 @@ import msgspec
 import trio
 
 from trading_push import logs
-from trading_push.errors import ConfigurationError, RequestError
-from trading_push.models import Ticker
+from trading_push.errors import ConfigurationError
 from trading_push.sources.base import MarketSink
-from trading_push.topics import Channels, symbol_of
+from trading_push.sources.binance_frames import Frame, Payload, is_other_event, values_of
+from trading_push.sources.ticks import (
+    UNUSABLE,
+    Event,
+    Market,
+    Symbols,
+    epoch_ns,
+    number,
+    price,
+    reason_of,
+)
 
 __all__ = ["BadLine", "Tape"]
 
@@ -42,18 +50,6 @@ SCAN_LINES = 200_000
 """How far a tape is read before it is played, for its symbols and its first usable line."""
 SNIFF_BYTES = 1 << 16
 BAD_LINES_KEPT = 5
-
-Kind = Literal["quote", "trade", "window", "kline"]
-
-
-class _Event(NamedTuple):
-    """One usable line; times are ns (of receipt) and ms (the source's own, else of receipt)."""
-
-    due_ns: int
-    source_ms: int
-    symbol: str
-    kind: Kind
-    values: tuple[Decimal | None, ...]
 
 
 class BadLine(NamedTuple):
@@ -128,8 +124,8 @@ class Tape:
             reader.close()
 
     async def _play_from(self, reader: _Reader, sink: MarketSink) -> None:
-        markets: dict[str, _Market] = {}
-        changed: dict[str, _Market] = {}
+        markets: dict[str, Market] = {}
+        changed: dict[str, Market] = {}
         started = woke = trio.current_time()
         first_ns = now_ns = -1
 
@@ -161,7 +157,7 @@ class Tape:
                     look()
                 market = markets.get(event.symbol)
                 if market is None:
-                    market = markets[event.symbol] = _Market(event.symbol)
+                    market = markets[event.symbol] = Market(event.symbol)
                     self._symbols.add(event.symbol)
                 market.apply(event)
                 changed[event.symbol] = market
@@ -212,91 +208,8 @@ class Tape:
             )
 
 
-@attrs.define
-class _Market:
-    """One symbol as the tape has shown it until now."""
-
-    symbol: str
-    source_ms: int = 0
-    last: Decimal | None = None
-    bid: Decimal | None = None
-    ask: Decimal | None = None
-    open: Decimal | None = None
-    high: Decimal | None = None
-    low: Decimal | None = None
-    volume: Decimal | None = None
-    stated_pct: Decimal | None = None
-    """The change in percent as the exchange gave it, until a later trade."""
-    rolling: bool = False
-    """Whether the exchange itself gives the window (24hrTicker); trades then add no volume."""
-
-    def apply(self, event: _Event) -> None:
-        # The exchange's clock and the recorder's differ: the time must not jump back between them.
-        self.source_ms = max(self.source_ms, event.source_ms)
-        values = event.values
-        if event.kind == "quote":
-            self.bid, self.ask = values
-        elif event.kind == "trade":
-            price, quantity = values
-            assert price is not None
-            assert quantity is not None
-            self._trade(price, price, price, price)
-            if not self.rolling:
-                self.volume = quantity if self.volume is None else self.volume + quantity
-        elif event.kind == "kline":
-            open_, high, low, close, volume = values
-            assert open_ is not None
-            assert high is not None
-            assert low is not None
-            assert close is not None
-            assert volume is not None
-            self._trade(open_, high, low, close)
-            self.volume = volume if self.volume is None else self.volume + volume
-        else:
-            last, open_, high, low, volume, pct, bid, ask = values
-            self.last = last
-            if open_ is not None:
-                self.rolling = True
-                self.open, self.high, self.low, self.volume = open_, high, low, volume
-            self.stated_pct = pct
-            if bid is not None and ask is not None:
-                self.bid, self.ask = bid, ask
-
-    def _trade(self, open_: Decimal, high: Decimal, low: Decimal, last: Decimal) -> None:
-        self.last, self.stated_pct = last, None
-        if self.open is None:
-            self.open = open_
-        if self.high is None or high > self.high:
-            self.high = high
-        if self.low is None or low < self.low:
-            self.low = low
-
-    def ticker(self) -> Ticker:
-        change = pct = None
-        if self.last is not None and self.open is not None:
-            change = self.last - self.open
-            if self.open:
-                pct = _WIDE.quantize(_WIDE.divide(change * 100, self.open), _PERCENT)
-        return Ticker(
-            symbol=self.symbol,
-            last=self.last,
-            bid=self.bid,
-            ask=self.ask,
-            open=self.open,
-            high=self.high,
-            low=self.low,
-            volume=self.volume,
-            change=change,
-            change_pct=pct if self.stated_pct is None else self.stated_pct,
-            source_ts=self.source_ms,
-        )
-
-
-_PERCENT = Decimal("0.0001")
-_WIDE = Context(prec=60)
-
 _Report: TypeAlias = Callable[[int, str], None]
-_Parse: TypeAlias = Callable[[bytes], _Event | None]
+_Parse: TypeAlias = Callable[[bytes], Event | None]
 
 
 class _Reader:
@@ -314,9 +227,9 @@ class _Reader:
         self._report = report
         self.line = 0
 
-    def read(self) -> list[_Event]:
+    def read(self) -> list[Event]:
         """The next chunk's events; none at the end only."""
-        events: list[_Event] = []
+        events: list[Event] = []
         parse = self._parse
         while not events and (lines := self._lines()):
             for line in lines:
@@ -324,8 +237,8 @@ class _Reader:
                 try:
                     if (event := parse(line)) is not None:
                         events.append(event)
-                except _UNUSABLE as error:
-                    self._report(self.line, _reason(error))
+                except UNUSABLE as error:
+                    self._report(self.line, reason_of(error))
         return events
 
     def close(self) -> None:
@@ -337,17 +250,6 @@ class _Reader:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self._report(self.line + 1, f"the compressed file is broken: {error}")
             return []
-
-
-_UNUSABLE = (msgspec.MsgspecError, ValueError, ArithmeticError, RecursionError, IndexError)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, InvalidOperation):
-        return "a price or quantity is no number"
-    if isinstance(error, IndexError):
-        return "too few columns"
-    return str(error)
 
 
 def _opener(path: Path, report: _Report) -> Callable[[], _Reader]:
@@ -395,38 +297,10 @@ def _unreadable(path: Path, error: OSError) -> ConfigurationError:
 # ---- values
 
 
-def _number(text: str | int | None) -> Decimal:
-    """An amount of any market's size, zero included."""
-    if not isinstance(text, str) or len(text) > 40:
-        raise ValueError("a price or quantity is missing or no decimal string")
-    value = Decimal(text)
-    if value.is_signed() or not value.is_finite() or not -20 < value.adjusted() < 20:
-        raise ValueError("a price or quantity is out of range")
-    return value
-
-
-def _price(text: str | int | None) -> Decimal:
-    value = _number(text)
-    if not value:
-        raise ValueError("a price is zero")
-    return value
-
-
-def _epoch_ns(value: int) -> int:
-    """Seconds, ms, µs or ns since the epoch, told apart by magnitude (for 1973 to 5138), in ns."""
-    if value <= 0:
-        raise ValueError("a time is not positive")
-    if value < 10**11:
-        return value * 1_000_000_000
-    if value < 10**14:
-        return value * 1_000_000
-    return value * 1000 if value < 10**17 else value
-
-
 def _time_ns(text: str) -> int:
     """The time of a CSV's cell: an epoch or ISO 8601 (UTC where it says nothing else), in ns."""
     if text.isdecimal() and text.isascii():
-        return _epoch_ns(int(text[:20]))
+        return epoch_ns(int(text[:20]))
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -438,52 +312,16 @@ def _time_ns(text: str) -> int:
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class _Symbols(dict[str, str]):
-    """The spelling that clients use for each symbol of the tape."""
-
-    def __missing__(self, name: str) -> str:
-        try:
-            topic = Channels(()).resolve(f"ticker.{name}", "")
-        except RequestError:
-            raise ValueError("the symbol is missing or cannot name a ticker") from None
-        self[name] = symbol = symbol_of(topic.channel) or name
-        return symbol
-
-
 # ---- JSON lines
 
 
-class _Payload(msgspec.Struct):
-    """The fields of Binance's events that matter here; `a`, `b` and `l` may be ids in a trade."""
-
-    event: str = msgspec.field(name="e", default="")
-    event_time: int = msgspec.field(name="E", default=0)
-    trade_time: int = msgspec.field(name="T", default=0)
-    symbol: str = msgspec.field(name="s", default="")
-    price: str | None = msgspec.field(name="p", default=None)
-    quantity: str | None = msgspec.field(name="q", default=None)
-    bid: str | int | None = msgspec.field(name="b", default=None)
-    ask: str | int | None = msgspec.field(name="a", default=None)
-    last: str | None = msgspec.field(name="c", default=None)
-    open: str | None = msgspec.field(name="o", default=None)
-    high: str | None = msgspec.field(name="h", default=None)
-    low: str | int | None = msgspec.field(name="l", default=None)
-    volume: str | None = msgspec.field(name="v", default=None)
-    percent: str | None = msgspec.field(name="P", default=None)
-
-
-class _Frame(msgspec.Struct):
-    data: _Payload
-    stream: str = ""
-
-
-class _Line(_Payload):
+class _Line(Payload):
     """A recorder's line, a bare frame or a bare event, told apart by what is there."""
 
     recv_ns: int = 0
-    frame: _Frame | None = None
+    frame: Frame | None = None
     stream: str = ""
-    data: _Payload | None = None
+    data: Payload | None = None
 
 
 _decode = msgspec.json.Decoder(_Line).decode
@@ -493,71 +331,37 @@ class _FrameParser:
     """Parses JSON lines, in their order: a frame without any time stands at the one before."""
 
     def __init__(self) -> None:
-        self._symbols = _Symbols()
+        self._symbols = Symbols()
         self._time_ns = 0
 
-    def parse(self, text: bytes) -> _Event | None:
+    def parse(self, text: bytes) -> Event | None:
         if text.isspace():
             return None
         try:
             line = _decode(text)
         except msgspec.ValidationError:
-            if _is_other_event(text):
+            if is_other_event(text):
                 return None
             raise
-        payload: _Payload
+        payload: Payload
         if line.frame is not None:
             payload, stream = line.frame.data, line.frame.stream
         else:
             payload, stream = line.data or line, line.stream
-        event = payload.event
-        values: tuple[Decimal | None, ...]
-        kind: Kind
-        if event == "bookTicker" or (not event and payload.bid is not None):
-            kind, values = "quote", (_number(payload.bid), _number(payload.ask))
-        elif event in ("trade", "aggTrade"):
-            kind, values = "trade", (_price(payload.price), _number(payload.quantity))
-        elif event == "24hrTicker":
-            kind, values = "window", _window(payload)
-        elif event or stream:
+        found = values_of(payload, stream)
+        if found is None:
             return None
-        else:
-            raise ValueError("not a Binance stream frame")
+        kind, values = found
         symbol = self._symbols[payload.symbol]
         source = payload.event_time or payload.trade_time
         if line.recv_ns > 0:
             self._time_ns = line.recv_ns
         elif source:
-            self._time_ns = _epoch_ns(source)
+            self._time_ns = epoch_ns(source)
         elif not self._time_ns:
             raise ValueError("the frame has no time, and none stands before it")
-        source_ns = _epoch_ns(source) if source else self._time_ns
-        return _Event(self._time_ns, source_ns // 1_000_000, symbol, kind, values)
-
-
-def _is_other_event(text: bytes) -> bool:
-    """Whether it is well, but of a stream that is of no use here (depth, say), recorded along."""
-    event: object = msgspec.json.decode(text)
-    while isinstance(event, dict) and ("frame" in event or "data" in event):
-        event = event.get("frame") or event.get("data")
-    return isinstance(event, dict) and event.get("e", "") not in ("", *_EVENTS)
-
-
-_EVENTS = ("bookTicker", "trade", "aggTrade", "24hrTicker")
-
-
-def _window(payload: _Payload) -> tuple[Decimal | None, ...]:
-    last = _price(payload.last)
-    window: tuple[Decimal | None, ...] = (None, None, None, None)
-    if payload.open is not None:
-        window = tuple(map(_number, (payload.open, payload.high, payload.low, payload.volume)))
-    percent = None if payload.percent is None else Decimal(payload.percent[:40])
-    if percent is not None and not (percent.is_finite() and -20 < percent.adjusted() < 20):
-        raise ValueError("a percentage is out of range")
-    quote: tuple[Decimal | None, ...] = (None, None)
-    if payload.bid is not None and payload.ask is not None:
-        quote = (_number(payload.bid), _number(payload.ask))
-    return (last, *window, percent, *quote)
+        source_ns = epoch_ns(source) if source else self._time_ns
+        return Event(self._time_ns, source_ns // 1_000_000, symbol, kind, values)
 
 
 # ---- CSV
@@ -608,11 +412,11 @@ def _named_layout(cells: Sequence[str], line: bytes) -> _Layout | None:
     if time is None:
         return None
     candles = [at[name] for name in ("open", "high", "low", "close", "volume") if name in at]
-    price, quantity = at.get("price"), first("qty", "quantity")
+    at_price, at_quantity = at.get("price"), first("qty", "quantity")
     if len(candles) == 5:
         return _Layout("kline", time, tuple(candles), at.get("symbol"), line.strip())
-    if price is not None and quantity is not None:
-        return _Layout("trade", time, (price, quantity), at.get("symbol"), line.strip())
+    if at_price is not None and at_quantity is not None:
+        return _Layout("trade", time, (at_price, at_quantity), at.get("symbol"), line.strip())
     return None
 
 
@@ -622,9 +426,9 @@ class _CsvParser:
     def __init__(self, layout: _Layout, symbol: str | None) -> None:
         self._layout = layout
         self._symbol = symbol
-        self._symbols = _Symbols()
+        self._symbols = Symbols()
 
-    def parse(self, line: bytes) -> _Event | None:
+    def parse(self, line: bytes) -> Event | None:
         layout = self._layout
         if line.isspace() or (layout.header and line.removeprefix(_BOM).strip() == layout.header):
             return None
@@ -632,12 +436,12 @@ class _CsvParser:
         due_ns = _time_ns(cells[layout.time])
         symbol = self._symbol or self._symbols[cells[layout.symbol or 0]]
         if layout.kind == "trade":
-            price, quantity = layout.values
-            values = (_price(cells[price]), _number(cells[quantity]))
-            return _Event(due_ns, due_ns // 1_000_000, symbol, "trade", values)
+            at_price, at_quantity = layout.values
+            values = (price(cells[at_price]), number(cells[at_quantity]))
+            return Event(due_ns, due_ns // 1_000_000, symbol, "trade", values)
         *prices, volume = layout.values
-        candle = (*(_price(cells[i]) for i in prices), _number(cells[volume]))
-        return _Event(due_ns, due_ns // 1_000_000, symbol, "kline", candle)
+        candle = (*(price(cells[i]) for i in prices), number(cells[volume]))
+        return Event(due_ns, due_ns // 1_000_000, symbol, "kline", candle)
 
 
 _FILE_NAME = re.compile(r"([A-Z0-9]{5,24}(?:_(?:\d{6}|PERP))?)(?:[-_.].*)?")
