@@ -36,6 +36,8 @@ from trading_push.sources.base import (
     WatchedFeed,
     WatchingSource,
 )
+from trading_push.sources.binance import BinanceFeed
+from trading_push.sources.bybit import BybitFeed
 from trading_push.sources.postgres import PostgresSource
 from trading_push.sources.sql import SqlSource
 from trading_push.topics import Channel
@@ -46,6 +48,8 @@ __all__ = [
     "AuthenticationError",
     "Balance",
     "BatchSource",
+    "BinanceFeed",
+    "BybitFeed",
     "ChangeSink",
     "Channel",
     "CloseCode",

@@ -222,6 +222,26 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ Tape {path}: {count} lines cannot be read - line {line}: {error}",
     ),
     "tape_ended": ("feed", "📼 行情录像{path}已播放完毕", "📼 Tape {path} has ended"),
+    "exchange_connected": (
+        "feed",
+        "✅ {exchange}行情已连接 - 订阅{symbols}个交易对",
+        "✅ Connected to {exchange} - subscribed to {symbols} symbols",
+    ),
+    "exchange_lost": (
+        "feed",
+        "⚠️ {exchange}行情连接中断: {error} - {delay}秒后重连",
+        "⚠️ The connection to {exchange} was lost: {error} - next try in {delay} s",
+    ),
+    "exchange_refused": (
+        "feed",
+        "⚠️ {exchange}拒绝订阅{symbol}: {error}",
+        "⚠️ {exchange} refused to subscribe {symbol}: {error}",
+    ),
+    "exchange_bad_frames": (
+        "feed",
+        "⚠️ {exchange}有{count}条消息无法解析: {error}",
+        "⚠️ {count} messages of {exchange} cannot be read: {error}",
+    ),
     "paper_read_only": (
         "paper",
         "⚠️ 模拟交易所{path}已由另一进程运行，本进程只读",

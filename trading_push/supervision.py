@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import stamina
 import trio
@@ -13,9 +14,17 @@ __all__ = ["keep_running"]
 _FIRST_PAUSE_S: Final = 1.0
 _LAST_PAUSE_S: Final = 60.0
 
+_Error = TypeVar("_Error", bound=Exception)
+
 
 async def keep_running(
-    run: Callable[[], Awaitable[None]], failed: Callable[[Exception, float], None]
+    run: Callable[[], Awaitable[None]],
+    failed: Callable[[_Error, float], None],
+    *,
+    on: type[_Error] = Exception,  # type: ignore[assignment]
+    first_s: float = _FIRST_PAUSE_S,
+    last_s: float = _LAST_PAUSE_S,
+    jitter_s: float = 0.0,
 ) -> None:
     """Run until `run` returns; each time it raises, start it again.
 
@@ -24,16 +33,21 @@ async def keep_running(
 
     Args:
         run: What is to go on.
-        failed: Told the exception, and the seconds until the next start.
+        failed: Told the exception, and the seconds until the next start, jitter left out.
+        on: What is answered with another start; anything else is raised.
+        first_s: The first pause, in seconds.
+        last_s: The longest pause.
+        jitter_s: How much longer, at random, a pause is at most, so that many do not come back at
+            the same moment.
     """
     while True:
         async for attempt in stamina.retry_context(
-            on=Exception,
+            on=on,
             attempts=None,
             timeout=None,
-            wait_initial=_FIRST_PAUSE_S,
-            wait_max=_LAST_PAUSE_S,
-            wait_jitter=0,
+            wait_initial=first_s,
+            wait_max=last_s,
+            wait_jitter=jitter_s,
         ):
             began = trio.current_time()
             anew = False
@@ -41,11 +55,11 @@ async def keep_running(
                 try:
                     await run()
                     return
-                except Exception as error:
-                    anew = trio.current_time() - began > _LAST_PAUSE_S
-                    failed(error, _FIRST_PAUSE_S if anew else attempt.next_wait)
+                except on as error:
+                    anew = trio.current_time() - began > last_s
+                    failed(error, first_s if anew else attempt.next_wait)
                     if not anew:
                         raise
             if anew:
-                await trio.sleep(_FIRST_PAUSE_S)
+                await trio.sleep(first_s + random.uniform(0, jitter_s))
                 break

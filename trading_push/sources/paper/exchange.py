@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,11 +16,11 @@ import trio
 from trading_push import logs
 from trading_push.errors import SourceError
 from trading_push.models import Ticker
-from trading_push.sources.base import MarketSink, TickerFeed
+from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
-from trading_push.sources.paper.traders import Traders
+from trading_push.sources.paper.traders import SYMBOLS, Traders
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 
@@ -57,7 +57,11 @@ class Trading:
 
 
 class PaperExchange:
-    """The exchange of one file; a `TickerFeed`. Made by `open_paper_exchange`."""
+    """The exchange of one file; a `TickerFeed`. Made by `open_paper_exchange`.
+
+    On a market that gives only what is watched it watches what its users trade, and hold, itself
+    for as long as it runs.
+    """
 
     def __init__(
         self, path: Path, market: TickerFeed, trading: Trading | None, tickers: dict[str, Ticker]
@@ -69,6 +73,15 @@ class PaperExchange:
         self._moved: dict[str, Ticker] = {}
         self._sink: MarketSink | None = None
         self._failing = False
+        self._watched: WatchedFeed | None = None
+        self._traded: frozenset[str] = frozenset()
+        if trading is not None and isinstance(market, WatchedFeed):
+            accounts = trading.book.accounts.values()
+            held = (
+                symbol for each in accounts for symbol, h in each.holdings.items() if h.quantity
+            )
+            self._watched = market
+            self._traded = frozenset(filter(market.knows, (*SYMBOLS, *held)))
 
     @property
     def read_only(self) -> bool:
@@ -76,7 +89,12 @@ class PaperExchange:
         return self._trading is None
 
     def knows(self, symbol: str) -> bool:
-        """Whether the market has `symbol`; for a reader, whether the file has."""
+        """Whether the market has `symbol`; for a reader, whether the file has.
+
+        On a market that gives only what is watched: whether its users trade it.
+        """
+        if self._watched is not None:
+            return symbol in self._traded
         if self.read_only and self._tickers:
             return symbol in self._tickers
         return self._market.knows(symbol)
@@ -98,7 +116,8 @@ class PaperExchange:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._trade, self._trading)
             try:
-                await self._market.run(self)
+                with self._watching():
+                    await self._market.run(self)
             except Exception as error:
                 failure = error
             # The market is over: nothing more can be filled.
@@ -118,6 +137,21 @@ class PaperExchange:
         """Pass on that the market, or a part of it, stands still."""
         if self._sink is not None:
             self._sink.stale(reason, symbols)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Watch what is traded, where the market wants to be asked for it."""
+        watched, traded = self._watched, sorted(self._traded)
+        if watched is None:
+            yield
+            return
+        for symbol in traded:
+            watched.watch(symbol)
+        try:
+            yield
+        finally:
+            for symbol in traded:
+                watched.unwatch(symbol)
 
     async def _trade(self, trading: Trading) -> None:
         due = trio.current_time()

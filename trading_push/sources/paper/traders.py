@@ -18,8 +18,10 @@ from trading_push.sources.paper.book import (
     OrderSide,
 )
 
-__all__ = ["Traders", "demo_book"]
+__all__ = ["SYMBOLS", "Traders", "demo_book"]
 
+SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT", "XRPUSDT")
+"""What the demo users trade where the market asks which symbols it is to give."""
 USERS = ("1", "2", "3", "4", "5")
 DEPOSIT = Decimal(100_000)
 ORDERS = 6

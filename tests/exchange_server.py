@@ -1,0 +1,264 @@
+"""A loopback exchange that speaks Binance's or Bybit's protocol, follows a script and keeps count.
+
+It answers as the exchanges' documentation says, and notes whoever breaks the limits that stand
+there: the test fails when it leaves. What it sends, and when it misbehaves, the test decides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Literal
+
+import trio
+import trio_websocket
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import CloseConnection, Ping, Pong, TextMessage
+
+Dialect = Literal["binance", "spot", "linear"]
+
+STREAMS_PER_CONNECTION = 1024  # Binance, "Websocket Limits"
+MESSAGES_PER_S = 5
+SPOT_ARGS = 10  # Bybit, "Public channel - Args limits"
+ARGS_CHARACTERS = 21_000
+
+
+class _Tapped(trio.abc.Stream):
+    """The socket below trio-websocket: counts what the client sends, and can be deaf to it."""
+
+    def __init__(self, below: trio.SocketStream) -> None:
+        self.below = below
+        self.hears = trio.Event()
+        self.hears.set()
+        self.arrivals: list[tuple[float, str]] = []
+        """Each ping, pong and message of the client, by its kind, with its time."""
+        self._head = b""
+        self._frames: Connection | None = None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.below.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.below.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await self.below.receive_some(max_bytes)
+        await self.hears.wait()
+        self._count(bytes(data))
+        return data
+
+    def _count(self, data: bytes) -> None:
+        if self._frames is None:
+            self._head += data
+            _, end, data = self._head.partition(b"\r\n\r\n")
+            if not end:
+                return
+            self._frames = Connection(ConnectionType.SERVER)
+        if not data:
+            return
+        self._frames.receive_data(data)
+        for event in self._frames.events():
+            if isinstance(event, Ping | Pong):
+                self.arrivals.append((trio.current_time(), type(event).__name__.lower()))
+            elif isinstance(event, TextMessage) and event.message_finished:
+                self.arrivals.append((trio.current_time(), "message"))
+
+    async def aclose(self) -> None:
+        await self.below.aclose()
+
+
+class Session:
+    """The exchange's end of one connection."""
+
+    def __init__(self, socket: trio_websocket.WebSocketConnection, tapped: _Tapped) -> None:
+        self.socket = socket
+        self.subscribed: set[str] = set()
+        """Streams, or topics."""
+        self.requests: list[dict[str, Any]] = []
+        self.arrivals = tapped.arrivals
+        self._tapped = tapped
+
+    async def send(self, message: object) -> None:
+        """A message: text as it is, bytes as a binary one, anything else as JSON."""
+        is_ready = isinstance(message, str | bytes)
+        await self.socket.send_message(message if is_ready else json.dumps(message))
+
+    def fall_silent(self) -> None:
+        """Hear nothing more, and so answer nothing; the connection stays open."""
+        self._tapped.hears = trio.Event()
+
+    async def close(self, code: int, reason: str) -> None:
+        """End politely; the connection is gone when the client has answered."""
+        await self.socket._send(CloseConnection(code, reason))
+
+    async def cut(self) -> None:
+        """End without a word."""
+        await trio.aclose_forcefully(self._tapped.below)
+
+
+class Exchange:
+    """What all connections share; made by `exchange`.
+
+    Attributes:
+        sessions: The connections that are open.
+        opened: How many there have been.
+        broken: The limits that a client broke.
+        refuses: Whether handshakes are refused with 503.
+        unknown: Symbols that are refused.
+        acknowledges: Whether requests are answered.
+        greeting: What a subscription to one stream, or topic, is sent at once.
+    """
+
+    def __init__(self, dialect: Dialect, messages_per_s: float) -> None:
+        self.dialect = dialect
+        self.url = ""
+        self.sessions: list[Session] = []
+        self.opened = 0
+        self.broken: list[str] = []
+        self.refuses = False
+        self.unknown: set[str] = set()
+        self.acknowledges = True
+        self.greeting: Callable[[str], Iterable[object]] = lambda name: ()
+        self._messages_per_s = messages_per_s
+
+    @property
+    def session(self) -> Session:
+        """The only connection."""
+        [only] = self.sessions
+        return only
+
+    def has(self, *symbols: str) -> bool:
+        """Whether each of the symbols is subscribed, in all its streams, on some connection."""
+        names = {name for symbol in symbols for name in self.names(symbol)}
+        return names <= {name for session in self.sessions for name in session.subscribed}
+
+    def names(self, symbol: str) -> list[str]:
+        """The streams, or the topic, of a symbol."""
+        if self.dialect == "binance":
+            return [f"{symbol.lower()}@{kind}" for kind in ("ticker", "bookTicker", "trade")]
+        return [f"tickers.{symbol}"]
+
+    async def say(self, *frames: dict[str, Any]) -> None:
+        """Send frames to everybody who has subscribed to their stream, or topic."""
+        for frame in frames:
+            name = frame["stream"] if self.dialect == "binance" else frame["topic"]
+            for session in list(self.sessions):
+                if name in session.subscribed:
+                    with suppress(trio_websocket.ConnectionClosed):
+                        await session.send(frame)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        tapped = _Tapped(stream)
+        async with trio.open_nursery() as nursery:
+            request = await trio_websocket.wrap_server_stream(nursery, tapped)
+            if self.refuses:
+                await request.reject(503)
+                await tapped.aclose()
+                return
+            self.opened += 1
+            session = Session(await request.accept(), tapped)
+            self.sessions.append(session)
+            try:
+                with suppress(trio_websocket.ConnectionClosed):
+                    while True:
+                        await self._hear(session, await session.socket.get_message())
+            finally:
+                self.sessions.remove(session)
+                self._check_rate(session)
+                nursery.cancel_scope.cancel()
+                await trio.aclose_forcefully(stream)
+
+    async def _hear(self, session: Session, message: str | bytes) -> None:
+        request = json.loads(message)
+        session.requests.append(request)
+        answer = self._binance if self.dialect == "binance" else self._bybit
+        added, reply = answer(session, request)
+        if len(session.subscribed) > STREAMS_PER_CONNECTION and self.dialect == "binance":
+            self.broken.append(f"{len(session.subscribed)} streams on one connection")
+        if self.acknowledges:
+            await session.send(reply)
+        for name in added:
+            for frame in self.greeting(name):
+                await session.send(frame)
+
+    def _binance(self, session: Session, request: dict[str, Any]) -> tuple[list[str], object]:
+        assert request.keys() == {"method", "params", "id"}, request
+        names = request["params"]
+        assert all(name.partition("@")[0].islower() for name in names), names
+        if request["method"] == "UNSUBSCRIBE":
+            session.subscribed.difference_update(names)
+            return [], {"result": None, "id": request["id"]}
+        assert request["method"] == "SUBSCRIBE"
+        for name in names:
+            if name.partition("@")[0].upper() in self.unknown:
+                error = {"code": 2, "msg": f"Invalid request: unknown stream {name}"}
+                return [], {"error": error, "id": request["id"]}
+        session.subscribed.update(names)
+        return names, {"result": None, "id": request["id"]}
+
+    def _bybit(self, session: Session, request: dict[str, Any]) -> tuple[list[str], object]:
+        reply = {
+            "success": True,
+            "ret_msg": request["op"],
+            "conn_id": "465772b1-7630-4fdc-a492-e003e6f0f260",
+            "req_id": request.get("req_id", ""),
+            "op": request["op"],
+        }
+        if request["op"] == "ping":
+            return [], reply | {"ret_msg": "pong"}
+        names = request["args"]
+        if self.dialect == "spot" and len(names) > SPOT_ARGS:
+            self.broken.append(f"{len(names)} args in one request")
+        if request["op"] == "unsubscribe":
+            session.subscribed.difference_update(names)
+            return [], reply
+        assert request["op"] == "subscribe"
+        for name in names:
+            if name in session.subscribed:
+                error = f"error:already subscribed,topic:{name}"
+                return [], reply | {"success": False, "ret_msg": error}
+            if name.removeprefix("tickers.") in self.unknown:
+                error = f"error:handler not found,topic:{name}"
+                return [], reply | {"success": False, "ret_msg": error}
+        session.subscribed.update(names)
+        if len(json.dumps(sorted(session.subscribed))) > ARGS_CHARACTERS:
+            self.broken.append("more than 21,000 characters of topics on one connection")
+        return names, reply
+
+    def _check_rate(self, session: Session) -> None:
+        times = [at for at, _ in session.arrivals]
+        for first, at in enumerate(times):
+            count = sum(at <= other < at + 1 for other in times[first:])
+            if count > self._messages_per_s:
+                self.broken.append(f"{count} messages in one second")
+                return
+
+
+@asynccontextmanager
+async def exchange(
+    dialect: Dialect, *, messages_per_s: float = math.inf
+) -> AsyncIterator[Exchange]:
+    """An exchange on a free port while the context is open; none of its limits may be broken.
+
+    Args:
+        dialect: Binance, or the category of Bybit.
+        messages_per_s: How many messages of a client one second may hold; unbounded for tests
+            whose clients have no time to be slow.
+    """
+    made = Exchange(dialect, messages_per_s)
+    path = "/stream" if dialect == "binance" else f"/v5/public/{dialect}"
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            [listener] = await nursery.start(
+                partial(trio.serve_tcp, made.serve, 0, host="127.0.0.1")
+            )
+            port = listener.socket.getsockname()[1]
+            made.url = f"ws://127.0.0.1:{port}{path}"
+            yield made
+            for session in made.sessions:
+                made._check_rate(session)
+            nursery.cancel_scope.cancel()
+    assert made.broken == []

@@ -1,0 +1,184 @@
+"""Binance's market as a feed: the combined streams 24hrTicker, bookTicker and trade of each symbol.
+
+From "WebSocket Streams for Binance" (web-socket-streams.md of Binance's spot API documentation):
+
+1. Combined streams at /stream wrap an event as `{"stream":…,"data":…}`; names are in lower case.
+2. `SUBSCRIBE` and `UNSUBSCRIBE` name streams and have an id, which the answer echoes.
+3. At most 5 messages a second come in (pings and pongs among them) and 1,024 streams go out on a
+   connection; at most 300 connections are tried in 5 minutes from an address.
+4. A connection is cut at 24 hours. The server pings every 20 seconds and wants a pong within a
+   minute.
+
+A stream that does not exist is acknowledged like any other, and silent. What a frame says of the
+past is known by its own numbers: the update id of a bookTicker, the id of a trade, and the event
+time and last trade id of a 24hrTicker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, ClassVar, Final, Literal, NamedTuple
+
+import msgspec
+
+from trading_push.models import Ticker
+from trading_push.sources.binance_frames import Payload, is_other_event, values_of
+from trading_push.sources.exchange_stream import ExchangeFeed, Merged, News, Reply, Terms
+from trading_push.sources.ticks import Event, Market, epoch_ns
+
+__all__ = ["BinanceFeed"]
+
+URL: Final = "wss://stream.binance.com:9443/stream"
+STREAMS: Final = ("ticker", "bookTicker", "trade")
+STREAMS_PER_CONNECTION: Final = 1024
+TERMS: Final = Terms(
+    symbols_per_connection=STREAMS_PER_CONNECTION // len(STREAMS),
+    symbols_per_request=50,
+)
+"""Three messages of ours a second leave room for pongs among the five."""
+
+
+class BinanceFeed(ExchangeFeed):
+    """Binance's spot market; a `WatchedFeed`.
+
+    Args:
+        url: The combined streams of the exchange, of its test network, or of a loopback.
+        terms: The limits that are kept.
+
+    Raises:
+        ConfigurationError: The URL is none.
+    """
+
+    name: ClassVar[str] = "Binance"
+    symbols: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z0-9._-]{1,20}")
+
+    def __init__(self, url: str = URL, *, terms: Terms = TERMS) -> None:
+        super().__init__(url, terms)
+
+    def request(
+        self, op: Literal["subscribe", "unsubscribe"], symbols: Sequence[str], number: int
+    ) -> str:
+        """`SUBSCRIBE`, or `UNSUBSCRIBE`, of the three streams of each symbol."""
+        params = [f"{symbol.lower()}@{stream}" for symbol in symbols for stream in STREAMS]
+        return _encode({"method": op.upper(), "params": params, "id": number}).decode()
+
+    def ping(self, number: int) -> None:
+        """None: a ping frame."""
+        return
+
+    def read(self, message: str) -> News | Reply | None:
+        """An event of one of the three streams, or the answer to a request."""
+        try:
+            said = _decode(message)
+        except msgspec.ValidationError:
+            if is_other_event(message):
+                return None
+            raise
+        payload = said.data
+        if payload is None:
+            return _reply(said)
+        found = values_of(payload, said.stream)
+        if found is None or payload.event == "aggTrade":
+            return None
+        time = payload.event_time or payload.trade_time
+        time_ms = epoch_ns(time) // 1_000_000 if time else 0
+        event = Event(0, time_ms, payload.symbol, *found)
+        numbers = (payload.update_id, payload.trade_id, payload.last_trade_id)
+        return News(payload.symbol, _Numbered(event, *numbers))
+
+    def new_symbol(self, symbol: str) -> Merged:
+        """Nothing known of it yet."""
+        return _Symbol(symbol)
+
+
+class _Numbered(NamedTuple):
+    """An event with the numbers that say where it belongs."""
+
+    event: Event
+    update_id: int
+    trade_id: int
+    last_trade_id: int | None
+
+
+class _Symbol:
+    """One symbol: its three streams merged as a tape's frames are, each in its own order."""
+
+    def __init__(self, symbol: str) -> None:
+        self._market = Market(symbol)
+        self._update_id = -1
+        self._trade_id = -1
+        self._trade_price: Decimal | None = None
+        self._window_ms = -1
+
+    def apply(self, numbered: _Numbered) -> bool:
+        """Merge an event, unless the same stream has said a later one."""
+        event = numbered.event
+        if event.kind == "quote":
+            if numbered.update_id <= self._update_id:
+                return False
+            self._update_id = numbered.update_id
+            self._market.apply(event)
+        elif event.kind == "trade":
+            if numbered.trade_id <= self._trade_id:
+                return False
+            self._trade_id, self._trade_price = numbered.trade_id, event.values[0]
+            self._market.apply(event)
+        else:
+            if event.source_ms <= self._window_ms:
+                return False
+            self._window_ms = event.source_ms
+            self._apply_window(event, numbered.last_trade_id)
+        return True
+
+    def _apply_window(self, event: Event, last_trade_id: int | None) -> None:
+        if self._update_id >= 0:
+            # The quote of a 24hrTicker has no update id: it may be older than the last bookTicker.
+            event = event._replace(values=(*event.values[:6], None, None))
+        self._market.apply(event)
+        if last_trade_id is None or last_trade_id >= self._trade_id:
+            self._trade_id, self._trade_price = last_trade_id or self._trade_id, event.values[0]
+        else:
+            # A trade has come that this window does not know yet: it is the last one.
+            later = (self._trade_price, Decimal(0))
+            self._market.apply(Event(0, 0, event.symbol, "trade", later))
+
+    def ticker(self) -> Ticker:
+        """What is known now."""
+        return self._market.ticker()
+
+
+class _Payload(Payload):
+    update_id: int = msgspec.field(name="u", default=0)
+    trade_id: int = msgspec.field(name="t", default=0)
+    last_trade_id: int | None = msgspec.field(name="L", default=None)
+
+
+class _Error(msgspec.Struct):
+    msg: str = ""
+
+
+class _Message(msgspec.Struct):
+    """An event in its wrapping, or an answer; errors are answered in two forms."""
+
+    stream: str = ""
+    data: _Payload | None = None
+    id: int | str | None = None
+    result: Any = msgspec.UNSET
+    error: _Error | None = None
+    code: int | None = None
+    msg: str = ""
+
+
+def _reply(said: _Message) -> Reply:
+    number = said.id if isinstance(said.id, int) else None
+    if said.error is not None or said.code is not None:
+        return Reply(number, (said.error.msg if said.error else said.msg) or "no reason given")
+    if said.result is msgspec.UNSET:
+        raise ValueError("neither an event nor an answer")
+    return Reply(number)
+
+
+_decode = msgspec.json.Decoder(_Message).decode
+_encode = msgspec.json.Encoder().encode
