@@ -18,7 +18,19 @@ from typing import Any
 import attrs
 import msgspec
 import trio
-from support import PATIENCE_S, SIX, TESTS, client, free_port, process, serving, trio_client
+from exchange_server import exchange
+from support import (
+    PATIENCE_S,
+    SECRET,
+    SIX,
+    TESTS,
+    client,
+    free_port,
+    process,
+    serving,
+    trio_client,
+    until,
+)
 
 from trading_push import (
     Channel,
@@ -29,7 +41,9 @@ from trading_push import (
     load_settings,
     open_push_service,
 )
+from trading_push.assembly import open_configured_service
 from trading_push.settings import Settings
+from trading_push.sources import binance
 from trading_push.testing import peer
 
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
@@ -152,6 +166,44 @@ def test_http_configuration_loads(tmp_path, monkeypatch):
     file.write_text(block("http"), encoding="utf-8")
     http = load_settings(config=file, flags={}).http
     assert (http.pointer, http.headers) == ("/data", {"X-Api-Version": "2"})
+
+
+async def test_live_market_data_is_configured_as_printed(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
+    monkeypatch.setenv("TRADING_PUSH_JWT_SECRET", SECRET)
+    samples = {"binance": block("binance"), "linear": block("bybit")}
+    symbols = ["BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT", "XRPUSDT"]
+    for dialect, sample in samples.items():
+        file = tmp_path / f"{dialect}.toml"
+        file.write_text(sample, encoding="utf-8")
+        printed = load_settings(config=file, flags={}).market.url
+        assert (printed or binance.URL).endswith(("/stream", "/linear"))
+        async with exchange(dialect) as there:
+            flags = {"market.url": there.url, "database.path": str(tmp_path / f"{dialect}.db")}
+            settings = load_settings(config=file, flags=flags)
+            frame = {
+                "binance": {
+                    "stream": "btcusdt@bookTicker",
+                    "data": {"u": 1, "s": "BTCUSDT", "b": "61500.10", "a": "61500.20"},
+                },
+                "linear": {
+                    "topic": "tickers.BTCUSDT",
+                    "type": "snapshot",
+                    "data": {"symbol": "BTCUSDT", "bid1Price": "61500.10"},
+                    "cs": 1,
+                    "ts": 1,
+                },
+            }[dialect]
+            async with open_configured_service(settings) as service:
+                await until(lambda there=there: there.has(*symbols))
+                async with peer(service, "4") as four:
+                    await four.subscribe("ticker.BTCUSDT")
+                    await there.say(frame)
+                    while (push := await four.push())["type"] != "snapshot":
+                        pass
+                    assert push["data"]["bid"] == "61500.10"
+                    reply = await four.request("subscribe", args=["ticker.DOGEUSDT"])
+                    assert reply["results"][0]["error"]["code"] == "unknown_channel"
 
 
 class Silent:

@@ -159,6 +159,10 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[intervals]\nbalance = true", "intervals.balance is True"),
         ("[limits]\nconnections = 0", "limits.connections is 0"),
         ("[market]\nloop = 1", "market.loop is 1: give true or false"),
+        ("[market]\nfeed = 'kraken'", "market.feed is 'kraken': give one of simulated, binance"),
+        ("[market]\nurl = 'https://x/'", "market.url is 'https://x/': give a URL that begins with"),
+        ("[market]\nfeed = 'bybit'\ntape = 'a.gz'", "market.feed = 'bybit' are both set"),
+        ("[market]\nurl = 'ws://localhost/'", "market.url is set without an exch"),
         ("[market]\ntape = 5", "market.tape is 5: give the path of a file"),
         ("[market]\ntape = ''", "market.tape is ''"),
         ("[log]\nlang = 'fr'", "log.lang is 'fr': give one of zh, en"),
@@ -218,7 +222,13 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         from_file(config, toml)
     assert says in refusal(error)
     # Two settings that do not go together may come from two places.
-    together = ("are both set", "without queries", "without database.url", "set without")
+    together = (
+        "are both set",
+        "without queries",
+        "without database.url",
+        "set without",
+        "without an exch",
+    )
     assert any(each in says for each in together) or str(config) in refusal(error)
     assert "hunter2" not in refusal(error)
 
@@ -352,11 +362,16 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
         for name in (table if isinstance(table, dict) else [""])
     }
     assert named == {name for name, default in every_setting().items() if default is None}
-    # Of the three places that accounts are read from, each excludes the others.
-    usable = re.sub(r"(?m)^#! (?!jwt_secret|path|(batch_)?url = \"https)", "", text)
-    assert from_file(config, usable).database.queries["balance"].empty == "[]"
-    usable = re.sub(r"(?m)^#! (?!jwt_secret|path|notify_channel|url = \"postgresql)", "", text)
-    assert from_file(config, usable).http.headers == {"X-Api-Version": "2"}
+    # Of the places that accounts are read from each excludes the others, and a tape an exchange.
+    database, http = ('url = "postgresql', "notify_channel"), ('url = "https', "batch_url")
+    always_left_out = ("jwt_secret", "path", 'url = "wss')
+
+    def usable(*left_out: str) -> Settings:
+        pattern = "|".join(map(re.escape, (*always_left_out, *left_out)))
+        return from_file(config, re.sub(f"(?m)^#! (?!{pattern})", "", text))
+
+    assert usable(*http).database.queries["balance"].empty == "[]"
+    assert usable(*database).http.headers == {"X-Api-Version": "2"}
 
 
 # The first text takes a while where hypothesis has not yet cached its tables of Unicode.

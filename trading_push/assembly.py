@@ -12,6 +12,8 @@ from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
 from trading_push.settings import Auth, Database, Http, Market, Settings
 from trading_push.sources.base import Source, TickerFeed
+from trading_push.sources.binance import BinanceFeed
+from trading_push.sources.bybit import BybitFeed
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.postgres import PostgresSource
@@ -64,6 +66,12 @@ async def open_configured_service(
 
 async def _market(market: Market) -> TickerFeed | None:
     """The market that is set; None where the paper exchange has its simulated one."""
+    given = () if market.url is None else (market.url,)
+    match market.feed:
+        case "binance":
+            return BinanceFeed(*given)
+        case "bybit":
+            return BybitFeed(*given)
     if market.tape is None:
         return None
     tape = Tape(market.tape, market.speed, market.loop)

@@ -157,6 +157,10 @@ def _is_url(value: str) -> bool:
     return value.startswith(("https://", "http://")) and len(value.split()) == 1
 
 
+def _is_websocket_url(value: str) -> bool:
+    return value.startswith(("wss://", "ws://")) and len(value.split()) == 1
+
+
 def _is_host(value: str) -> bool:
     return len(value.split()) == 1 and value.isprintable() and "/" not in value
 
@@ -358,8 +362,18 @@ class Limits:
 
 @attrs.frozen
 class Market:
-    """Where tickers come from: the simulation, or a recorded tape."""
+    """Where tickers come from: the simulation, a recorded tape, or an exchange.
 
+    `url` is another address of the exchange: its test network, another category, a loopback.
+    """
+
+    feed: Literal["simulated", "binance", "bybit"] = attrs.field(
+        default="simulated", validator=one_of("simulated", "binance", "bybit")
+    )
+    url: str | None = attrs.field(
+        default=None,
+        validator=optional(text("give a URL that begins with wss:// or ws://", _is_websocket_url)),
+    )
     seed: int = attrs.field(default=1, validator=whole(0))
     tape: Path | None = attrs.field(default=None, validator=optional(file_path))
     speed: float = attrs.field(default=1.0, validator=number(0.001, 100_000))
@@ -512,6 +526,16 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             "database.url is set without queries: write a table [database.queries.NAME] with the "
             f"sql of each data type ({', '.join(_DATA_TYPES)}) in the configuration file"
+        )
+    market = settings.market
+    if market.tape is not None and market.feed != "simulated":
+        raise ConfigurationError(
+            f"market.tape and market.feed = {market.feed!r} are both set: keep the one to take "
+            "tickers from"
+        )
+    if market.url is not None and market.feed == "simulated":
+        raise ConfigurationError(
+            "market.url is set without an exchange: set market.feed to binance or bybit"
         )
     return settings
 
