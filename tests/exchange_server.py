@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -29,7 +30,7 @@ ARGS_CHARACTERS = 21_000
 class _Tapped(trio.abc.Stream):
     """The socket below trio-websocket: counts what the client sends, and can be deaf to it."""
 
-    def __init__(self, below: trio.SocketStream) -> None:
+    def __init__(self, below: trio.abc.Stream) -> None:
         self.below = below
         self.hears = trio.Event()
         self.hears.set()
@@ -73,8 +74,12 @@ class _Tapped(trio.abc.Stream):
 class Session:
     """The exchange's end of one connection."""
 
-    def __init__(self, socket: trio_websocket.WebSocketConnection, tapped: _Tapped) -> None:
+    def __init__(
+        self, socket: trio_websocket.WebSocketConnection, tapped: _Tapped, number: int
+    ) -> None:
         self.socket = socket
+        self.number = number
+        """The how manieth connection it is, from 1."""
         self.subscribed: set[str] = set()
         """Streams, or topics."""
         self.requests: list[dict[str, Any]] = []
@@ -108,7 +113,7 @@ class Exchange:
         broken: The limits that a client broke.
         refuses: Whether handshakes are refused with 503.
         unknown: Symbols that are refused.
-        acknowledges: Whether requests are answered.
+        acknowledges: Whether the requests of a connection are answered.
         greeting: What a subscription to one stream, or topic, is sent at once.
     """
 
@@ -120,7 +125,7 @@ class Exchange:
         self.broken: list[str] = []
         self.refuses = False
         self.unknown: set[str] = set()
-        self.acknowledges = True
+        self.acknowledges: Callable[[Session], bool] = lambda session: True
         self.greeting: Callable[[str], Iterable[object]] = lambda name: ()
         self._messages_per_s = messages_per_s
 
@@ -150,7 +155,7 @@ class Exchange:
                     with suppress(trio_websocket.ConnectionClosed):
                         await session.send(frame)
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.abc.Stream) -> None:
         tapped = _Tapped(stream)
         async with trio.open_nursery() as nursery:
             request = await trio_websocket.wrap_server_stream(nursery, tapped)
@@ -159,7 +164,7 @@ class Exchange:
                 await tapped.aclose()
                 return
             self.opened += 1
-            session = Session(await request.accept(), tapped)
+            session = Session(await request.accept(), tapped, self.opened)
             self.sessions.append(session)
             try:
                 with suppress(trio_websocket.ConnectionClosed):
@@ -178,7 +183,7 @@ class Exchange:
         added, reply = answer(session, request)
         if len(session.subscribed) > STREAMS_PER_CONNECTION and self.dialect == "binance":
             self.broken.append(f"{len(session.subscribed)} streams on one connection")
-        if self.acknowledges:
+        if self.acknowledges(session):
             await session.send(reply)
         for name in added:
             for frame in self.greeting(name):
@@ -239,7 +244,10 @@ class Exchange:
 
 @asynccontextmanager
 async def exchange(
-    dialect: Dialect, *, messages_per_s: float = math.inf
+    dialect: Dialect,
+    *,
+    messages_per_s: float = math.inf,
+    ssl_context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Exchange]:
     """An exchange on a free port while the context is open; none of its limits may be broken.
 
@@ -247,16 +255,24 @@ async def exchange(
         dialect: Binance, or the category of Bybit.
         messages_per_s: How many messages of a client one second may hold; unbounded for tests
             whose clients have no time to be slow.
+        ssl_context: Serve over TLS with this, as `localhost`.
     """
     made = Exchange(dialect, messages_per_s)
     path = "/stream" if dialect == "binance" else f"/v5/public/{dialect}"
+
+    async def serve(stream: trio.SocketStream) -> None:
+        if ssl_context is None:
+            await made.serve(stream)
+        else:
+            await made.serve(trio.SSLStream(stream, ssl_context, server_side=True))
+
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            [listener] = await nursery.start(
-                partial(trio.serve_tcp, made.serve, 0, host="127.0.0.1")
-            )
+            listen = partial(trio.serve_tcp, serve, 0, host="127.0.0.1")
+            [listener] = await nursery.start(listen)
             port = listener.socket.getsockname()[1]
-            made.url = f"ws://127.0.0.1:{port}{path}"
+            address = f"127.0.0.1:{port}" if ssl_context is None else f"localhost:{port}"
+            made.url = f"{'ws' if ssl_context is None else 'wss'}://{address}{path}"
             yield made
             for session in made.sessions:
                 made._check_rate(session)

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -16,8 +17,9 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from exchange_server import Dialect, Exchange, exchange
-from support import DATA, until
+import trustme
+from exchange_server import Dialect, Exchange, Session, exchange
+from support import DATA, free_port, until
 
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
@@ -39,6 +41,7 @@ QUICK: dict[str, float] = {
     "first_pause_s": 0.02,
     "last_pause_s": 0.1,
     "jitter_s": 0.01,
+    "overlap_s": 0.02,
 }
 KINDS: list[Dialect] = ["binance", "linear"]
 both = pytest.mark.parametrize("dialect", KINDS)
@@ -47,8 +50,8 @@ both = pytest.mark.parametrize("dialect", KINDS)
 def feed_of(there: Exchange, **terms: float) -> ExchangeFeed:
     """A feed of the loopback exchange, without the patience that a real one needs."""
     if there.dialect == "binance":
-        return BinanceFeed(there.url, terms=attrs.evolve(binance.TERMS, **QUICK, **terms))
-    return BybitFeed(there.url, terms=attrs.evolve(bybit.TERMS, **QUICK, **terms))
+        return BinanceFeed(there.url, terms=attrs.evolve(binance.TERMS, **(QUICK | terms)))
+    return BybitFeed(there.url, terms=attrs.evolve(bybit.TERMS, **(QUICK | terms)))
 
 
 class Recorder:
@@ -619,14 +622,14 @@ async def test_an_answer_that_never_comes_is_silence_whatever_else_comes(
 ) -> None:
     caplog.set_level(logging.INFO, "trading_push")
     async with exchange(dialect) as there:
-        there.acknowledges = False
+        there.acknowledges = lambda session: False
         feed = feed_of(there, ping_s=0.1, silence_s=0.2)
         async with running(feed, "BTCUSDT"):
             with trio.fail_after(10):
                 while there.opened < 3:
                     await there.say(news(dialect, "100"))
                     await trio.sleep(0.01)
-            there.acknowledges = True
+            there.acknowledges = lambda session: True
             await until(lambda: any("✅" in message for message in caplog.messages))
 
 
@@ -752,7 +755,45 @@ async def test_a_server_that_is_no_exchange_is_asked_again(
     assert len([message for message in caplog.messages if "连接中断" in message]) >= 5
 
 
+async def test_where_nobody_listens_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trading_push")
+    url = f"ws://127.0.0.1:{free_port()}/stream?key=secret"
+    async with running(BinanceFeed(url, terms=attrs.evolve(binance.TERMS, **QUICK)), "BTCUSDT"):
+        await until(lambda: caplog.messages)
+    assert caplog.messages[0].endswith("Connection refused - 0.02秒后重连")
+    assert "secret" not in caplog.messages[0]
+
+
+async def test_over_tls_and_not_to_whom_nobody_vouches_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trading_push")
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    def told() -> list[str]:
+        return [message for message in caplog.messages if "连接中断" in message]
+
+    async with exchange("binance", ssl_context=context) as there:
+        assert there.url.startswith("wss://localhost:")
+        async with running(feed_of(there), "BTCUSDT"):
+            await until(lambda: len(told()) >= 2)
+        assert "certificate" in told()[0]
+        assert there.opened == 0
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        async with running(feed_of(there), "BTCUSDT") as sink:
+            await until(lambda: there.has("BTCUSDT"))
+            await there.say(news("binance", "100"))
+            await until(lambda: sink.last)
+
+
 # --- before the 24 hours are over ----------------------------------------------------------------
+
+
+def first_alone(session: Session) -> bool:
+    return session.number == 1
 
 
 @both
@@ -788,11 +829,12 @@ async def test_a_connection_is_replaced_without_a_gap(dialect: Dialect) -> None:
 @both
 async def test_a_lagging_connection_overwrites_nothing(dialect: Dialect) -> None:
     async with exchange(dialect) as there:
+        there.acknowledges = first_alone
         feed = feed_of(there, lifetime_s=0.1)
         async with running(feed, "BTCUSDT") as sink:
             await until(lambda: there.has("BTCUSDT"))
             frames = [news(dialect, str(price)) for price in range(100, 110)]
-            there.acknowledges = False  # so that there are two for a while
+            # The second is never acknowledged, so that there are two for a while.
             await until(lambda: len(there.sessions) == 2 and there.sessions[1].subscribed)
             old, fresh = there.sessions
             for frame in frames:
@@ -808,24 +850,37 @@ async def test_a_lagging_connection_overwrites_nothing(dialect: Dialect) -> None
 
 
 @both
+async def test_what_is_still_under_way_on_the_old_connection_is_heard(dialect: Dialect) -> None:
+    async with exchange(dialect) as there:
+        feed = feed_of(there, lifetime_s=0.1, overlap_s=20)
+        async with running(feed, "BTCUSDT") as sink:
+            await until(lambda: there.has("BTCUSDT"))
+            await until(lambda: len(there.sessions) == 2 and there.sessions[1].subscribed)
+            old = there.sessions[0]
+            await until(lambda: feed._lanes[0].connections[1].settled.is_set())
+            await old.send(news(dialect, "100"))
+            await until(lambda: sink.last)
+
+
+@both
 async def test_a_takeover_that_fails_leaves_the_old_one_and_is_tried_again(
     dialect: Dialect, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trading_push")
     async with exchange(dialect) as there:
+        there.acknowledges = first_alone
         feed = feed_of(there, lifetime_s=0.1, takeover_timeout_s=0.1)
         async with shown(feed, "BTCUSDT") as here:
             await until(lambda: there.has("BTCUSDT"))
             await there.say(news(dialect, "100"))
             await until(lambda: here.is_live("BTCUSDT"))
             first = there.sessions[0]
-            there.acknowledges = False
             await until(lambda: any("were not ack" in message for message in caplog.messages))
             there.refuses = True
             await until(lambda: any("503" in message for message in caplog.messages))
             assert first in there.sessions
             assert here.is_live("BTCUSDT")
-            there.refuses, there.acknowledges = False, True
+            there.refuses, there.acknowledges = False, lambda session: True
             await until(lambda: there.sessions and first not in there.sessions)
             await there.say(news(dialect, "101"))
             await until(lambda: here.last("BTCUSDT") == "101")
@@ -838,13 +893,13 @@ async def test_a_cut_during_a_takeover_is_told_of_what_the_new_one_has_not_said(
 ) -> None:
     symbols = ["BTCUSDT", "ETHUSDT"]
     async with exchange(dialect) as there:
-        feed = feed_of(there, lifetime_s=0.1)
+        there.acknowledges = first_alone
+        feed = feed_of(there, lifetime_s=0.3)
         async with shown(feed, *symbols) as here:
             await until(lambda: there.has(*symbols))
             for symbol in symbols:
-                await there.say(news(dialect, "100", symbol))
+                await there.sessions[0].send(news(dialect, "100", symbol))
             await until(lambda: all(map(here.is_live, symbols)))
-            there.acknowledges = False
             await until(
                 lambda: len(there.sessions) == 2 and len(there.sessions[1].subscribed) in (2, 6)
             )

@@ -33,9 +33,7 @@ LOST: Final = (
 
 def explained(group: BaseExceptionGroup[Any]) -> SourceError:
     """Why a connection was lost, in words; of several reasons, the first."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = _innermost(group)
     if isinstance(error, SourceError):
         return error
     if isinstance(error, trio_websocket.ConnectionClosed):
@@ -52,6 +50,21 @@ def explained(group: BaseExceptionGroup[Any]) -> SourceError:
     if isinstance(error, OSError):
         return SourceError(error.strerror or type(error).__name__)
     return SourceError(type(error).__name__)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What has gone wrong at last: trio says so in groups, and in causes."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(error, trio.BrokenResourceError) or (
+            isinstance(error, OSError) and error.strerror is None
+        ):
+            if error.__cause__ is None:
+                return error
+            error = error.__cause__
+        else:
+            return error
 
 
 @attrs.frozen

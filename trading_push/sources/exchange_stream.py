@@ -8,8 +8,8 @@
    without its answer for so long.
 4. A connection that is lost is told at once: its symbols are stale until their next frame. Another
    one comes after a back-off with jitter, and subscribes anew. Nothing merged before is used again.
-5. Before the exchange ends a connection of its own accord another takes over, when it has been
-   acknowledged all symbols. While there are two, each frame is merged once: an older one never
+5. Before the exchange ends a connection of its own accord another takes over, a moment after it has
+   been acknowledged all symbols. While there are two, each frame is merged once: an older one never
    overwrites a newer.
 6. What cannot be read is counted, and logged once a minute at most.
 """
@@ -59,6 +59,7 @@ class Terms:
         lifetime_s: When a connection is replaced.
         connect_timeout_s: For the handshake.
         takeover_timeout_s: For a new connection to be acknowledged everything.
+        overlap_s: How long the old one is heard after that.
         first_pause_s: Before the first try to come back; it doubles up to `last_pause_s`.
         last_pause_s: The longest one.
         jitter_s: How much longer, at random, a pause is at most.
@@ -73,6 +74,7 @@ class Terms:
     lifetime_s: float = 23.5 * 3600
     connect_timeout_s: float = 10
     takeover_timeout_s: float = 30
+    overlap_s: float = 2
     first_pause_s: float = 1
     last_pause_s: float = 60
     jitter_s: float = 1
@@ -364,6 +366,10 @@ class _Lane:
                 fresh = self._connect(nursery)
                 with trio.move_on_after(terms.takeover_timeout_s):
                     await fresh.settled.wait()
+                if fresh.settled.is_set():
+                    # What the old one was sent before, and is still under way, is heard too.
+                    with trio.move_on_after(terms.overlap_s):
+                        await fresh.over.wait()
                 if fresh.settled.is_set() and not fresh.over.is_set():
                     # All is acknowledged: what is quiet has not changed, and is not stale.
                     fresh.carries |= current.carries & fresh.subscribed.keys()
@@ -413,6 +419,7 @@ class _Lane:
         self.connections.remove(connection)
         lost = connection.carries.difference(*(other.carries for other in self.connections))
         self.forget(lost)
+        connection.carries.clear()
         self.feed.stale("disconnected", sorted(lost & self.symbols.keys()))
 
 
