@@ -19,20 +19,25 @@ import pytest
 import trio
 import trustme
 from exchange_server import Dialect, Exchange, Session, exchange
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import DATA, free_port, until
 
+from trading_push import logs
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.errors import ConfigurationError
 from trading_push.feed import MarketFeed
 from trading_push.models import Ticker
+from trading_push.protocol import encode_data
 from trading_push.sources import binance, bybit
 from trading_push.sources.base import WatchedFeed
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
-from trading_push.sources.exchange_stream import ExchangeFeed
+from trading_push.sources.exchange_stream import ExchangeFeed, News, Reply
 from trading_push.sources.paper import open_paper_exchange
 from trading_push.sources.tape import Tape
+from trading_push.sources.ticks import UNUSABLE, reason_of
 from trading_push.topics import Channels, ticker_topic
 
 QUICK: dict[str, float] = {
@@ -688,6 +693,54 @@ async def test_garbage_is_counted_told_once_a_minute_and_ends_nothing(
     assert counts.bad + counts.unused in range(len(GARBAGE) - 1, len(GARBAGE) + 1)
     assert counts.bad >= 14
     assert len([message for message in caplog.messages if "无法解析" in message]) == 1
+
+
+HOSTILE = st.sampled_from(
+    ["0", "-1", "1e19", "5e-20", "NaN", "Infinity", "", "1", "9" * 50, "\ud800", None, True, [], {}]
+) | (st.integers() | st.floats() | st.text(max_size=5))
+
+
+@st.composite
+def almost_well(draw: st.DrawFn) -> str:
+    """A frame, or an answer, with some of its values replaced."""
+    price, number = draw(st.sampled_from(["1", "0.5", "1e19", "5e-20"])), draw(st.integers(0, 9))
+    message: dict[str, Any] = draw(
+        st.sampled_from(
+            [
+                trade(price, number),
+                quote(price, price, number),
+                window(price, number, number),
+                bybit_frame("snapshot", number, **whole(price)),
+                bybit_frame("delta", number, lastPrice=price),
+                {"result": None, "id": number},
+                {"error": {"code": 2, "msg": "no"}, "id": number},
+                {"op": "subscribe", "success": False, "ret_msg": "no", "req_id": str(number)},
+            ]
+        )
+    )
+    message = json.loads(json.dumps(message))
+    for part in (message, message.get("data", {})):
+        replaced = draw(
+            st.dictionaries(st.sampled_from(sorted(part) or ["x"]), HOSTILE, max_size=1)
+        )
+        part.update(replaced)
+    return json.dumps(message)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.text() | almost_well(), max_size=6))
+def test_no_message_raises_what_would_end_a_feed(messages: list[str]) -> None:
+    for feed in (BinanceFeed(), BybitFeed()):
+        merged = feed.new_symbol("BTCUSDT")
+        for message in messages:
+            try:
+                said = feed.read(message)
+            except UNUSABLE as error:
+                logs.line("exchange_bad_frames", exchange="", count=1, error=reason_of(error))
+                continue
+            if isinstance(said, News) and merged.apply(said.event):
+                encode_data(merged.ticker())
+            assert isinstance(said, News | Reply | None)
 
 
 async def test_garbage_is_told_again_after_a_minute(
