@@ -113,6 +113,8 @@ class Exchange:
         broken: The limits that a client broke.
         refuses: Whether handshakes are refused with 503.
         unknown: Symbols that are refused.
+        subscribes_in_part: Whether Bybit subscribes to what stands before a symbol that it refuses,
+            instead of to nothing.
         acknowledges: Whether the requests of a connection are answered.
         greeting: What a subscription to one stream, or topic, is sent at once.
     """
@@ -125,6 +127,7 @@ class Exchange:
         self.broken: list[str] = []
         self.refuses = False
         self.unknown: set[str] = set()
+        self.subscribes_in_part = False
         self.acknowledges: Callable[[Session], bool] = lambda session: True
         self.greeting: Callable[[str], Iterable[object]] = lambda name: ()
         self._messages_per_s = messages_per_s
@@ -221,13 +224,16 @@ class Exchange:
             session.subscribed.difference_update(names)
             return [], reply
         assert request["op"] == "subscribe"
+        before = frozenset(session.subscribed)
         for name in names:
-            if name in session.subscribed:
+            if name in before:
                 error = f"error:already subscribed,topic:{name}"
                 return [], reply | {"success": False, "ret_msg": error}
             if name.removeprefix("tickers.") in self.unknown:
                 error = f"error:handler not found,topic:{name}"
                 return [], reply | {"success": False, "ret_msg": error}
+            if self.subscribes_in_part:
+                session.subscribed.add(name)
         session.subscribed.update(names)
         if len(json.dumps(sorted(session.subscribed))) > ARGS_CHARACTERS:
             self.broken.append("more than 21,000 characters of topics on one connection")

@@ -496,9 +496,11 @@ async def test_connections_are_not_made_faster_than_documented(dialect: Dialect)
     assert all(later - sooner > 0.099 for sooner, later in itertools.pairwise(opened))
 
 
-@both
+@pytest.mark.parametrize(
+    ("dialect", "in_part"), [("binance", False), ("linear", False), ("linear", True)]
+)
 async def test_a_symbol_that_is_refused_is_told_once_and_the_others_go_on(
-    dialect: Dialect, caplog: pytest.LogCaptureFixture
+    dialect: Dialect, in_part: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trading_push")
     good = ["BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT"]
@@ -507,7 +509,7 @@ async def test_a_symbol_that_is_refused_is_told_once_and_the_others_go_on(
         return [message for message in caplog.messages if "拒绝订阅" in message]
 
     async with exchange(dialect) as there:
-        there.unknown = {"NOPE", "NADA"}
+        there.unknown, there.subscribes_in_part = {"NOPE", "NADA"}, in_part
         feed = feed_of(there)
         symbols = ["BTCUSDT", "NOPE", "ETHUSDT", "SOLUSDT", "NADA", "XRPUSDT"]
         async with running(feed, *symbols) as sink:

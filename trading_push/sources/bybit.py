@@ -77,9 +77,10 @@ class BybitFeed(ExchangeFeed):
         asked = (
             int(wanted) if wanted.isascii() and wanted.isdecimal() and len(wanted) < 16 else None
         )
-        if said.success is False and "already subscribed" not in said.ret_msg:
-            return Reply(asked, said.ret_msg or "no reason given")
-        return Reply(asked)
+        if said.success is not False:
+            return Reply(asked)
+        why = said.ret_msg or "no reason given"
+        return Reply(asked, why, is_subscribed="already subscribed" in why)
 
     def new_symbol(self, symbol: str) -> Merged:
         """Nothing known of it yet."""

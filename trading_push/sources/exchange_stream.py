@@ -98,10 +98,17 @@ class FrameCounts:
 
 
 class Reply(NamedTuple):
-    """The exchange's answer to the request `id`; None where it names none. `error` is a refusal."""
+    """The exchange's answer to a request.
+
+    Args:
+        id: Of which request; None where it names none.
+        error: Why the request failed, if it did.
+        is_subscribed: It failed because something that it names is subscribed already.
+    """
 
     id: int | None
     error: str | None = None
+    is_subscribed: bool = False
 
 
 class News(NamedTuple):
@@ -601,7 +608,7 @@ class _Connection:
         elif len(asked.symbols) > 1:
             half = len(asked.symbols) // 2
             self._again += [asked.symbols[:half], asked.symbols[half:]]
-        elif asked.symbols:
+        elif asked.symbols and not reply.is_subscribed:
             [symbol] = asked.symbols
             self.subscribed.pop(symbol, None)
             self.carries.discard(symbol)
