@@ -428,6 +428,21 @@ async def test_it_is_connected_only_while_something_is_watched(dialect: Dialect)
 
 
 @both
+async def test_nothing_is_given_of_what_is_not_watched_and_not_yet_unsubscribed(
+    dialect: Dialect,
+) -> None:
+    async with exchange(dialect) as there:
+        feed = feed_of(there, spacing_s=0.5)
+        async with running(feed, "BTCUSDT", "ETHUSDT") as sink:
+            await until(lambda: there.has("BTCUSDT", "ETHUSDT"))
+            feed.unwatch("ETHUSDT")
+            await there.say(news(dialect, "100", "ETHUSDT"), news(dialect, "200"))
+            await until(lambda: sink.last)
+            assert feed.statistics().used == 2
+            assert sink.last.keys() == {"BTCUSDT"}
+
+
+@both
 async def test_a_symbol_watched_again_begins_anew(dialect: Dialect) -> None:
     async with exchange(dialect) as there:
         feed = feed_of(there)
@@ -581,6 +596,23 @@ async def check_recovery(there: Exchange, here: Shown, break_it: Callable[[], An
 async def test_a_cut_is_told_at_once_and_recovered(dialect: Dialect) -> None:
     async with exchange(dialect) as there, shown(feed_of(there), "BTCUSDT", "ETHUSDT") as here:
         await check_recovery(there, here, lambda: there.session.cut())
+
+
+@both
+async def test_what_came_a_moment_before_a_cut_is_not_given_after_it(dialect: Dialect) -> None:
+    async with exchange(dialect) as there:
+        feed = feed_of(there)
+        async with running(feed, "BTCUSDT") as sink:
+            for count in range(1, 6):
+                await until(lambda count=count: there.opened == count and there.has("BTCUSDT"))
+                sink.told.clear()
+                await there.say(news(dialect, "100"))
+                await until(lambda: sink.last)
+                await there.say(news(dialect, "101"))
+                await there.session.cut()
+                await until(lambda: sink.stale_calls)
+                await trio.sleep(0.05)
+                assert sink.told[-1] == ("disconnected", ["BTCUSDT"])
 
 
 @both
@@ -769,7 +801,7 @@ async def test_an_exchange_that_refuses_for_a_while_is_asked_again(
 
     async with exchange(dialect) as there:
         there.refuses = True
-        async with shown(feed_of(there), "BTCUSDT", "ETHUSDT") as here:
+        async with shown(feed_of(there, last_pause_s=1), "BTCUSDT", "ETHUSDT") as here:
             await until(lambda: len(told()) >= 3)
             pauses = [message.rpartition(" - ")[2] for message in told()]
             assert pauses[:3] == ["0.02秒后重连", "0.04秒后重连", "0.08秒后重连"]

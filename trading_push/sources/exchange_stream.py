@@ -380,7 +380,6 @@ class _Lane:
                 if fresh.settled.is_set() and not fresh.over.is_set():
                     # All is acknowledged: what is quiet has not changed, and is not stale.
                     fresh.carries |= current.carries & fresh.subscribed.keys()
-                    current.carries.clear()
                     current.stop()
                     current = fresh
                     renew_at = trio.current_time() + terms.lifetime_s
