@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry", "heartbeat", "streams"),
     ("hub", "poller", "feed", "demand"),
     ("connection",),
-    ("transport", "sources", "broker"),
+    ("transport", "sources", "broker", "web"),
     ("service",),
     ("assembly",),
     ("server", "asgi", "testing"),

@@ -216,8 +216,9 @@ def serve(
     metavar="SECONDS",
     help="For how long it is good.",
 )
+@click.option("--publish", is_flag=True, help="It may publish: POST /publish.")
 @_config_option
-def token(user: str, ttl: int, config: Path | None) -> None:
+def token(user: str, ttl: int, publish: bool, config: Path | None) -> None:
     """Print a token: that of the configured secret, else that of the demo's."""
     settings = load_settings(config=config, flags={})
     secret, _ = _secret(settings)
@@ -227,7 +228,8 @@ def token(user: str, ttl: int, config: Path | None) -> None:
             "server does not have, makes tokens: ask whoever issues yours"
         )
     JwtAuthenticator(settings.auth, secret)  # what it would refuse, no token is made for
-    click.echo(issue_token(secret, user, ttl, _claims(settings)))
+    claims = {**_claims(settings), **({"publish": True} if publish else {})}
+    click.echo(issue_token(secret, user, ttl, claims))
 
 
 @main.command(short_help="Show an account and tickers live.")

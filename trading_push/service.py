@@ -41,6 +41,8 @@ from trading_push.topics import (
 from trading_push.transport import native
 from trading_push.transport.asgi import AsgiDoor
 from trading_push.transport.hypercorn_link import guard
+from trading_push.web.publish import Publisher
+from trading_push.web.routes import routes
 
 __all__ = ["Latest", "PushService", "Statistics", "open_push_service"]
 
@@ -198,8 +200,14 @@ class PushService:
             knows_symbol=(lambda symbol: True) if feed is None else feed.knows,
             awaits_source=self._awaits_source,
         )
-        self.asgi_app = AsgiDoor(self.hub)
-        """The ASGI application: WebSocket at the configured path."""
+        publisher = Publisher(
+            self.hub.check,
+            self.publish_many,
+            limits.publish_bytes,
+            limits.authentication_timeout_s,
+        )
+        self.asgi_app = AsgiDoor(self.hub, routes(publisher))
+        """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
 
     # --- for the application ---------------------------------------------------------------
 

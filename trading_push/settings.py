@@ -341,6 +341,8 @@ class Limits:
     messages_burst: int = attrs.field(default=60, validator=whole(1))
     """How many at once; as many again may be refused before the connection ends."""
     message_bytes: int = attrs.field(default=65_536, validator=whole(128))
+    publish_bytes: int = attrs.field(default=1_048_576, validator=whole(128))
+    """How long the body of a `POST /publish` may be."""
     bad_messages: int = attrs.field(default=10, validator=whole(1))
     pending_bytes: int = attrs.field(default=1_048_576, validator=whole(65_536))
     first_value_wait_s: float = attrs.field(default=1, validator=number(0))

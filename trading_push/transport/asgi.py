@@ -28,6 +28,7 @@ Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 _NO_LOCK: Final = nullcontext()
@@ -182,10 +183,12 @@ class AsgiDoor:
 
     Args:
         hub: What the connections share.
+        http: Serves what is no WebSocket; None for nothing there.
     """
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, http: Application | None = None) -> None:
         self._hub = hub
+        self._http = http
         self._said_plain = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,6 +197,10 @@ class AsgiDoor:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await lifespan(receive, send)
+        elif not self._hub.accepting:
+            await _answer(send, "http.response", Refused(503, "shutting down"))
+        elif self._http is not None:
+            await self._http(scope, receive, send)
         else:
             await _answer(send, "http.response", Refused(404, "there is nothing here"))
 

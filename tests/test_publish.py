@@ -1,0 +1,348 @@
+"""`POST /publish`: who may, what is taken, and that it is delivered once and in order."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import shlex
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, process, token, trio_client
+from test_poller import Table
+from test_readme import block
+from test_teardown import lines
+
+from trading_push import Channel, PushService, SourceError, issue_token, open_push_service
+from trading_push.settings import Intervals, Limits, Settings
+
+
+def publisher(claim: Any = True, user: str = "back end") -> str:
+    return issue_token(SECRET, user, 3600, {} if claim is None else {"publish": claim})
+
+
+class BackEnd:
+    """Posts over one connection, as a back end in another process does."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        self.token: str | None = publisher()
+
+    async def __call__(
+        self, body: Any, *, key: str | None = None, method: str = "POST", path: str = "/publish"
+    ) -> tuple[int, Any]:
+        """The status and the answer."""
+        return await trio.to_thread.run_sync(self.post, body, key, method, path)
+
+    def post(
+        self, body: Any, key: str | None = None, method: str = "POST", path: str = "/publish"
+    ) -> tuple[int, Any]:
+        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self._connection.request(method, path, sent, headers)
+        response = self._connection.getresponse()
+        answer = response.read()
+        if response.headers.get_content_type() == "application/json":
+            return response.status, json.loads(answer)
+        return response.status, answer
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@asynccontextmanager
+async def serving(
+    source: Any = None, **limits: Any
+) -> AsyncIterator[tuple[PushService, int, BackEnd]]:
+    settings = Settings(jwt_secret=SECRET, intervals=Intervals(*4 * [0.1]), limits=Limits(**limits))
+    channels = [Channel("alerts", "events"), Channel("news", per_user=False)]
+    async with (
+        open_push_service(source, settings=settings, channels=channels) as service,
+        hypercorn_serving(service) as port,
+    ):
+        with contextlib.closing(BackEnd(port)) as post:
+            yield service, port, post
+
+
+async def values(client: TrioClient, count: int) -> list[Any]:
+    found: list[Any] = []
+    with trio.fail_after(PATIENCE_S):
+        while len(found) < count:
+            push = await client.push()
+            if push["type"] != "status":
+                found.append(push["data"])
+    return found
+
+
+async def test_one_and_many_arrive() -> None:
+    async with serving() as (_, port, post), trio_client(port, 4, "alerts", "news") as client:
+        assert await post({"channel": "alerts", "user": "4", "data": {"n": 1}}) == (
+            200,
+            {"ok": True, "published": 1},
+        )
+        many = [
+            {"channel": "alerts", "user": 4, "data": {"n": 2}},
+            {"channel": "news", "data": None},
+            {"channel": "alerts", "user": "5", "data": "of another"},
+            {"channel": "alerts", "user": "4", "data": [0.10, 12345678901234567890]},
+        ]
+        assert await post(many) == (200, {"ok": True, "published": 4})
+        arrived = await values(client, 4)
+        arrived.remove(None)  # of another channel: there is no order between two
+        assert arrived == [{"n": 1}, {"n": 2}, [0.1, 12345678901234567890]]
+        assert await post([]) == (200, {"ok": True, "published": 0})
+
+
+async def test_every_digit_goes_on_as_it_was_sent() -> None:
+    async with serving() as (_, port, post), trio_client(port, 4, "alerts") as client:
+        body = b'{"channel":"alerts","user":"4","data":{"price":0.10000000000000000001}}'
+        assert (await post(body))[0] == 200
+        while "0.10000000000000000001" not in (said := await client.socket.get_message()):
+            assert '"type":"status"' in said
+
+
+@pytest.mark.parametrize(
+    ("claim", "status"),
+    [
+        (True, 200),
+        (["alerts"], 200),
+        (["news", "alerts"], 200),
+        (["news"], 403),
+        ([], 403),
+        (None, 403),
+        (False, 403),
+        ("true", 403),
+        (1, 403),
+        ({"alerts": True}, 403),
+        ([1], 403),
+    ],
+)
+async def test_who_may_publish(claim: Any, status: int) -> None:
+    async with serving() as (service, _, post):
+        post.token = publisher(claim)
+        answer = await post({"channel": "alerts", "user": "4", "data": 1})
+        assert answer[0] == status
+        assert (service.latest("alerts", "4") is not None) == (status == 200)
+        if status == 403:
+            assert answer[1]["error"]["code"] == "forbidden"
+
+
+async def test_who_cannot_be_authenticated(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    value = {"channel": "alerts", "user": "4", "data": 1}
+    async with serving() as (service, _, post):
+        expired = issue_token(SECRET, "x", -60, {"publish": True})
+        forged = issue_token("another secret of thirty-two bytes", "x", 60, {"publish": True})
+        for bad, code in (
+            (None, "not_authenticated"),
+            ("", "bad_token"),
+            ("rubbish", "bad_token"),
+            (expired, "token_expired"),
+            (forged, "bad_token"),
+        ):
+            post.token = bad
+            status, answer = await post(value)
+            assert (status, answer["error"]["code"]) == (401, code), bad
+        assert service.latest("alerts", "4") is None
+    assert forged not in caplog.text
+    assert expired not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SourceError("no keys"), 503), (RuntimeError("a bug"), 500)]
+)
+async def test_a_token_that_cannot_be_checked(
+    error: Exception, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def authenticate(token: str) -> Any:
+        raise error
+
+    async with (
+        open_push_service(authenticate=authenticate) as service,
+        hypercorn_serving(service) as port,
+    ):
+        with contextlib.closing(BackEnd(port)) as post:
+            assert (await post({"channel": "pnl", "user": "4", "data": 1}))[0] == status
+    assert sum(record.exc_info is not None for record in caplog.records) == (status == 500)
+
+
+BAD: tuple[tuple[bytes, str], ...] = (
+    (b"", "send an object"),
+    (b"{", "send an object"),
+    (b"5", "send an object"),
+    (b'{"channel":"alerts","user":"4"}', "data"),
+    (b'{"channel":"alerts","user":"4","data":1,"more":1}', "more"),
+    (b'{"channel":"alerts","user":4.5,"data":1}', "user"),
+    (b'{"channel":"alerts","data":1}', "give the user"),
+    (b'{"channel":"news","user":"4","data":1}', "leave out the user"),
+    (b'{"channel":"nope","user":"4","data":1}', "there is no channel"),
+    (b'{"channel":"ticker.BTCUSDT","user":"4","data":1}', "leave out the user"),
+    (b'{"channel":"alerts","user":"4","data":NaN}', "send an object"),
+    (b'{"channel":"alerts","user":"4","data":1e999}', "send an object"),
+    (b'{"channel":"alerts","user":"4","data":"\xff"}', "send an object"),
+    (b'{"channel":"alerts","user":"4","data":"\\ud800"}', "send an object"),
+    (b'{"channel":"alerts","user":"4","data":' + 30_000 * b"[", "send an object"),
+    (
+        b'[{"channel":"alerts","user":"4","data":1},{"channel":"nope","data":1}]',
+        "there is no channel",
+    ),
+)
+
+
+async def test_what_cannot_be_published_is_refused_whole() -> None:
+    async with serving() as (service, _, post):
+        for body, complaint in BAD:
+            status, answer = await post(body, key="the same")
+            assert status == 400, body
+            assert answer["error"]["code"] == "bad_request"
+            assert complaint in answer["error"]["message"], answer
+        assert service.latest("alerts", "4") is None
+        # A key that has published nothing is free.
+        good = {"channel": "alerts", "user": "4", "data": 1}
+        assert (await post(good, key="the same"))[0] == 200
+
+
+async def test_a_repeated_key_is_delivered_once() -> None:
+    first = {"channel": "alerts", "user": "4", "data": "first"}
+    other = {"channel": "alerts", "user": "4", "data": "other"}
+    async with serving() as (_, port, post), trio_client(port, 4, "alerts") as client:
+        for _ in range(3):
+            assert await post(first, key="a") == (200, {"ok": True, "published": 1})
+        status, answer = await post(other, key="a")
+        assert status == 422
+        assert "Idempotency-Key" in answer["error"]["message"]
+        assert (await post(other, key="b"))[0] == 200
+        post.token = publisher(user="another back end")
+        assert (await post(other, key="a"))[0] == 200  # its own
+        assert (await post(first))[0] == 200  # without a key each counts
+        assert await values(client, 4) == ["first", "other", "other", "first"]
+        for bad in ("", 256 * "x"):
+            assert (await post(first, key=bad))[0] == 400
+
+
+async def test_keys_are_forgotten_in_time_and_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trading_push.web.publish.KEYS", 2)
+    value = {"channel": "alerts", "user": "4", "data": 1}
+    async with serving() as (service, _, post):
+        for key in ("a", "b", "c", "a"):
+            assert (await post(value, key=key))[0] == 200
+        epoch = json.loads(bytes(service.latest("alerts", "4").data))
+        assert epoch == 1
+        assert service._broker.snapshot(service._topic("alerts", "4")).seq == 4
+
+
+async def test_what_is_too_long_and_what_is_not_there() -> None:
+    async with serving(publish_bytes=1000) as (service, _, post):
+        status, answer = await post({"channel": "alerts", "user": "4", "data": 1000 * "x"})
+        assert (status, answer["error"]["code"]) == (413, "bad_request")
+        post.close()
+        assert (await post(b"", method="GET"))[0] == 405
+        assert (await post({}, path="/elsewhere"))[0] == 404
+        assert (await post({}, path="/ws"))[0] == 404
+        service.hub.accepting = False
+        assert (await post({"channel": "news", "data": 1}))[0] == 503
+
+
+async def test_two_thousand_a_second_are_delivered_in_order() -> None:
+    seconds, each = 3, 100
+    async with serving() as (_, port, post), trio_client(port, 4, "alerts") as client:
+        found: list[int] = []
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                found.extend(await values(client, seconds * 2000))
+
+            nursery.start_soon(read)
+            began = time.perf_counter()
+            for batch in range(seconds * 2000 // each):
+                numbers = range(batch * each, (batch + 1) * each)
+                body = [{"channel": "alerts", "user": "4", "data": n} for n in numbers]
+                assert (await post(body))[0] == 200
+        took_s = time.perf_counter() - began
+        assert found == list(range(seconds * 2000))
+        assert took_s < seconds
+        began = time.perf_counter()
+        for number in range(500):
+            assert (await post({"channel": "alerts", "user": "4", "data": number}))[0] == 200
+        single_s = time.perf_counter() - began
+        assert await values(client, 500) == list(range(500))
+    print(f"\n{seconds * 2000 / took_s:.0f} a second in hundreds, {500 / single_s:.0f} one by one")
+
+
+async def test_a_published_value_and_a_polled_one_do_not_fight() -> None:
+    source = Table()
+    source.values["4", "pnl"] = "source 1"
+    async with serving(source) as (_, port, post), trio_client(port, 4, "pnl") as client:
+        assert await values(client, 1) == ["source 1"]
+        asked = len(source.calls)
+        assert (await post({"channel": "pnl", "user": "4", "data": "published"}))[0] == 200
+        assert await values(client, 1) == ["published"]
+        while len(source.calls) < asked + 5:  # it says "source 1" all the time
+            await trio.sleep(0.01)
+        source.values["4", "pnl"] = "source 2"
+        assert await values(client, 1) == ["source 2"]
+
+
+async def test_a_request_that_ends_half_way_publishes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "trading_push")
+    body = b'{"channel":"alerts","user":"4","data":1}'
+    async with serving() as (service, port, post):
+        for sent in (b"", body[:10]):
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            await stream.send_all(
+                b"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+                + publisher().encode()
+                + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+                + sent
+            )
+            await stream.aclose()
+        # Those before have been served by now, if they ever are.
+        assert (await post({"channel": "news", "data": 1}))[0] == 200
+        assert service.latest("alerts", "4") is None
+    assert not any(record.exc_info for record in caplog.records)
+    assert not any("❌" in line for line in lines(caplog))
+
+
+async def test_the_readme_s_request_is_taken_as_printed() -> None:
+    words = shlex.split(block("publish").replace("\\\n", " "))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/publish"]
+    headers = [words[at + 1] for at, word in enumerate(words) if word == "-H"]
+    assert headers[0] == "Authorization: Bearer $TOKEN"
+    assert headers[1].startswith("Idempotency-Key: ")
+    async with serving() as (service, _, post):
+        answer = await post(words[words.index("-d") + 1].encode(), key=headers[1].split()[1])
+        assert answer == (200, {"ok": True, "published": 2})
+        latest = service.latest("pnl", "4")
+        assert latest is not None
+        assert json.loads(bytes(latest.data)) == {"total": "12.50"}
+
+
+@pytest.fixture
+def demo(tmp_path: Any) -> Iterator[str]:
+    with process(
+        *("trading-push", "token", "--user", "back end", "--publish"),
+        env={"TRADING_PUSH_JWT_SECRET": SECRET},
+    ) as made:
+        made.popen.wait(PATIENCE_S)
+        made.stop()
+        yield made.out[0]
+
+
+async def test_the_command_makes_a_token_that_may_publish(demo: str) -> None:
+    async with serving() as (_, _, post):
+        post.token = demo
+        assert (await post({"channel": "news", "data": 1}))[0] == 200
+        post.token = token("4")
+        assert (await post({"channel": "news", "data": 1}))[0] == 403

@@ -1,0 +1,195 @@
+"""`POST /publish`: a back end pushes values over HTTP, one or many, at most once for each key.
+
+The header `Idempotency-Key` is that of the IETF's draft of this name: who repeats a request because
+its answer was lost repeats its key, and is given the first answer again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing, suppress
+from typing import Any, Final
+
+import cachetools
+import msgspec
+import trio
+from msgspec import Raw, Struct
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from trading_push import logs
+from trading_push.auth import Principal
+from trading_push.errors import AuthenticationError, ErrorCode, PayloadError, SourceError
+
+__all__ = ["Publish", "Publisher"]
+
+KEYS: Final = 10_000
+KEY_TTL_S: Final = 600.0
+KEY_CHARACTERS: Final = 255
+SKIP_S: Final = 1.0
+"""How long the body of a request that is refused may take."""
+
+Publish = Callable[[Iterable[tuple[str, Any, str | None]]], Awaitable[None]]
+
+
+class _Value(Struct, forbid_unknown_fields=True):
+    channel: str
+    data: Raw
+    user: str | int | None = None
+
+
+_decode = msgspec.json.Decoder(_Value | list[_Value]).decode
+_validate = msgspec.json.Decoder().decode
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class Publisher:
+    """The endpoint of one service.
+
+    Args:
+        check: Whom a token stands for; raises AuthenticationError to refuse, SourceError where it
+            cannot tell.
+        publish: Publishes a batch, all or nothing; raises ValueError or PayloadError.
+        limit_bytes: How long a request's body may be.
+        check_timeout_s: How long `check` may take.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[str], Awaitable[Principal]],
+        publish: Publish,
+        limit_bytes: int,
+        check_timeout_s: float,
+    ) -> None:
+        self._check = check
+        self._publish = publish
+        self._limit_bytes = limit_bytes
+        self._check_timeout_s = check_timeout_s
+        # The body and what was published, by who and their key.
+        self._done: cachetools.TTLCache[tuple[str, str], tuple[bytes, int]] = cachetools.TTLCache(
+            KEYS, KEY_TTL_S, trio.current_time
+        )
+
+    async def answer(self, request: Request) -> Response:
+        """Answer a request; see the README for what it takes and gives."""
+        try:
+            published = await self._take(request)
+        except _Refused as refused:
+            error = {"code": refused.code, "message": str(refused)}
+            headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
+            return _json({"ok": False, "error": error}, refused.status, headers)
+        return _json({"ok": True, "published": published})
+
+    async def _take(self, request: Request) -> int:
+        try:
+            principal = await self._principal(request)
+            allowed = _allowed(principal)
+        except _Refused:
+            # Answered with its body unread, a connection cannot be used again.
+            with suppress(_Refused), trio.move_on_after(SKIP_S):
+                await self._body(request)
+            raise
+        body = await self._body(request)
+        values = _values(body)
+        for value in values:
+            if allowed is not None and value.channel not in allowed:
+                raise _Refused(
+                    403, ErrorCode.FORBIDDEN, f"the token does not allow {value.channel!r}"
+                )
+        key = request.headers.get("idempotency-key")
+        if key is not None:
+            if not 0 < len(key) <= KEY_CHARACTERS:
+                raise _bad_request(f"give an Idempotency-Key of 1 to {KEY_CHARACTERS} characters")
+            before = self._done.get((principal.user, key))
+            if before is not None:
+                if before[0] != body:
+                    raise _Refused(
+                        422,
+                        ErrorCode.BAD_REQUEST,
+                        "this Idempotency-Key has been used for another request",
+                    )
+                return before[1]
+            # Nothing awaits between the look and here, so that no two with one key are under way.
+            self._done[principal.user, key] = (body, len(values))
+        try:
+            await self._publish(
+                (value.channel, value.data, None if value.user is None else str(value.user))
+                for value in values
+            )
+        except (ValueError, PayloadError) as error:
+            if key is not None:
+                self._done.pop((principal.user, key), None)
+            raise _bad_request(str(error)) from None
+        return len(values)
+
+    async def _principal(self, request: Request) -> Principal:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            message = "send Authorization: Bearer with a token that may publish"
+            raise _Refused(401, ErrorCode.NOT_AUTHENTICATED, message)
+        try:
+            with trio.fail_after(self._check_timeout_s):
+                return await self._check(token.strip())
+        except AuthenticationError as error:
+            raise _Refused(401, error.code, error.message) from None
+        except (SourceError, trio.TooSlowError):
+            message = "the token cannot be checked now"
+            raise _Refused(503, ErrorCode.INTERNAL, message) from None
+        except Exception as error:  # the application's own code: one trace, one answer
+            address = request.client.host if request.client else "-"
+            line = logs.line("internal_error", address=address, error=error)
+            logs.emit(line._replace(exception=error))
+            message = "an error of ours; try again later"
+            raise _Refused(500, ErrorCode.INTERNAL, message) from None
+
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        try:
+            async with aclosing(request.stream()) as parts:
+                async for part in parts:
+                    body += part
+                    if len(body) > self._limit_bytes:
+                        message = f"the body is longer than {self._limit_bytes} bytes: send fewer"
+                        raise _Refused(413, ErrorCode.BAD_REQUEST, message)
+        except ClientDisconnect:
+            raise _bad_request("the body is not whole") from None
+        return bytes(body)
+
+
+def _allowed(principal: Principal) -> frozenset[str] | None:
+    """The channels that a token's `publish` names; None for all."""
+    claim = principal.claims.get("publish")
+    if claim is True:
+        return None
+    if isinstance(claim, list) and claim and all(isinstance(name, str) for name in claim):
+        return frozenset(claim)
+    raise _Refused(
+        403, ErrorCode.FORBIDDEN, "the token has no claim `publish` (true, or a list of channels)"
+    )
+
+
+def _values(body: bytes) -> list[_Value]:
+    try:
+        # All of it, for Raw is passed over: what is no JSON would break every subscriber's frame.
+        body.decode()
+        _validate(body)
+        values = _decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise _bad_request(
+            f"send an object with channel, data and user, or a list of them: {error}"
+        ) from None
+    return values if isinstance(values, list) else [values]
+
+
+def _bad_request(message: str) -> _Refused:
+    return _Refused(400, ErrorCode.BAD_REQUEST, message)
+
+
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")

@@ -1,0 +1,15 @@
+"""The HTTP routes beside the WebSocket."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from trading_push.web.publish import Publisher
+
+__all__ = ["routes"]
+
+
+def routes(publisher: Publisher) -> Starlette:
+    """The ASGI application of all routes; for scopes of type `http`."""
+    return Starlette(routes=[Route("/publish", publisher.answer, methods=["POST"])])
