@@ -49,7 +49,8 @@ def test_who_does_not_read_is_cut_and_nobody_else_notices(door):
             crowd.during(1)  # a look holds the server for a while
         # Each sender task that waited behind the first counts, too.
         assert 200 <= len(seen["stalled_s"]) <= 200 * len(flow)
-        assert 2 <= max(seen["stalled_s"]) <= 4
+        # The stream itself was refused a moment before its first sender was.
+        assert 1.5 <= max(seen["stalled_s"]) <= 4
         pushes = [member.pushes for member in readers]
         crowd.during(2)
         assert all(
