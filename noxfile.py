@@ -74,7 +74,8 @@ def soak(session: nox.Session) -> None:
     session.install(".", *nox.project.dependency_groups(project, "test"))
     session.chdir("tests")
     counts = {"TESTS_ABORTS": "20000", "TESTS_STORM": "5000", "TESTS_FUZZ": "500000"}
-    files = session.posargs or ["test_load.py", "test_fuzz.py", "test_soak.py"]
+    counts["TESTS_FLASK"] = "100000"
+    files = session.posargs or ["test_load.py", "test_fuzz.py", "test_soak.py", "test_flask.py"]
     session.run("pytest", "-s", "-m", "", *map(_from_root, files), env=counts)
 
 

@@ -140,6 +140,7 @@ def serving(
     *flags: str,
     program: Sequence[str] = ("-m", "trading_push"),
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Iterator[Process]:
     """`trading-push serve` on a free port, with the tests' secret; `url` is its WebSocket."""
     command = [sys.executable, *program, "serve", "--port", "0", *flags]
@@ -148,7 +149,7 @@ def serving(
         "XDG_DATA_HOME": str(home),
         **(env or {}),
     }
-    with process(*command, env=environment) as running:
+    with process(*command, env=environment, cwd=cwd) as running:
         running.wait_for_line("Serving on", running.out)
         found = re.search(r"WebSocket (ws://[^)]+)\)", "\n".join(running.out))
         assert found, running.out

@@ -14,7 +14,7 @@ PACKAGE = Path(trading_push.__file__).parent
 
 # Each layer may import from those before it, and within itself without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "origin", "proxies", "settings", "models", "topics", "logs"),
+    ("errors", "origin", "proxies", "named", "settings", "models", "topics", "logs"),
     ("protocol", "auth", "rate", "supervision"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),

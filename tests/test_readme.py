@@ -206,6 +206,86 @@ async def test_live_market_data_is_configured_as_printed(tmp_path, monkeypatch):
                     assert reply["results"][0]["error"]["code"] == "unknown_channel"
 
 
+SHOP_MODELS = """
+from flask_sqlalchemy import SQLAlchemy
+
+db = SQLAlchemy()
+
+
+class Holding(db.Model):
+    id = db.Column(db.Integer, primary_key=True)
+    user_id = db.Column(db.String)
+    asset = db.Column(db.String)
+    total = db.Column(db.String)
+"""
+SHOP_APP = """
+from flask import Flask
+
+from shop.models import Holding, db
+
+
+def create_app():
+    app = Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///THERE"
+    db.init_app(app)
+    with app.app_context():
+        db.create_all()
+        db.session.add(Holding(user_id="4", asset="BTC", total="0.50"))
+        db.session.commit()
+        db.engine.dispose()
+    return app
+"""
+# The library's lines, after what they need, and before a look at what they serve.
+SHOP_LIBRARY = """
+import trio
+
+from shop.app import create_app
+from shop.push import fetch
+from trading_push import FlaskSource, Principal, open_push_service
+from trading_push.testing import peer
+
+
+async def serve(service, config):
+    async with peer(service, "4") as four:
+        await four.subscribe("balance")
+        print((await four.push())["data"], flush=True)
+
+
+async def main():
+    config = None
+    authenticate = Principal
+PRINTED
+
+trio.run(main)
+"""
+
+
+def test_a_flask_application_is_served_as_printed(tmp_path):
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "__init__.py").touch()
+    (shop / "models.py").write_text(SHOP_MODELS)
+    (shop / "app.py").write_text(SHOP_APP.replace("THERE", str(tmp_path / "shop.db")))
+    (shop / "push.py").write_text(block("flask_function"))
+    (tmp_path / "trading-push.toml").write_text(block("flask_configuration"))
+
+    async def balance(url: str) -> Any:
+        async with client(url, 4) as four:
+            await four.subscribe("balance")
+            return (await four.until(lambda push: push["type"] == "snapshot"))["data"]
+
+    expected = [{"asset": "BTC", "total": "0.50"}]
+    with serving(tmp_path, "--config", "trading-push.toml", cwd=tmp_path) as server:
+        assert asyncio.run(balance(server.url)) == expected
+        assert server.stop() == 0
+        assert server.traces() == []
+    (tmp_path / "shop.db").unlink()
+    program = SHOP_LIBRARY.replace("PRINTED", textwrap.indent(block("flask_library"), "    "))
+    (tmp_path / "program.py").write_text(program)
+    with process(sys.executable, "program.py", cwd=tmp_path) as running:
+        running.wait_for_line(str(expected), running.out)
+
+
 class Silent:
     async def fetch(self, user_id: str, data_type: str) -> None:
         return None

@@ -204,6 +204,11 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ('[http.headers]\nX = "hunter2\\nY"', "http.headers.X is not usable"),
         ("[http.headers]\n'a b' = '5'", "no name that HTTP knows"),
         ("[http.headers]\nHost = 'h'", "http.headers.Host is not for you to set"),
+        ("[function]\nfetch = 'shop.push'", "function.fetch is 'shop.push': give module:attribute"),
+        ("[function]\nfetch = 'shop/push.py:fetch'", "give module:attribute"),
+        ("[function]\nfetch = 'shop:fetch'\n[database]\npath = 'a'", "function.fetch are both set"),
+        ("[function]\nflask_app = 'shop:app'", "flask_app is set without function.fetch"),
+        ("[function]\nfetch_many = 'shop:app'", "fetch_many is set without function.fetch"),
         ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
         ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
         ("[database.queries.balance]\nsql = 'SELECT 1'", "it must select by :user_ids"),
@@ -358,14 +363,16 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
     assert named == {name for name, default in every_setting().items() if default is None}
     # Of the places that accounts are read from each excludes the others, and a tape an exchange.
     database, http = ('url = "postgresql', "notify_channel"), ('url = "https', "batch_url")
+    function = ("fetch", "flask_app")
     always_left_out = ("jwt_secret", "path", 'url = "wss')
 
     def usable(*left_out: str) -> Settings:
         pattern = "|".join(map(re.escape, (*always_left_out, *left_out)))
         return from_file(config, re.sub(f"(?m)^#! (?!{pattern})", "", text))
 
-    assert usable(*http).database.queries["balance"].empty == "[]"
-    assert usable(*database).http.headers == {"X-Api-Version": "2"}
+    assert usable(*http, *function).database.queries["balance"].empty == "[]"
+    assert usable(*database, *function).http.headers == {"X-Api-Version": "2"}
+    assert usable(*database, *http).function.fetch == "shop.push:fetch"
 
 
 # The first text takes a while where hypothesis has not yet cached its tables of Unicode.

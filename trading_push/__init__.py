@@ -38,6 +38,8 @@ from trading_push.sources.base import (
 )
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
+from trading_push.sources.flask import FlaskSource
+from trading_push.sources.function import FunctionSource
 from trading_push.sources.postgres import PostgresSource
 from trading_push.sources.sql import SqlSource
 from trading_push.topics import Channel
@@ -56,6 +58,8 @@ __all__ = [
     "ConfigurationError",
     "ErrorCode",
     "Fill",
+    "FlaskSource",
+    "FunctionSource",
     "JwtAuthenticator",
     "Latest",
     "LinkError",

@@ -7,13 +7,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from trading_push import named
 from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
-from trading_push.settings import Auth, Database, Http, Market, Settings
+from trading_push.settings import Auth, Database, Function, Http, Market, Settings
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
+from trading_push.sources.flask import FlaskSource
+from trading_push.sources.function import FunctionSource
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.postgres import PostgresSource
@@ -43,7 +46,8 @@ async def open_configured_service(
 ) -> AsyncIterator[PushService]:
     """Run the service that the settings describe while the context is open.
 
-    Accounts are read from the one place that is set (`database.url`, `http.url`); where none is, a
+    Accounts are read from the one place that is set (`database.url`, `http.url`,
+    `function.fetch`); where none is, a
     paper exchange trades, on the simulated market or on the market that is set.
 
     Raises:
@@ -85,6 +89,8 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
         return await _checked(_database(settings.database.url, settings.database), opened)
     if settings.http.url is not None:
         return _http(settings.http.url, settings.http, opened)
+    if settings.function.fetch is not None:
+        return _functions(settings.function.fetch, settings.function)
     return None
 
 
@@ -133,6 +139,17 @@ async def _paper_exchange(
     )
     source = PaperSource(path, database.queries, **_bounds(database))
     return await _checked(source, opened), exchange
+
+
+def _functions(fetch: str, settings: Function) -> Source:
+    asked = named.function("function.fetch", fetch)
+    many = None
+    if settings.fetch_many is not None:
+        many = named.function("function.fetch_many", settings.fetch_many)
+    if settings.flask_app is None:
+        return FunctionSource(asked, fetch_many=many)
+    app = named.flask_app("function.flask_app", settings.flask_app)
+    return FlaskSource(app, asked, fetch_many=many)
 
 
 def _default_path() -> Path:

@@ -33,6 +33,7 @@ __all__ = [
     "ENVIRONMENT_PREFIX",
     "Auth",
     "Database",
+    "Function",
     "Http",
     "Intervals",
     "Limits",
@@ -231,6 +232,14 @@ def _is_query(value: str) -> bool:
 def _is_identifier(value: str) -> bool:
     # Of capitals, NOTIFY makes small letters and pg_notify() does not; a name has 63 at most.
     return re.fullmatch("[a-z_][a-z0-9_]{0,62}", value) is not None
+
+
+def _is_object_name(value: str) -> bool:
+    module, _, attribute = value.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+
+
+_object_name = optional(text("give module:attribute, as in shop.push:fetch", _is_object_name))
 
 
 def _is_json(value: str) -> bool:
@@ -454,6 +463,18 @@ class Http:
 
 
 @attrs.frozen
+class Function:
+    """An application's own functions, each as `module:attribute`, to read accounts by."""
+
+    fetch: str | None = attrs.field(default=None, validator=_object_name)
+    """Called with a user's id and a data type."""
+    fetch_many: str | None = attrs.field(default=None, validator=_object_name)
+    """Called in its place, with many users' ids."""
+    flask_app: str | None = attrs.field(default=None, validator=_object_name)
+    """A Flask application, or what makes one, a fresh context of which is round each call."""
+
+
+@attrs.frozen
 class Log:
     """The log lines' language and format; they go to standard error, and to `file` as well."""
 
@@ -476,6 +497,7 @@ class Settings:
     market: Market = attrs.field(factory=Market)
     database: Database = attrs.field(factory=Database)
     http: Http = attrs.field(factory=Http)
+    function: Function = attrs.field(factory=Function)
     log: Log = attrs.field(factory=Log)
 
 
@@ -511,6 +533,7 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
         "database.url": database.url,
         "database.path": database.path,
         "http.url": http.url,
+        "function.fetch": settings.function.fetch,
     }
     given = [name for name, value in places.items() if value is not None]
     if len(given) > 1:
@@ -539,6 +562,13 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             "market.url is set without an exchange: set market.feed to binance or bybit"
         )
+    function = settings.function
+    for name in ("fetch_many", "flask_app"):
+        if getattr(function, name) is not None and function.fetch is None:
+            raise ConfigurationError(
+                f"function.{name} is set without function.fetch: name the function that reads "
+                "one user's data"
+            )
     return settings
 
 
