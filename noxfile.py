@@ -63,7 +63,7 @@ def http(session: nox.Session) -> None:
     session.install("anyio >= 4.11")
     session.install("--no-deps", "asks", "async_generator", "h11")
     session.chdir("tests")
-    files = ("test_http_source.py", "test_http_missing.py")
+    files = ("test_http_source.py", "test_http_missing.py", "test_sources.py", "-k", "http")
     session.run("pytest", *files, *map(_from_root, session.posargs))
 
 
