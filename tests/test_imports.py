@@ -14,7 +14,7 @@ PACKAGE = Path(trading_push.__file__).parent
 
 # Each layer may import from those before it, and within itself without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "origin", "proxies", "named", "settings", "models", "topics", "logs"),
+    ("errors", "address", "origin", "proxies", "named", "settings", "models", "topics", "logs"),
     ("protocol", "auth", "rate", "supervision"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
@@ -112,7 +112,7 @@ def test_sans_io_never_imports_trio(module):
 
 
 def test_the_client_imports_only_what_it_needs():
-    assert imported(PACKAGE / "client.py") <= {"errors", "topics", "protocol"}
+    assert imported(PACKAGE / "client.py") <= {"address", "errors", "topics", "protocol"}
 
 
 def test_only_the_link_knows_hypercorn():

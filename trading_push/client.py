@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import ssl
-import urllib.parse
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
@@ -33,10 +31,10 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
+from trading_push.address import Address
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
-    ConfigurationError,
     ErrorCode,
     TradingPushError,
     may_reconnect,
@@ -184,34 +182,6 @@ class _Asked:
     deadline: float
 
 
-@attrs.frozen
-class _Address:
-    host: str
-    port: int
-    resource: str
-    tls: bool
-
-    @classmethod
-    def of(cls, url: str) -> _Address:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or not url.isprintable():
-            raise ConfigurationError(
-                f"{url[:200]!r} is no WebSocket URL: give one like ws://127.0.0.1:8000/ws"
-            )
-        resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        tls = parts.scheme == "wss"
-        return cls(parts.hostname, port or (443 if tls else 80), resource, tls)
-
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
-
-
 class _Stream(trio.abc.Stream):
     """The socket below trio-websocket, which does not tell us two things that we must know.
 
@@ -256,7 +226,9 @@ class Client:
     """
 
     def __init__(self, url: str, token: Token, channels: Sequence[str], attempts: int) -> None:
-        self._address = _Address.of(url)
+        self._address = Address.of(
+            url, f"{url[:200]!r} is no WebSocket URL: give one like ws://127.0.0.1:8000/ws"
+        )
         self._url = url
         self._token = token
         self._refused_token: str | None = None
@@ -352,7 +324,7 @@ class Client:
                     with self._until_left():
                         token = await self._next_token()
                         with trio.fail_after(CONNECT_TIMEOUT_S):
-                            stream = _Stream(await self._connect())
+                            stream = _Stream(await self._address.connect())
                             socket = await trio_websocket.wrap_client_stream(
                                 nursery,
                                 # It says SocketStream and uses what any Stream has.
@@ -387,23 +359,6 @@ class Client:
         if token == self._refused_token:
             raise AuthenticationError("the token has expired: get a new one", expired=True)
         return token
-
-    async def _connect(self) -> trio.abc.Stream:
-        address = self._address
-        if not address.tls:
-            return await trio.open_tcp_stream(address.host, address.port)
-        stream = await trio.open_ssl_over_tcp_stream(
-            address.host,
-            address.port,
-            ssl_context=ssl.create_default_context(),
-            https_compatible=True,
-        )
-        try:
-            await stream.do_handshake()
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        return stream
 
     async def _talk(
         self, socket: trio_websocket.WebSocketConnection, stream: _Stream, token: str

@@ -27,10 +27,11 @@ import trio
 import trio_websocket
 
 from trading_push import logs
+from trading_push.address import Address
 from trading_push.errors import SourceError
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
-from trading_push.sources.dial import LOST, Address, explained
+from trading_push.sources.lost import LOST, explained
 from trading_push.sources.ticks import UNUSABLE, reason_of
 from trading_push.supervision import keep_running
 
@@ -148,7 +149,9 @@ class ExchangeFeed(ABC):
 
     def __init__(self, url: str, terms: Terms) -> None:
         self.terms = terms
-        self.address = Address.of(url)
+        self.address = Address.of(
+            url, "market.url is no WebSocket URL: give one like wss://stream.example.com/stream"
+        )
         self._lanes: list[_Lane] = []
         self._lane_of: dict[str, _Lane] = {}
         self._counts = FrameCounts()

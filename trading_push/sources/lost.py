@@ -1,20 +1,17 @@
-"""How an exchange's WebSocket is reached, and what its end means."""
+"""What the end of a connection to an exchange means."""
 
 from __future__ import annotations
 
-import ssl
-import urllib.parse
 from typing import Any, Final
 
-import attrs
 import h11
 import trio
 import trio_websocket
 import wsproto.utilities
 
-from trading_push.errors import ConfigurationError, SourceError
+from trading_push.errors import SourceError
 
-__all__ = ["LOST", "Address", "explained"]
+__all__ = ["LOST", "explained"]
 
 # What a network, or a peer that is no such exchange, can make of a connection.
 LOST: Final = (
@@ -65,56 +62,3 @@ def _innermost(error: BaseException) -> BaseException:
             error = error.__cause__
         else:
             return error
-
-
-@attrs.frozen
-class Address:
-    """Where a WebSocket is."""
-
-    host: str
-    port: int
-    resource: str
-    tls: bool
-
-    @classmethod
-    def of(cls, url: str) -> Address:
-        """What a URL says.
-
-        Raises:
-            ConfigurationError: It is none of a WebSocket.
-        """
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or not url.isprintable():
-            raise ConfigurationError(
-                "market.url is no WebSocket URL: give one like wss://stream.example.com/stream"
-            )
-        resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        tls = parts.scheme == "wss"
-        return cls(parts.hostname, port or (443 if tls else 80), resource, tls)
-
-    @property
-    def host_header(self) -> str:
-        """What the handshake says."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
-
-    async def connect(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
-        """A stream to the address; cancelled, it leaves none open."""
-        if not self.tls:
-            return await trio.open_tcp_stream(self.host, self.port)
-        stream = await trio.open_ssl_over_tcp_stream(
-            self.host,
-            self.port,
-            ssl_context=ssl.create_default_context(),
-            https_compatible=True,
-        )
-        try:
-            await stream.do_handshake()
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        return stream
