@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 import attrs
+import loopback_exchange
 import msgspec
 import trio
 from exchange_server import exchange
@@ -284,6 +285,26 @@ def test_a_flask_application_is_served_as_printed(tmp_path):
     (tmp_path / "program.py").write_text(program)
     with process(sys.executable, "program.py", cwd=tmp_path) as running:
         running.wait_for_line(str(expected), running.out)
+
+
+async def test_an_exchange_is_read_as_printed(tmp_path):
+    (tmp_path / "keys.toml").write_text(block("ccxt_keys"))
+    (tmp_path / "keys.toml").chmod(0o600)
+    file = tmp_path / "trading-push.toml"
+    with loopback_exchange.running() as exchange:
+        file.write_text(block("ccxt").replace("[ccxt]", f'[ccxt]\nurl = "{exchange.url}"'))
+        with serving(tmp_path, "--config", str(file)) as server:
+            port = int(server.url.rsplit(":", 1)[1].split("/")[0])
+            async with trio_client(port, 4, "positions", "ticker.BTCUSDT") as four:
+                seen = {}
+                with trio.fail_after(PATIENCE_S):
+                    while len(seen) < 2:
+                        if (push := await four.push())["type"] == "snapshot":
+                            seen[push["channel"]] = push["data"]
+            assert await trio.to_thread.run_sync(server.stop) == 0
+            assert server.traces() == []
+    assert seen["positions"][0]["entry_price"] == "61450.5"
+    assert seen["ticker.BTCUSDT"]["last"] == loopback_exchange.SWAP_PRICE
 
 
 class Silent:

@@ -209,6 +209,17 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[function]\nfetch = 'shop:fetch'\n[database]\npath = 'a'", "function.fetch are both set"),
         ("[function]\nflask_app = 'shop:app'", "flask_app is set without function.fetch"),
         ("[function]\nfetch_many = 'shop:app'", "fetch_many is set without function.fetch"),
+        ("[ccxt]\nexchange = 'binance'", "ccxt.exchange is set and not used"),
+        ("[market]\nfeed = 'ccxt'", "market.feed = 'ccxt' is set without ccxt.exchange"),
+        ("[ccxt]\ncredentials = '{}'", "ccxt.credentials is set without ccxt.exchange"),
+        ("[ccxt]\ncredentials = '{}'\n[database]\npath = 'a'", "are both set"),
+        ("[ccxt]\ncredentials = '{}'\ncredentials_file = 'a'", "are both set"),
+        ("[ccxt]\ncredentials = 5", "ccxt.credentials is not usable"),
+        ("[ccxt]\nmarket_type = 'margin'", "give one of spot, swap, future"),
+        (
+            "[ccxt]\nexchange = 'a'\ncredentials = '{}'\ntimeout_s = 60",
+            "ccxt.timeout_s is 60.0: give less than limits.fetch_timeout_s",
+        ),
         ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
         ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
         ("[database.queries.balance]\nsql = 'SELECT 1'", "it must select by :user_ids"),
@@ -227,7 +238,7 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         from_file(config, toml)
     assert says in refusal(error)
     # Two settings that do not go together may come from two places.
-    together = ("are both set", "without queries", "set without", "without an exch")
+    together = ("are both set", " without ", "less than limits.", "not used")
     assert any(each in says for each in together) or str(config) in refusal(error)
     assert "hunter2" not in refusal(error)
 
@@ -363,16 +374,18 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
     assert named == {name for name, default in every_setting().items() if default is None}
     # Of the places that accounts are read from each excludes the others, and a tape an exchange.
     database, http = ('url = "postgresql', "notify_channel"), ('url = "https', "batch_url")
-    function = ("fetch", "flask_app")
+    function, ccxt = ("fetch", "flask_app"), ("credentials", "exchange")
     always_left_out = ("jwt_secret", "path", 'url = "wss')
 
     def usable(*left_out: str) -> Settings:
         pattern = "|".join(map(re.escape, (*always_left_out, *left_out)))
         return from_file(config, re.sub(f"(?m)^#! (?!{pattern})", "", text))
 
-    assert usable(*http, *function).database.queries["balance"].empty == "[]"
-    assert usable(*database, *function).http.headers == {"X-Api-Version": "2"}
-    assert usable(*database, *http).function.fetch == "shop.push:fetch"
+    assert usable(*http, *function, *ccxt).database.queries["balance"].empty == "[]"
+    assert usable(*database, *function, *ccxt).http.headers == {"X-Api-Version": "2"}
+    assert usable(*database, *http, *ccxt).function.fetch == "shop.push:fetch"
+    directly = usable(*database, *http, *function, "credentials =").ccxt
+    assert directly.credentials_file == config.parent / "keys.toml"
 
 
 # The first text takes a while where hypothesis has not yet cached its tables of Unicode.

@@ -38,6 +38,9 @@ from trading_push.sources.base import (
 )
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
+from trading_push.sources.ccxt import CcxtSource
+from trading_push.sources.ccxt_exchange import ExchangeOptions
+from trading_push.sources.ccxt_feed import CcxtFeed
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
 from trading_push.sources.postgres import PostgresSource
@@ -52,11 +55,14 @@ __all__ = [
     "BatchSource",
     "BinanceFeed",
     "BybitFeed",
+    "CcxtFeed",
+    "CcxtSource",
     "ChangeSink",
     "Channel",
     "CloseCode",
     "ConfigurationError",
     "ErrorCode",
+    "ExchangeOptions",
     "Fill",
     "FlaskSource",
     "FunctionSource",

@@ -11,10 +11,13 @@ from trading_push import named
 from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
-from trading_push.settings import Auth, Database, Function, Http, Market, Settings
+from trading_push.settings import Auth, Ccxt, Database, Function, Http, Settings
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
+from trading_push.sources.ccxt import CcxtSource, credentials_of_file, credentials_of_json
+from trading_push.sources.ccxt_exchange import ExchangeOptions
+from trading_push.sources.ccxt_feed import CcxtFeed
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
 from trading_push.sources.market import SimulatedMarket
@@ -46,15 +49,15 @@ async def open_configured_service(
 ) -> AsyncIterator[PushService]:
     """Run the service that the settings describe while the context is open.
 
-    Accounts are read from the one place that is set (`database.url`, `http.url`,
-    `function.fetch`); where none is, a
-    paper exchange trades, on the simulated market or on the market that is set.
+    Accounts are read from the one place that is set (`database.url`, `http.url`, `function.fetch`,
+    the credentials of `ccxt`); where none is, a paper exchange trades, on the simulated market or
+    on the market that is set.
 
     Raises:
         ConfigurationError: The market, the place of the accounts or a key cannot be used.
     """
     async with AsyncExitStack() as opened:
-        feed = await _market(settings.market)
+        feed = await _market(settings, opened)
         source = await _accounts(settings, opened)
         if source is None:
             source, feed = await _paper_exchange(settings, feed, opened)
@@ -68,14 +71,19 @@ async def open_configured_service(
         )
 
 
-async def _market(market: Market) -> TickerFeed | None:
+async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | None:
     """The market that is set; None where the paper exchange has its simulated one."""
+    market, ccxt = settings.market, settings.ccxt
     given = () if market.url is None else (market.url,)
     match market.feed:
         case "binance":
             return BinanceFeed(*given)
         case "bybit":
             return BybitFeed(*given)
+        case "ccxt":
+            feed = CcxtFeed(_exchange(ccxt), interval_s=ccxt.interval_s)
+            opened.callback(feed.close)
+            return feed
     if market.tape is None:
         return None
     tape = Tape(market.tape, market.speed, market.loop)
@@ -91,6 +99,10 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
         return _http(settings.http.url, settings.http, opened)
     if settings.function.fetch is not None:
         return _functions(settings.function.fetch, settings.function)
+    if settings.ccxt.credentials_file is not None or settings.ccxt.credentials is not None:
+        accounts = CcxtSource(_exchange(settings.ccxt), _credentials(settings.ccxt))
+        opened.callback(accounts.close)
+        return accounts
     return None
 
 
@@ -150,6 +162,24 @@ def _functions(fetch: str, settings: Function) -> Source:
         return FunctionSource(asked, fetch_many=many)
     app = named.flask_app("function.flask_app", settings.flask_app)
     return FlaskSource(app, asked, fetch_many=many)
+
+
+def _exchange(settings: Ccxt) -> ExchangeOptions:
+    if settings.exchange is None:
+        raise ConfigurationError("ccxt.exchange is not set: name the exchange")
+    return ExchangeOptions(
+        settings.exchange,
+        url=settings.url,
+        sandbox=settings.sandbox,
+        market_type=settings.market_type,
+        timeout_s=settings.timeout_s,
+    )
+
+
+def _credentials(settings: Ccxt) -> dict[str, dict[str, str]]:
+    if settings.credentials_file is not None:
+        return credentials_of_file(settings.credentials_file)
+    return credentials_of_json(settings.credentials or "")
 
 
 def _default_path() -> Path:

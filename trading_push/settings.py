@@ -32,6 +32,7 @@ from trading_push.proxies import networks
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "Auth",
+    "Ccxt",
     "Database",
     "Function",
     "Http",
@@ -378,8 +379,8 @@ class Market:
     `url` is another address of the exchange: its test network, another category, a loopback.
     """
 
-    feed: Literal["simulated", "binance", "bybit"] = attrs.field(
-        default="simulated", validator=one_of("simulated", "binance", "bybit")
+    feed: Literal["simulated", "binance", "bybit", "ccxt"] = attrs.field(
+        default="simulated", validator=one_of("simulated", "binance", "bybit", "ccxt")
     )
     url: str | None = attrs.field(
         default=None,
@@ -475,6 +476,34 @@ class Function:
 
 
 @attrs.frozen
+class Ccxt:
+    """An exchange that ccxt knows: accounts by their credentials, tickers by `market.feed`."""
+
+    exchange: str | None = attrs.field(
+        default=None, validator=optional(text("give its name in ccxt, as binance"))
+    )
+    credentials_file: Path | None = attrs.field(default=None, validator=optional(file_path))
+    """TOML with a table [users.ID] for each user, which nobody but its owner may read."""
+    credentials: str | None = attrs.field(
+        default=None, repr=False, validator=optional(text("give JSON"))
+    )
+    """The same as JSON, for the environment."""
+    market_type: Literal["spot", "swap", "future"] | None = attrs.field(
+        default=None, validator=optional(one_of("spot", "swap", "future"))
+    )
+    """Which markets are meant where a symbol or an account may be of several."""
+    url: str | None = attrs.field(
+        default=None, validator=optional(text("give a URL of scheme and host", _is_url))
+    )
+    """Where the exchange's servers are instead; all of them."""
+    sandbox: bool = attrs.field(default=False, validator=switch)
+    timeout_s: float = attrs.field(default=10, validator=number(0.1, 300))
+    """How long the exchange may leave a request unanswered."""
+    interval_s: float = attrs.field(default=1, validator=number(0.1))
+    """How often watched tickers are asked for."""
+
+
+@attrs.frozen
 class Log:
     """The log lines' language and format; they go to standard error, and to `file` as well."""
 
@@ -498,6 +527,7 @@ class Settings:
     database: Database = attrs.field(factory=Database)
     http: Http = attrs.field(factory=Http)
     function: Function = attrs.field(factory=Function)
+    ccxt: Ccxt = attrs.field(factory=Ccxt)
     log: Log = attrs.field(factory=Log)
 
 
@@ -534,6 +564,8 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
         "database.path": database.path,
         "http.url": http.url,
         "function.fetch": settings.function.fetch,
+        "ccxt.credentials_file": settings.ccxt.credentials_file,
+        "ccxt.credentials": settings.ccxt.credentials,
     }
     given = [name for name, value in places.items() if value is not None]
     if len(given) > 1:
@@ -558,7 +590,7 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
             f"market.tape and market.feed = {market.feed!r} are both set: keep the one to take "
             "tickers from"
         )
-    if market.url is not None and market.feed == "simulated":
+    if market.url is not None and market.feed not in ("binance", "bybit"):
         raise ConfigurationError(
             "market.url is set without an exchange: set market.feed to binance or bybit"
         )
@@ -569,6 +601,22 @@ def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
                 f"function.{name} is set without function.fetch: name the function that reads "
                 "one user's data"
             )
+    ccxt = settings.ccxt
+    has_keys = ccxt.credentials_file is not None or ccxt.credentials is not None
+    if ccxt.exchange is None and (has_keys or market.feed == "ccxt"):
+        what = "ccxt.credentials" if has_keys else "market.feed = 'ccxt'"
+        raise ConfigurationError(
+            f"{what} is set without ccxt.exchange: name the exchange that it is for"
+        )
+    if ccxt.exchange is not None and not has_keys and market.feed != "ccxt":
+        raise ConfigurationError(
+            "ccxt.exchange is set and not used: give ccxt.credentials_file to read accounts there, "
+            "or set market.feed to ccxt"
+        )
+    if ccxt.exchange is not None and ccxt.timeout_s >= settings.limits.fetch_timeout_s:
+        raise ConfigurationError(
+            f"ccxt.timeout_s is {ccxt.timeout_s}: give less than limits.fetch_timeout_s"
+        )
     return settings
 
 

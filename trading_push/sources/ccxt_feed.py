@@ -1,0 +1,134 @@
+"""Tickers of any exchange that ccxt knows: asked for while watched, at an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+
+from trading_push.errors import SourceError
+from trading_push.models import Ticker
+from trading_push.sources.base import MarketSink
+from trading_push.sources.ccxt import short_symbol
+from trading_push.sources.ccxt_exchange import CcxtExchange, ExchangeOptions, as_decimal
+
+__all__ = ["CcxtFeed"]
+
+
+class CcxtFeed:
+    """Polls the tickers of the symbols that somebody watches; a `WatchedFeed`.
+
+    A symbol is base and quote (`BTCUSDT`: the spot market, where there is one and the exchange's
+    `market_type` does not say otherwise), or ccxt's own (`BTC/USDT`, `BTC/USDT:USDT`).
+
+    Args:
+        options: Which exchange, and where.
+        interval_s: Seconds between two questions; a symbol newly watched is asked for at once.
+
+    Raises:
+        ConfigurationError: ccxt cannot be used.
+    """
+
+    def __init__(self, options: ExchangeOptions, *, interval_s: float = 1) -> None:
+        self._exchange = CcxtExchange(options)
+        self._interval_s = interval_s
+        # Connect, markets of each kind, and the rate limiter's pauses.
+        self._patience_s = 6 * options.timeout_s
+        self._symbols: dict[str, str] | None = None  # ccxt's, by ours
+        self._watched: set[str] = set()
+        self._news = trio.Event()
+
+    def knows(self, symbol: str) -> bool:
+        """Whether the exchange has the symbol; True as long as its markets are not loaded."""
+        return self._symbols is None or symbol in self._symbols
+
+    def watch(self, symbol: str) -> None:
+        """A symbol's first watcher has come."""
+        self._watched.add(symbol)
+        self._news.set()
+
+    def unwatch(self, symbol: str) -> None:
+        """Its last watcher has gone."""
+        self._watched.discard(symbol)
+
+    async def run(self, sink: MarketSink) -> None:
+        """Feed the sink until cancelled, which abandons a thread that ends within its time-out.
+
+        Raises:
+            SourceError: The exchange refused, or did not answer.
+        """
+        try:
+            with trio.fail_after(self._patience_s):
+                await self._exchange.call("load_markets")
+            self._symbols = _by_our_name(self._exchange.api)
+            while True:
+                self._news = trio.Event()
+                if self._watched:
+                    with trio.fail_after(self._patience_s):
+                        sink.update(await self._tickers(self._symbols))
+                    with trio.move_on_after(self._interval_s):
+                        await self._news.wait()
+                else:
+                    await self._news.wait()
+        except trio.TooSlowError:
+            raise SourceError(f"{self._exchange.name} did not answer in time") from None
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._exchange.close()
+
+    async def _tickers(self, symbols: Mapping[str, str]) -> list[Ticker]:
+        # Most exchanges answer for the markets of one kind at a time.
+        kinds: dict[object, dict[str, list[str]]] = {}
+        for ours in sorted(self._watched & symbols.keys()):
+            market = self._exchange.api.markets[symbols[ours]]
+            kind = kinds.setdefault((market.get("type"), market.get("linear")), {})
+            kind.setdefault(symbols[ours], []).append(ours)
+        found = []
+        for kind in kinds.values():
+            for theirs, ticker in (await self._ask(list(kind))).items():
+                found += [_ticker(ours, ticker) for ours in kind.get(theirs, ())]
+        return found
+
+    async def _ask(self, symbols: list[str]) -> Mapping[str, Any]:
+        answer: Any
+        if self._exchange.api.has.get("fetchTickers"):
+            answer = await self._exchange.call("fetch_tickers", symbols)
+        else:
+            answer = {
+                symbol: await self._exchange.call("fetch_ticker", symbol) for symbol in symbols
+            }
+        if not isinstance(answer, dict):
+            raise SourceError(f"{self._exchange.name} gave no tickers that can be read")
+        return answer
+
+
+def _by_our_name(api: Any) -> dict[str, str]:
+    """Every name that a client may use, with ccxt's; upper case."""
+    first = api.options.get("defaultType", "spot")
+    # What comes later counts: ccxt's own names are never somebody else's.
+    markets = sorted(api.markets.values(), key=lambda market: market.get("type") == first)
+    return {
+        **{short_symbol(market): market["symbol"] for market in markets},
+        **{market["symbol"].upper(): market["symbol"] for market in markets},
+    }
+
+
+def _ticker(symbol: str, given: Mapping[str, Any]) -> Ticker:
+    numbers = {
+        "last": "last",
+        "bid": "bid",
+        "ask": "ask",
+        "open": "open",
+        "high": "high",
+        "low": "low",
+        "volume": "baseVolume",
+        "change": "change",
+        "change_pct": "percentage",
+    }
+    return Ticker(
+        symbol=symbol,
+        **{ours: as_decimal(given.get(theirs)) for ours, theirs in numbers.items()},
+        source_ts=given.get("timestamp"),
+    )
