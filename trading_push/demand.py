@@ -16,6 +16,7 @@ from typing import Any, Final
 import attrs
 import trio
 
+from trading_push.errors import SourceError
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic
 
@@ -160,6 +161,8 @@ class Demand:
         assert self._watch is not None
         while True:
             await self._anybody.wait()
+            if not self._users:
+                continue
             with trio.CancelScope() as self._watching:
                 await keep_running(self._watch, partial(self._failed, None))
                 await trio.sleep_forever()  # it has nothing more to tell
@@ -177,8 +180,11 @@ class Demand:
                 )
         finally:
             session.ended.set()
-            if self._sessions[user] is session:
-                del self._sessions[user]
+            if self._sessions.get(user) is session:
+                if before is None or before.ended.is_set():
+                    del self._sessions[user]
+                else:  # cancelled while it waited: the next one has still to wait
+                    self._sessions[user] = before
 
     async def _open(self, user: str, session: _Session, topics: Iterable[Topic]) -> None:
         assert self._session is not None
@@ -190,6 +196,8 @@ class Demand:
                 for topic in topics:
                     self._begin(topic)
                 await session.released.wait()
+            if not session.released.is_set():
+                raise SourceError("it has ended by itself")
         finally:
             # It may have ended by itself, with an exception: nothing is asked meanwhile.
             session.is_open = False

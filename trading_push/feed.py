@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
@@ -44,6 +44,7 @@ class MarketFeed:
         """How often the feed has raised since the start."""
         self._feed = feed
         self._watched_feed = feed if isinstance(feed, WatchedFeed) else None
+        self._watched: set[str] = set()
         self._broker = broker
         self._period_s = _MARGIN / max_hz
         self._stale_after_s = stale_after_s
@@ -58,7 +59,8 @@ class MarketFeed:
     def watch(self, symbol: str) -> None:
         """A symbol's first watcher has come."""
         if self._watched_feed is not None:
-            self._watched_feed.watch(symbol)
+            self._watched.add(symbol)
+            self._tell_feed(self._watched_feed.watch, symbol)
 
     def unwatch(self, symbol: str) -> bool:
         """A symbol's last watcher has gone; who comes next is told that the value is old.
@@ -68,7 +70,8 @@ class MarketFeed:
         """
         if self._watched_feed is None:
             return False
-        self._watched_feed.unwatch(symbol)
+        self._watched.discard(symbol)
+        self._tell_feed(self._watched_feed.unwatch, symbol)
         for kept in (self._changed, self._heard, self._to_tell):
             kept.pop(symbol, None)
         self._told_stale.discard(symbol)
@@ -76,11 +79,21 @@ class MarketFeed:
             self._broker.mark([ticker_topic(symbol)], Status("stale", "not_watched"))
         return True
 
+    def _tell_feed(self, tell: Callable[[str], None], symbol: str) -> None:
+        try:
+            tell(symbol)
+        except Exception as error:  # an application's own code: nobody else is to suffer
+            self.failures += 1
+            line = logs.line("feed_failed_at", symbol=symbol, error=error)
+            logs.emit(line._replace(exception=error))
+
     def update(self, tickers: Sequence[Ticker]) -> None:
         """Take the newest value of some symbols."""
         now = trio.current_time()
         for ticker in tickers:
             symbol = ticker.symbol
+            if self._watched_feed is not None and symbol not in self._watched:
+                continue  # on its way when it was unwatched
             self._latest[symbol] = ticker
             self._changed[symbol] = None
             self._heard.pop(symbol, None)
@@ -139,13 +152,14 @@ class MarketFeed:
                 data = encode_data(self._latest[symbol])
             except PayloadError as error:
                 self._say_unusable(symbol, error)
+                self._to_tell[symbol] = "unusable"
                 continue
             last = self._broker.snapshot(topic)
             if last is None or last.data != data:
                 batch.append((topic, data))
             else:
                 unchanged.append(topic)
-        recovered = self._told_stale.intersection(self._changed)
+        recovered = self._told_stale.intersection(self._changed) - self._to_tell.keys()
         self._told_stale -= recovered
         for symbol in sorted(recovered):
             logs.emit(logs.line("symbol_recovered", symbol=symbol))

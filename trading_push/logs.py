@@ -206,6 +206,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ 行情源出错: {error} - {delay}秒后重试",
         "❌ The market feed failed: {error} - next try in {delay} s",
     ),
+    "feed_failed_at": (
+        "feed",
+        "❌ 行情源处理{symbol}出错: {error}",
+        "❌ The market feed failed at {symbol}: {error}",
+    ),
     "part_failed": (
         "service",
         "❌ {part}意外出错: {error} - {delay}秒后重启",

@@ -127,6 +127,7 @@ class Poller:
         self._left.pop(user, None)
         fresh_s = min(self.interval_s, _FRESH_S)
         if now - self._answered_at.get(user, -math.inf) < fresh_s:
+            self._broker.mark([self._topic(user)], Status("live"))
             self._settle([user])
         else:
             self._new[user] = None
@@ -146,11 +147,13 @@ class Poller:
                 self._again.add(user)
             elif user in self._watched:
                 self._new[user] = None
+            else:
+                self._answered_at.pop(user, None)  # who comes back is asked for
         self._wake.set()
 
     def missed(self) -> None:
         """The source may have something new for anybody."""
-        self.changed(self._watched)
+        self.changed([*self._watched, *self._left])
 
     def forget(self, user: str) -> None:
         """The user's value is no longer kept: the source's next answer is news."""
@@ -296,12 +299,18 @@ class Poller:
         *args: Any,
     ) -> Any:
         token = trio.lowlevel.current_trio_token()
+        begun = late = done = False
 
         def ended() -> None:
+            nonlocal done
+            done = True
             self._limiter.release_on_behalf_of(fetch)
-            self._freed(users)
+            if late:  # otherwise they are free when the answer has been taken
+                self._freed(users)
 
         def call() -> Any:
+            nonlocal begun
+            begun = True
             try:
                 with context:
                     return function(*args)
@@ -309,10 +318,18 @@ class Poller:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(ended)
 
-        with trio.move_on_after(self._limits.fetch_timeout_s):
-            return await trio.to_thread.run_sync(
-                call, abandon_on_cancel=True, limiter=self._threads
-            )
+        try:
+            with trio.move_on_after(self._limits.fetch_timeout_s):
+                return await trio.to_thread.run_sync(
+                    call, abandon_on_cancel=True, limiter=self._threads
+                )
+        except RuntimeError:
+            if not begun:  # the system has no thread left
+                self._limiter.release_on_behalf_of(fetch)
+            raise
+        late = True
+        if done:
+            self._freed(users)
         raise _StillRunning("the source did not answer in time")
 
     async def _take(self, users: Sequence[str], answers: Mapping[str, Any | None]) -> None:

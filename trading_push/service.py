@@ -205,6 +205,7 @@ class PushService:
             self.publish_many,
             limits.publish_bytes,
             limits.authentication_timeout_s,
+            settings.auth.leeway_s,
         )
         self.asgi_app = AsgiDoor(self.hub, routes(publisher))
         """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
@@ -486,6 +487,8 @@ class PushService:
             self._demand.watched(topic, watched)
 
     def _begin_upstream(self, topic: Topic) -> None:
+        if self._workers is None:  # the service ends, and the registry with it
+            return
         self._idle_since.pop(topic, None)
         symbol = symbol_of(topic.channel)
         if symbol is not None:
@@ -502,6 +505,8 @@ class PushService:
         elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
             self._idle_since[topic] = trio.current_time()
             poller.unwatch(topic.user)
+            if not self._demand.holds(topic) and self._broker.snapshot(topic) is not None:
+                self._broker.mark([topic], Status("stale", "not_watched"))
 
     def _upstream_failed(self, user: str | None, error: Exception, delay: float) -> None:
         inner = logs.innermost(error)
@@ -563,9 +568,10 @@ class PushService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._registry.run)
             try:
+                # Beside the workers: the sessions that it holds close while clients are told.
+                await nursery.start(self._demand.run)
                 async with trio.open_nursery() as workers:
                     self._workers = workers
-                    await workers.start(self._demand.run)
                     for name, poller in self._pollers.items():
                         workers.start_soon(self._keep_running, f"{name} poller", poller.run)
                     if self._feed is not None:

@@ -97,6 +97,8 @@ class Streams:
 
         async def put(data: bytes) -> None:
             nonlocal seq
+            if subscription.shut:
+                await trio.sleep_forever()
             if not is_live:
                 tell(_LIVE)
             seq += 1
@@ -137,6 +139,8 @@ class SharedStream:
         else:
             self._watched = trio.Event()
             self.awaited = True
+            if self._broker.snapshot(self._topic) is not None:
+                self._broker.mark([self._topic], Status("stale", "not_watched"))
             if self._scope is not None:
                 self._scope.cancel()
 
@@ -144,11 +148,12 @@ class SharedStream:
         """Run a generator whenever there are subscribers, one after the other."""
         while True:
             await self._watched.wait()
+            if not self._watched.is_set():
+                continue
             with trio.CancelScope() as self._scope:
                 await self._streams.run(self._topic.channel, self._stream, self._put, self._mark)
                 await trio.sleep_forever()
             self._scope = None
-            self._mark(Status("stale", "not_watched"))
 
     async def _put(self, data: bytes) -> None:
         self._broker.publish([(self._topic, data)])

@@ -53,7 +53,7 @@ async def keep_running(
             anew = False
             with attempt:
                 try:
-                    await run()
+                    await _run(run, on, failed)
                     return
                 except on as error:
                     anew = trio.current_time() - began > last_s
@@ -63,3 +63,19 @@ async def keep_running(
             if anew:
                 await trio.sleep(first_s + random.uniform(0, jitter_s))
                 break
+
+
+async def _run(
+    run: Callable[[], Awaitable[None]], on: type[_Error], failed: Callable[[_Error, float], None]
+) -> None:
+    try:
+        await run()
+    except BaseExceptionGroup as group:
+        # Cancelled, a nursery in it may raise more than that: the scope that it was cancelled by
+        # must see nothing else, or it would raise the rest where nobody expects it.
+        cancelled, rest = group.split(trio.Cancelled)
+        if cancelled is None:
+            raise
+        if isinstance(rest, on):
+            failed(rest, 0)
+        raise cancelled from None

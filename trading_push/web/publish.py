@@ -6,6 +6,8 @@ its answer was lost repeats its key, and is given the first answer again.
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from typing import Any, Final
@@ -19,7 +21,13 @@ from starlette.responses import Response
 
 from trading_push import logs
 from trading_push.auth import Principal
-from trading_push.errors import AuthenticationError, ErrorCode, PayloadError, SourceError
+from trading_push.errors import (
+    AuthenticationError,
+    ErrorCode,
+    PayloadError,
+    ServiceClosed,
+    SourceError,
+)
 
 __all__ = ["Publish", "Publisher"]
 
@@ -28,6 +36,10 @@ KEY_TTL_S: Final = 600.0
 KEY_CHARACTERS: Final = 255
 SKIP_S: Final = 1.0
 """How long the body of a request that is refused may take."""
+BODY_S: Final = 10.0
+"""How long the body of any other may take."""
+VALUES: Final = 1000
+"""How many values one request may publish: nothing else is done meanwhile."""
 
 Publish = Callable[[Iterable[tuple[str, Any, str | None]]], Awaitable[None]]
 
@@ -58,6 +70,7 @@ class Publisher:
         publish: Publishes a batch, all or nothing; raises ValueError or PayloadError.
         limit_bytes: How long a request's body may be.
         check_timeout_s: How long `check` may take.
+        leeway_s: By how much the clocks may differ.
     """
 
     def __init__(
@@ -66,12 +79,14 @@ class Publisher:
         publish: Publish,
         limit_bytes: int,
         check_timeout_s: float,
+        leeway_s: float,
     ) -> None:
         self._check = check
         self._publish = publish
         self._limit_bytes = limit_bytes
         self._check_timeout_s = check_timeout_s
-        # The body and what was published, by who and their key.
+        self._leeway_s = leeway_s
+        # The body's hash and how much was published, by who and their key.
         self._done: cachetools.TTLCache[tuple[str, str], tuple[bytes, int]] = cachetools.TTLCache(
             KEYS, KEY_TTL_S, trio.current_time
         )
@@ -95,8 +110,12 @@ class Publisher:
             with suppress(_Refused), trio.move_on_after(SKIP_S):
                 await self._body(request)
             raise
-        body = await self._body(request)
+        with trio.move_on_after(BODY_S) as whole:
+            body = await self._body(request)
+        if whole.cancelled_caught:
+            raise _Refused(408, ErrorCode.BAD_REQUEST, f"the body took longer than {BODY_S:g} s")
         values = _values(body)
+        digest = hashlib.blake2b(body).digest()
         for value in values:
             if allowed is not None and value.channel not in allowed:
                 raise _Refused(
@@ -108,7 +127,7 @@ class Publisher:
                 raise _bad_request(f"give an Idempotency-Key of 1 to {KEY_CHARACTERS} characters")
             before = self._done.get((principal.user, key))
             if before is not None:
-                if before[0] != body:
+                if before[0] != digest:
                     raise _Refused(
                         422,
                         ErrorCode.BAD_REQUEST,
@@ -116,15 +135,17 @@ class Publisher:
                     )
                 return before[1]
             # Nothing awaits between the look and here, so that no two with one key are under way.
-            self._done[principal.user, key] = (body, len(values))
+            self._done[principal.user, key] = (digest, len(values))
         try:
             await self._publish(
                 (value.channel, value.data, None if value.user is None else str(value.user))
                 for value in values
             )
-        except (ValueError, PayloadError) as error:
+        except (ValueError, PayloadError, ServiceClosed) as error:
             if key is not None:
                 self._done.pop((principal.user, key), None)
+            if isinstance(error, ServiceClosed):
+                raise _Refused(503, ErrorCode.INTERNAL, "shutting down") from None
             raise _bad_request(str(error)) from None
         return len(values)
 
@@ -135,7 +156,7 @@ class Publisher:
             raise _Refused(401, ErrorCode.NOT_AUTHENTICATED, message)
         try:
             with trio.fail_after(self._check_timeout_s):
-                return await self._check(token.strip())
+                principal = await self._check(token.strip())
         except AuthenticationError as error:
             raise _Refused(401, error.code, error.message) from None
         except (SourceError, trio.TooSlowError):
@@ -147,6 +168,10 @@ class Publisher:
             logs.emit(line._replace(exception=error))
             message = "an error of ours; try again later"
             raise _Refused(500, ErrorCode.INTERNAL, message) from None
+        expires_at = principal.expires_at
+        if expires_at is not None and expires_at + self._leeway_s < time.time():
+            raise _Refused(401, ErrorCode.TOKEN_EXPIRED, "the token has expired")
+        return principal
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
@@ -184,7 +209,11 @@ def _values(body: bytes) -> list[_Value]:
         raise _bad_request(
             f"send an object with channel, data and user, or a list of them: {error}"
         ) from None
-    return values if isinstance(values, list) else [values]
+    if not isinstance(values, list):
+        return [values]
+    if len(values) > VALUES:
+        raise _Refused(413, ErrorCode.BAD_REQUEST, f"send at most {VALUES} values at once")
+    return values
 
 
 def _bad_request(message: str) -> _Refused:
