@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import trio.testing
 from test_poller import FAST, Table, serving
 from test_teardown import lines
 
+from trading_push.connection import Connection
 from trading_push.models import Ticker
 from trading_push.settings import Intervals, Limits, Market, Settings
 from trading_push.sources.base import ChangeSink, MarketSink
+from trading_push.testing import MemoryTransport
+from trading_push.topics import Topic
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +297,7 @@ class Asked:
         self.sink = sink
         await trio.sleep_forever()
 
-    def tell(self, symbol: str, last: int) -> None:
+    def tell(self, symbol: str, last: int | Decimal) -> None:
         assert self.sink is not None
         self.sink.update([Ticker(symbol, last=last)])
 
@@ -371,3 +375,222 @@ async def test_all_that_runs_upstream_ends_with_the_service(autojump_clock):
     assert scope.cancelled_caught
     assert upstream.events == [("opened", "4"), ("closed", "4")]
     assert (source.watches, source.ended) == (1, 1)
+
+
+# --- what one user, or one symbol, must not do to the others ------------------------------------
+
+
+async def test_a_session_may_close_for_longer_than_its_user_stays_away(autojump_clock):
+    running = most = 0
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(6)
+            running -= 1
+
+    async with serving(Table(), user_session=session) as (_, join):
+        for _ in range(4):  # each is cancelled while it waits for the first
+            (await join("4", "pnl")).leave()
+            await trio.sleep(1.5)
+        await trio.sleep(20)
+        assert most == 1
+        assert (await (await join("5", "pnl")).next())[0]["type"] == "snapshot"
+
+
+async def failing_when_cancelled() -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise OSError("the socket is gone")
+
+        nursery.start_soon(read)
+        await trio.sleep_forever()
+
+
+async def test_an_error_beside_a_cancellation_ends_nothing_else(autojump_clock, caplog):
+    class Reading(Table):
+        async def watch(self, sink: ChangeSink) -> None:
+            await failing_when_cancelled()
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        yield
+        await failing_when_cancelled()  # the good-bye takes too long
+
+    async with serving(Reading(), user_session=session) as (_, join):
+        (await join("4", "pnl")).leave()
+        await trio.sleep(5)
+        assert (await (await join("5", "pnl")).next())[0]["type"] == "snapshot"
+    assert sum("the socket is gone" in line for line in lines(caplog)) >= 2
+
+
+async def test_a_session_that_ends_by_itself_is_opened_again(autojump_clock):
+    source, cut, opened = Table(), trio.Event(), 0
+    source.values["4", "pnl"] = 1
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        nonlocal opened
+        opened += 1
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                await cut.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(read)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async with serving(source, user_session=session) as (_, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        source.values["4", "pnl"] = 2
+        cut.set()
+        await trio.sleep(0.5)
+        cut = trio.Event()
+        await trio.sleep(10)
+        assert opened == 2
+        assert [push.get("state", push.get("data")) for push in peer.sent] == ["stale", "live", 2]
+
+
+async def test_a_value_that_nobody_watches_is_not_live(autojump_clock):
+    source, hangs = Table(), False
+    source.values["4", "pnl"] = 1
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        if hangs:
+            await trio.sleep_forever()
+        yield
+
+    async with serving(source, user_session=session) as (service, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        peer.leave()
+        await trio.sleep(30)
+        latest = service.latest("pnl", "4")
+        assert latest is not None
+        assert latest.status == ("stale", "not_watched")
+        hangs = True
+        peer = await join("4", "pnl")
+        assert states_of_pnl(await peer.next(2)) == [1, "stale"]
+
+
+def states_of_pnl(pushes: list[dict[str, Any]]) -> list[Any]:
+    return [push.get("state") or push["data"] for push in pushes]
+
+
+async def test_what_changes_while_nobody_watches_is_not_missed(autojump_clock):
+    source = Notifying()
+    source.values["4", "pnl"] = 0
+    async with serving(source, settings=Settings()) as (_, join):
+        await join("5", "pnl")
+        peer = await join("4", "pnl")
+        await peer.next()
+        await trio.sleep(0.5)
+        peer.leave()
+        for number in range(1, 16):
+            await trio.sleep(0.1)
+            source.write("4", "pnl", number)
+        await trio.sleep(0.2)
+        began = trio.current_time()
+        peer = await join("4", "pnl")
+        while states_of_pnl(await peer.next()) != [15]:
+            pass
+        assert trio.current_time() - began < 1
+
+
+async def test_a_watch_without_a_linger_runs_for_nobody(autojump_clock):
+    source = Notifying()
+    settings = Settings(limits=Limits(watch_linger_s=0))
+    async with serving(source, settings=settings) as (service, _):
+        for _ in range(20):
+            topic = Topic("pnl", "4")
+            service._watched(topic, True)
+            service._watched(topic, False)
+            await trio.testing.wait_all_tasks_blocked()
+            assert source.sink is None
+
+
+class Broken(Asked):
+    def watch(self, symbol: str) -> None:
+        raise OSError("watch")
+
+    def unwatch(self, symbol: str) -> None:
+        raise OSError("unwatch")
+
+
+async def test_a_mistake_of_a_feed_at_one_symbol_ends_nothing(autojump_clock, caplog):
+    async with serving(None, feed=Broken()) as (service, join):
+        (await join("4", "ticker.BTCUSDT")).leave()
+        await trio.sleep(5)
+        await join("4", "pnl")
+        assert service.statistics().failures == {"feed": 2}
+    assert [line for line in lines(caplog) if "行情源" in line] == [
+        "❌ 行情源处理BTCUSDT出错: OSError: watch",
+        "❌ 行情源处理BTCUSDT出错: OSError: unwatch",
+    ]
+
+
+async def test_a_ticker_that_comes_after_its_last_watcher_is_passed_over(autojump_clock):
+    feed = Asked()
+    async with serving(None, feed=feed) as (service, join):
+        peer = await join("4", "ticker.BTCUSDT")
+        feed.tell("BTCUSDT", 1)
+        await trio.sleep(1)
+        peer.leave()
+        await trio.sleep(3)
+        feed.tell("BTCUSDT", 2)
+        await trio.sleep(1)
+        assert service.statistics().topics == {"ticker": {"stale": 1}}
+        await trio.sleep(100)
+        assert service.statistics().topics == {}
+
+
+async def test_a_ticker_that_cannot_be_sent_is_not_live(autojump_clock):
+    feed = Asked()
+    async with serving(None, feed=feed) as (_, join):
+        peer = await join("4", "ticker.BTCUSDT")
+        feed.tell("BTCUSDT", 1)
+        await trio.sleep(1)
+        peer.sent.clear()
+        for _ in range(100):
+            feed.tell("BTCUSDT", Decimal("NaN"))
+            await trio.sleep(1)
+        assert [(push["state"], push["reason"]) for push in peer.sent] == [("stale", "unusable")]
+        feed.tell("BTCUSDT", 2)
+        await trio.sleep(1)
+        assert sorted(map(str, states(peer.sent[1:]))) == ["2", "live"]
+
+
+async def test_who_comes_while_the_service_ends_does_not_end_the_registry(autojump_clock, caplog):
+    source = Table()
+    settings = Settings(limits=Limits(watch_linger_s=0))
+    async with (
+        trio.open_nursery() as outer,
+        serving(source, settings=settings) as (service, join),
+    ):
+        peer = await join("4", "pnl")
+        await peer.next()
+        peer.leave()
+        await trio.sleep(0.1)
+        late = MemoryTransport()
+        outer.start_soon(Connection(service.hub, late).run)
+        late.say("auth", token="4")
+        await late.next()
+        # The registry is busy, as with a long fan-out, when the service ends.
+        service._registry._command(lambda: iter([None] * 3000))
+        late.say("subscribe", args=["pnl"])
+        await late.next()
+    assert not any(record.exc_info for record in caplog.records)

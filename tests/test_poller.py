@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from support import hypercorn_serving, trio_client
+from support import hypercorn_serving, trio_client, until
 from test_teardown import by_name, lines
 
 from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
@@ -194,6 +194,72 @@ async def test_a_value_without_an_answer_for_too_long_is_stale(autojump_clock, c
             "⚠️ 用户4的pnl数据已过期",
             "✅ 用户4的pnl数据已恢复",
         ]
+
+
+async def test_a_newer_answer_is_never_overtaken_by_an_older_one():
+    class Slow:
+        """A plain function that answers when the test lets it, with what was so when asked."""
+
+        def __init__(self) -> None:
+            self.value = 1
+            self.gates: list[threading.Event] = []
+            self.sink: Any = None
+
+        def fetch(self, user_id: str, data_type: str) -> int:
+            value, gate = self.value, threading.Event()
+            self.gates.append(gate)
+            gate.wait(10)
+            return value
+
+        async def watch(self, sink: Any) -> None:
+            self.sink = sink
+            await trio.sleep_forever()
+
+    source = Slow()
+    slow = Settings(intervals=Intervals(pnl=600))
+    async with serving(source, settings=slow) as (_, join), trio.open_nursery() as nursery:
+
+        async def asked(times: int) -> None:
+            await until(lambda: len(source.gates) >= times)
+
+        peers: list[MemoryTransport] = []
+
+        async def come() -> None:
+            peers.append(await join("4", "pnl"))
+
+        nursery.start_soon(come)
+        await asked(1)
+        source.value = 2
+        source.sink.changed([("4", "pnl")])
+        source.gates[0].set()
+        await asked(2)
+        source.value = 3
+        source.sink.changed([("4", "pnl")])
+        await trio.sleep(0.1)
+        assert len(source.gates) == 2  # one at a time
+        source.gates[1].set()
+        await asked(3)
+        source.gates[2].set()
+        await until(lambda: peers and [p.get("data") for p in peers[0].sent][-1:] == [3])
+        assert [push["data"] for push in peers[0].sent if "data" in push] == [1, 2, 3]
+
+
+async def test_a_system_without_threads_is_no_end(autojump_clock, monkeypatch):
+    class Plain:
+        def fetch(self, user_id: str, data_type: str) -> int:
+            return 1
+
+    async def refused(*args: Any, **kwargs: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        raise RuntimeError("can't start new thread")
+
+    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetches=3))
+    async with serving(Plain(), settings=settings) as (service, join):
+        with monkeypatch.context() as patched:
+            patched.setattr(trio.to_thread, "run_sync", refused)
+            await join("4", "pnl")
+            await trio.sleep(10)
+        await until(lambda: service.statistics().topics == {"pnl": {"live": 1}})
 
 
 async def test_none_pushes_nothing_and_leaves_the_last_value(autojump_clock):

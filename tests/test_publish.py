@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,7 +20,14 @@ from test_poller import Table
 from test_readme import block
 from test_teardown import lines
 
-from trading_push import Channel, PushService, SourceError, issue_token, open_push_service
+from trading_push import (
+    Channel,
+    Principal,
+    PushService,
+    SourceError,
+    issue_token,
+    open_push_service,
+)
 from trading_push.settings import Intervals, Limits, Settings
 
 
@@ -251,6 +259,54 @@ async def test_what_is_too_long_and_what_is_not_there() -> None:
         assert (await post({}, path="/ws"))[0] == 404
         service.hub.accepting = False
         assert (await post({"channel": "news", "data": 1}))[0] == 503
+
+
+async def test_a_request_publishes_so_many_values_at_most() -> None:
+    async with serving() as (service, _, post):
+        many = 1001 * [{"channel": "alerts", "user": "4", "data": 1}]
+        status, answer = await post(many)
+        assert status == 413
+        assert "at most 1000 values" in answer["error"]["message"]
+        assert service.latest("alerts", "4") is None
+        assert (await post(many[:1000]))[0] == 200
+
+
+async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trading_push.web.publish.BODY_S", 0.1)
+    async with serving() as (_, port, _):
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        head = f"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {publisher()}\r\n"
+        await stream.send_all(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        with trio.fail_after(PATIENCE_S):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 408")
+        await stream.aclose()
+
+
+async def test_keys_do_not_keep_their_bodies() -> None:
+    async with serving() as (_, _, post):
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for number in range(30):
+                body = {"channel": "news", "data": 500_000 * "x"}
+                assert (await post(body, key=str(number)))[0] == 200
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept - before < 5_000_000
+
+
+async def test_a_principal_whose_time_is_over_may_not() -> None:
+    def authenticate(token: str) -> Principal:
+        return Principal("4", 1.0, {"publish": True})
+
+    async with (
+        open_push_service(authenticate=authenticate) as service,
+        hypercorn_serving(service) as port,
+    ):
+        with contextlib.closing(BackEnd(port)) as post:
+            status, answer = await post({"channel": "pnl", "user": "4", "data": 1})
+            assert (status, answer["error"]["code"]) == (401, "token_expired")
 
 
 async def test_two_thousand_a_second_are_delivered_in_order() -> None:

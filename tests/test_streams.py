@@ -20,6 +20,7 @@ import trio.lowlevel
 import trio.testing
 from conftest import embed
 from crowd import Crowd, faults
+from test_demand import failing_when_cancelled
 from test_load import DOORS, at_rest, limits
 from test_poller import serving
 from test_teardown import lines
@@ -345,3 +346,79 @@ def test_of_five_hundred_who_are_cut_every_generator_ends_within_a_second(door):
         assert seen["numbers"]["last_ended_at"] - cut_at < 1
         assert server.process.traces() == []
         assert json.dumps(seen["failures"]) == "{}"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_an_error_beside_a_cancellation_ends_nothing_else(autojump_clock, shared):
+    async def stream(*user: str) -> AsyncIterator[int]:
+        yield 1
+        await failing_when_cancelled()
+
+    async with serving(None) as (service, join):
+        service.add_stream("stream", stream, shared=shared)
+        peer = await join("4", "stream")
+        await trio.sleep(3)
+        await peer.request("unsubscribe", args=["stream"])
+        await trio.sleep(3)
+        assert peer.closed_with is None
+        assert (await (await join("5", "stream")).next())[0]["type"] == "snapshot"
+
+
+async def test_a_shared_stream_does_not_run_for_nobody(autojump_clock):
+    numbers = Numbers()
+    async with serving(None) as (service, join):
+        service.add_stream("numbers", numbers, shared=True)
+        peer = await join("4")
+        # The registry is busy, as with a long fan-out, and then does both at once.
+        service._registry._command(lambda: iter([None] * 50))
+        peer.say("subscribe", args=["numbers"])
+        peer.say("unsubscribe", args=["numbers"])
+        await peer.next(2)
+        await trio.sleep(100)
+        assert service.statistics().subscribers_by_data_type == {}
+        assert service.statistics().streams == 0
+
+
+async def test_a_stream_stops_where_a_send_has_failed(autojump_clock):
+    yielded = 0
+
+    async def eager(user: str) -> AsyncIterator[int]:
+        nonlocal yielded
+        while True:
+            yielded += 1
+            yield yielded
+
+    async with serving(None) as (service, join):
+        service.add_stream("eager", eager)
+        peer = await join("4", "eager")
+        await peer.next(5)
+        peer.reading = trio.Event()
+        await trio.testing.wait_all_tasks_blocked()
+        before = yielded
+        peer._gone = True  # the next send fails, and no end is read
+        peer.reading.set()
+        for _ in range(1000):
+            await trio.lowlevel.checkpoint()
+        assert yielded - before < 5
+
+
+async def test_a_shared_stream_that_takes_long_to_end_leaves_no_live_value(autojump_clock):
+    async def stream() -> AsyncIterator[int]:
+        try:
+            yield 1
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(15)
+
+    async with serving(None) as (service, join):
+        service.add_stream("stream", stream, shared=True, kind="state")
+        peer = await join("4", "stream")
+        await peer.next()
+        peer.leave()
+        await trio.sleep(1)
+        again = await join("4", "stream")
+        assert [each.get("state", each["type"]) for each in await again.next(2)] == [
+            "snapshot",
+            "stale",
+        ]

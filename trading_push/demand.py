@@ -42,6 +42,8 @@ class _Session:
 
     def __init__(self) -> None:
         self.is_open = False
+        self.waits_for: _Session | None = None
+        """The one before, which has not ended."""
         self.released = trio.Event()
         self.ended = trio.Event()
         # A cancelled service closes sessions in order, too.
@@ -169,22 +171,24 @@ class Demand:
             self._watching = None
 
     async def _keep_open(self, user: str, session: _Session, topics: Iterable[Topic]) -> None:
-        before = self._sessions.get(user)
+        session.waits_for = self._sessions.get(user)
         self._sessions[user] = session
         try:
             with session.scope:
-                if before is not None:
-                    await before.ended.wait()
+                while session.waits_for is not None:
+                    await session.waits_for.ended.wait()
+                    # That one may have been cancelled while it waited itself.
+                    session.waits_for = session.waits_for.waits_for
                 await keep_running(
                     partial(self._open, user, session, topics), partial(self._failed, user)
                 )
         finally:
             session.ended.set()
             if self._sessions.get(user) is session:
-                if before is None or before.ended.is_set():
+                if session.waits_for is None:
                     del self._sessions[user]
-                else:  # cancelled while it waited: the next one has still to wait
-                    self._sessions[user] = before
+                else:
+                    self._sessions[user] = session.waits_for
 
     async def _open(self, user: str, session: _Session, topics: Iterable[Topic]) -> None:
         assert self._session is not None
