@@ -60,7 +60,6 @@ def http(session: nox.Session) -> None:
     project = nox.project.load_toml("pyproject.toml")
     session.install(".", *nox.project.dependency_groups(project, "test"))
     # As the README says. Its metadata would have an anyio that fails on today's trio.
-    session.install("anyio >= 4.11")
     session.install("--no-deps", "asks", "async_generator", "h11")
     session.chdir("tests")
     files = ("test_http_source.py", "test_http_missing.py", "test_sources.py", "-k", "http")

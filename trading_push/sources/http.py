@@ -25,25 +25,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
+import anyio
 import attrs
 import msgspec
 import trio
+from anyio.abc import SocketAttribute
+from anyio.streams.tls import TLSAttribute
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import DOT_SEGMENT, Http
 from trading_push.sources.pointer import parse_pointer, resolve_pointer
 
 try:
-    import anyio
     import asks
-    from anyio.abc import SocketAttribute
-    from anyio.streams.tls import TLSAttribute
     from asks.errors import BadHttpResponse
 except ImportError:
     # asks 3.0.0 says that it needs anyio 3, which fails on today's trio; it works with anyio 4.
     raise ConfigurationError(
-        "the HTTP source needs the library asks: pip install 'anyio >= 4.11' && "
-        "pip install --no-deps asks async_generator h11"
+        "the HTTP source needs the library asks: pip install --no-deps asks async_generator h11"
     ) from None
 
 __all__ = ["HttpBatchSource", "HttpSource"]
