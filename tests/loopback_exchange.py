@@ -72,6 +72,7 @@ class LoopbackExchange:
             ],
             "key-of-5": [{"asset": "ETH", "free": "5.00000000", "locked": "0.00000000"}],
         }
+        self.trades: dict[str, list[dict[str, Any]]] = {key: [] for key in KEYS}
         self._lock = threading.Lock()
         self._now: Counter[str] = Counter()
         self.url = ""
@@ -90,9 +91,13 @@ class LoopbackExchange:
             case "/fapi/v1/ticker/24hr":
                 return [self.ticker("BTCUSDT") | {"lastPrice": SWAP_PRICE}]
             case "/api/v3/account":
-                return {"accountType": "SPOT", "balances": self.balances[key]}
+                return {"accountType": "SPOT", "balances": self.balances.get(key, [])}
             case "/api/v3/openOrders":
                 return [self.order("1", "0"), self.order("2", "0.5")]
+            case "/api/v3/myTrades":
+                since = int(query.get("startTime", 0))
+                found = [each for each in self.trades[key] if each["symbol"] == query["symbol"]]
+                return [each for each in found if each["time"] >= since]
             case "/fapi/v1/openOrders":
                 return [self.order("3", "0")]
             case "/fapi/v2/account" | "/fapi/v3/account":
@@ -136,6 +141,25 @@ class LoopbackExchange:
             "time": 1763600000000,
             "updateTime": 1763600000500,
         }
+
+    def trade(self, key: str, number: int, at: int, symbol: str = "BTCUSDT") -> None:
+        """An execution of the user of a key, at a time in ms."""
+        self.trades[key].append(
+            {
+                "symbol": symbol,
+                "id": number,
+                "orderId": 1000 + number,
+                "price": "61500.10000000",
+                "qty": "0.00100000",
+                "quoteQty": "61.50010000",
+                "commission": "0.00000100",
+                "commissionAsset": "BTC",
+                "time": at,
+                "isBuyer": True,
+                "isMaker": False,
+                "isBestMatch": True,
+            }
+        )
 
     def position(self, amount: str, unrealized: str) -> dict[str, Any]:
         return {

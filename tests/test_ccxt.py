@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import loopback_exchange
 import pytest
 import trio
 from loopback_exchange import LoopbackExchange
-from support import until
+from support import PATIENCE_S, until
 from test_poller import serving
 from test_teardown import by_name, lines
 
@@ -457,3 +458,84 @@ def test_ccxt_keeps_the_names_that_are_relied_on() -> None:
         assert issubclass(getattr(ccxt, name), ccxt.BaseError)
     assert issubclass(ccxt.PermissionDenied, ccxt.AuthenticationError)
     assert issubclass(ccxt.BadSymbol, ccxt.BadRequest)
+
+
+# --- fills --------------------------------------------------------------------------------------
+
+
+def follow(there: LoopbackExchange, *symbols: str) -> CcxtSource:
+    return CcxtSource(options(there), CREDENTIALS, fill_symbols=symbols, fills_interval_s=0.05)
+
+
+async def fills(peer: Any, count: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    with trio.fail_after(PATIENCE_S):
+        while len(found) < count:
+            [push] = await peer.next()
+            if push["type"] != "status":
+                found.append(push)
+    return found
+
+
+async def test_each_fill_is_published_once_and_in_order_also_across_a_cut(
+    exchange: LoopbackExchange,
+) -> None:
+    now = time.time_ns() // 1_000_000 + 60_000
+    exchange.trade("key-of-4", 1, now - 3_600_000)  # before anybody watched
+    with closing(follow(exchange, "BTC/USDT", "ETH/USDT")) as source:
+        limits = Limits(watch_linger_s=0.05)
+        async with serving(source, settings=Settings(limits=limits)) as (service, join):
+            peer = await join("4", "fills")
+            await until(lambda: exchange.calls["/api/v3/myTrades"] >= 4)
+            exchange.trade("key-of-4", 3, now + 3)
+            exchange.trade("key-of-5", 4, now + 3)
+            [first] = await fills(peer, 1)
+            assert first["data"] == {
+                "fill_id": "3",
+                "order_id": "1003",
+                "symbol": "BTCUSDT",
+                "side": "buy",
+                "price": "61500.10000000",
+                "quantity": "0.00100000",
+                "fee": "0.00000100",
+                "fee_asset": "BTC",
+                "at": now + 3,
+            }
+            exchange.trade("key-of-4", 2, now + 2)  # told of late
+            exchange.trade("key-of-4", 5, now + 3)  # at the same time as another
+            exchange.trade("key-of-4", 1, now + 4, "ETHUSDT")  # ids are a market's own
+            numbers = [(p["data"]["symbol"], p["data"]["fill_id"]) for p in await fills(peer, 3)]
+            assert sorted(numbers) == [("BTCUSDT", "2"), ("BTCUSDT", "5"), ("ETHUSDT", "1")]
+            peer.leave()
+            await until(lambda: service.statistics().connections == 0)
+            asked = 0
+            while asked != exchange.calls["/api/v3/myTrades"]:  # until it is not asked any more
+                asked = exchange.calls["/api/v3/myTrades"]
+                await trio.sleep(0.3)
+            exchange.trade("key-of-4", 6, now + 60_000)
+            since = {"epoch": first["epoch"], "seq": 4}
+            peer = await join("4", {"channel": "fills", "since": since})
+            [missed] = await fills(peer, 1)
+            assert (missed["data"]["fill_id"], missed["prev"], missed["seq"]) == ("6", 4, 5)
+            asked = exchange.calls["/api/v3/myTrades"]
+            await until(lambda: exchange.calls["/api/v3/myTrades"] >= asked + 6)
+            assert peer.sent == []
+
+
+async def test_an_exchange_that_does_not_tell_of_fills_is_logged_and_asked_again(
+    exchange: LoopbackExchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trading_push")
+    exchange.misbehaves["/api/v3/myTrades"] = "down"
+    with closing(follow(exchange, "BTC/USDT")) as source:
+        async with serving(source) as (_, join):
+            peer = await join("4", "fills")
+            await until(lambda: exchange.calls["/api/v3/myTrades"] >= 3)
+            exchange.misbehaves.clear()
+            asked = exchange.calls["/api/v3/myTrades"]
+            await until(lambda: exchange.calls["/api/v3/myTrades"] >= asked + 3)
+            exchange.trade("key-of-4", 1, time.time_ns() // 1_000_000 + 1000)
+            assert (await fills(peer, 1))[0]["data"]["fill_id"] == "1"
+    told = [line for line in lines(caplog) if "fills数据" in line and "获取" in line]
+    assert told == ["❌ 获取用户4的fills数据失败: binance: ExchangeNotAvailable"]
+    assert "✅ 用户4的fills数据已恢复" in lines(caplog)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flask
+import loopback_exchange
 import pytest
 import trio
 from flask_sqlalchemy import SQLAlchemy
@@ -23,11 +24,21 @@ from support import hypercorn_serving as served_over_http
 from test_poller import serving
 from test_teardown import lines
 
-from trading_push import FlaskSource, FunctionSource, PostgresSource, SourceError, SqlSource
+from trading_push import (
+    CcxtSource,
+    ExchangeOptions,
+    FlaskSource,
+    FunctionSource,
+    PostgresSource,
+    SourceError,
+    SqlSource,
+)
 from trading_push.settings import Intervals, Limits, Query, Settings
+from trading_push.sources.ccxt_exchange import CcxtExchange
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"
 BALANCE = Query("SELECT user_id, asset, free FROM balances WHERE user_id IN :user_ids")
+USERS = [str(number) for number in range(1, 21)]
 SETTINGS = Settings(
     intervals=Intervals(balance=0.1), limits=Limits(watch_linger_s=0.1, fetch_timeout_s=5)
 )
@@ -217,7 +228,39 @@ async def http(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
         yield Upstream(source, amounts.__setitem__, fails.set, fails.clear)
 
 
-UPSTREAMS = [sqlite, postgresql, flask_application, function, http]
+@asynccontextmanager
+async def ccxt(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    users = [*USERS, "4"]
+    for user in users:
+        monkeypatch.setitem(loopback_exchange.KEYS, f"key-of-{user}", f"secret-of-{user}")
+    make = CcxtExchange.__init__
+
+    def hurried(self: CcxtExchange, *args: Any, **named: Any) -> None:
+        make(self, *args, **named)
+        self.api.rateLimit = 0.1  # it pauses for seconds between two requests of some weight
+
+    monkeypatch.setattr(CcxtExchange, "__init__", hurried)
+    with loopback_exchange.running() as exchange:
+
+        def write(user: str, free: str) -> None:
+            account = [{"asset": "BTC", "free": free, "locked": "0"}]
+            exchange.balances[f"key-of-{user}"] = account
+
+        source = CcxtSource(
+            ExchangeOptions("binance", url=exchange.url, timeout_s=4),
+            {user: {"apiKey": f"key-of-{user}", "secret": f"secret-of-{user}"} for user in users},
+        )
+        with closing(source):
+            yield Upstream(
+                source,
+                write,
+                lambda: exchange.misbehaves.update({"/api/v3/account": "down"}),
+                exchange.misbehaves.clear,
+            )
+
+
+UPSTREAMS = [sqlite, postgresql, flask_application, function, http, ccxt]
 
 
 @pytest.fixture(params=UPSTREAMS, ids=lambda each: each.__name__)
@@ -324,15 +367,14 @@ async def test_nobody_watches_and_nothing_is_asked_and_three_tabs_are_one(
 
 
 async def test_whoever_comes_and_goes_and_cancels_leaves_nothing(upstream: Upstream) -> None:
-    users = [str(number) for number in range(20)]
-    for user in users:
+    for user in USERS:
         await upstream.write(user, user)
 
     async def once(seconds: float) -> None:
         with trio.move_on_after(seconds):
             async with serving(upstream.source, settings=SETTINGS) as (_, join):
-                peers = [await join(user, "balance") for user in users]
-                for peer, user in zip(peers, users, strict=True):
+                peers = [await join(user, "balance") for user in USERS]
+                for peer, user in zip(peers, USERS, strict=True):
                     await free_becomes(peer, user)
                     peer.leave()
                 await trio.sleep_forever()

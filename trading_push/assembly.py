@@ -100,7 +100,12 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
     if settings.function.fetch is not None:
         return _functions(settings.function.fetch, settings.function)
     if settings.ccxt.credentials_file is not None or settings.ccxt.credentials is not None:
-        accounts = CcxtSource(_exchange(settings.ccxt), _credentials(settings.ccxt))
+        accounts = CcxtSource(
+            _exchange(settings.ccxt),
+            _credentials(settings.ccxt),
+            fill_symbols=settings.ccxt.fill_symbols.split(),
+            fills_interval_s=settings.ccxt.fills_interval_s,
+        )
         opened.callback(accounts.close)
         return accounts
     return None

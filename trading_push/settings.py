@@ -127,6 +127,12 @@ def switch(instance: object, attribute: attrs.Attribute[Any], value: object) -> 
         raise _refuse(attribute, value, "give true or false")
 
 
+def words(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """A check for a text of words, or none."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise _refuse(attribute, value, "give words with blanks between them")
+
+
 def file_path(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     """A check for a path; whether something is there is for whoever opens it."""
     if not isinstance(value, Path) or "\0" in str(value):
@@ -501,6 +507,10 @@ class Ccxt:
     """How long the exchange may leave a request unanswered."""
     interval_s: float = attrs.field(default=1, validator=number(0.1))
     """How often watched tickers are asked for."""
+    fill_symbols: str = attrs.field(default="", validator=words)
+    """The markets whose fills are published, by ccxt's names, with blanks between them; `*` is all
+    of them, where the exchange can."""
+    fills_interval_s: float = attrs.field(default=5, validator=number(0.1))
 
 
 @attrs.frozen

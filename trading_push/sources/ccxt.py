@@ -1,5 +1,8 @@
 """Accounts on any exchange that ccxt knows: an exchange object for each user, while watched.
 
+Fills are asked for again and again, for there is nothing else that every exchange has: from a while
+before the newest that is known, because one may be told of late, and each is published once.
+
 What the exchange does not tell is null: nothing is computed that it alone can know. Symbols are
 those of the market's base and quote (`BTCUSDT`) for spot and linear perpetual contracts, and ccxt's
 own (`BTC/USD:BTC`) for others.
@@ -9,17 +12,21 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import attrs
 import msgspec
 import trio
 
+from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
+from trading_push.sources.base import ChangeSink
 from trading_push.sources.ccxt_exchange import CcxtExchange, ExchangeOptions, as_decimal
 
 __all__ = ["CcxtSource", "credentials_of_file", "credentials_of_json", "short_symbol"]
@@ -49,26 +56,59 @@ _CREDENTIALS = {
 }
 
 
+ALL_SYMBOLS = "*"
+LATE_MS = 10_000
+"""By how much an exchange may tell of a fill after a later one."""
+_AT_ONCE = 500
+
+
+@attrs.define
+class _Known:
+    """What is known of a user's fills in one market: the newest one's time, and the ids near it."""
+
+    newest: int
+    ids: dict[str, int] = attrs.field(factory=dict)
+
+
 class CcxtSource:
-    """Reads balance, positions, PnL and open orders by each user's own keys; a `SessionSource`.
+    """Reads balance, positions, PnL, open orders and fills by each user's own keys.
+
+    A `SessionSource`, and a `WatchingSource` for the fills.
 
     Args:
         options: Which exchange, and where.
         credentials: Each user's, as ccxt names them. Who has none has an account without anything.
+        fill_symbols: The markets, by ccxt's names (`BTC/USDT`), whose fills are published; `*` asks
+            for those of all in one request, which not every exchange can.
+        fills_interval_s: Between two questions for them.
 
     Raises:
-        ConfigurationError: ccxt cannot be used, or a user lacks what the exchange asks for.
+        ConfigurationError: ccxt cannot be used, a user lacks what the exchange asks for, or it has
+            no fills to tell of.
     """
 
     def __init__(
-        self, options: ExchangeOptions, credentials: Mapping[str, Mapping[str, str]]
+        self,
+        options: ExchangeOptions,
+        credentials: Mapping[str, Mapping[str, str]],
+        *,
+        fill_symbols: Sequence[str] = (),
+        fills_interval_s: float = 5,
     ) -> None:
+        self._fill_symbols = fill_symbols
+        self._fills_interval_s = fills_interval_s
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._sink: ChangeSink | None = None
         self._options = options
         self._credentials = credentials
         self._public = CcxtExchange(options)  # markets are loaded once, for all users
         self._loading = trio.Lock()
         self._open: dict[str, CcxtExchange] = {}
         api = self._public.api
+        if fill_symbols and not api.has.get("fetchMyTrades"):
+            raise ConfigurationError(
+                f"{options.exchange} does not tell ccxt of fills: remove ccxt.fill_symbols"
+            )
         self._has_positions = api.options.get("defaultType") != "spot"
         for user, given in credentials.items():
             for name, required in api.requiredCredentials.items():
@@ -93,10 +133,69 @@ class CcxtSource:
         exchange = await trio.to_thread.run_sync(self._make, user_id)
         self._open[user_id] = exchange
         try:
-            yield
+            async with trio.open_nursery() as nursery:
+                if self._fill_symbols:
+                    nursery.start_soon(self._follow_fills, user_id, exchange)
+                yield
+                nursery.cancel_scope.cancel()
         finally:
             del self._open[user_id]
             exchange.close()
+
+    async def watch(self, sink: ChangeSink) -> None:
+        """Publish the fills of those whose session is open, until cancelled.
+
+        The first time a user is watched it begins with the fills to come; after that with those
+        since the last one, as far as the exchange still tells of them.
+        """
+        self._sink = sink
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._sink = None
+
+    async def _follow_fills(self, user: str, exchange: CcxtExchange) -> None:
+        now = time.time_ns() // 1_000_000
+        for symbol in self._fill_symbols:
+            self._known.setdefault((user, symbol), _Known(now))
+        failing = False
+        while True:
+            try:
+                for symbol in self._fill_symbols:
+                    await self._publish_fills(user, exchange, symbol)
+            except SourceError as error:
+                if not failing:
+                    line = logs.line("fetch_failed", user=user, data_type="fills", error=error)
+                    logs.emit(line)
+                failing = True
+            else:
+                if failing:
+                    logs.emit(logs.line("fetch_recovered", user=user, data_type="fills"))
+                failing = False
+            await trio.sleep(self._fills_interval_s)
+
+    async def _publish_fills(self, user: str, exchange: CcxtExchange, symbol: str) -> None:
+        known = self._known[user, symbol]
+        asked = None if symbol == ALL_SYMBOLS else symbol
+        since = known.newest - LATE_MS
+        trades = await exchange.call("fetch_my_trades", asked, since, _AT_ONCE)
+        if self._sink is None:
+            return
+        try:
+            new = [each for each in trades if each["timestamp"] > since]
+            new = [each for each in new if str(each["id"]) not in known.ids]
+            new.sort(key=lambda each: each["timestamp"])
+            fills = [(_fill(each, exchange.api), str(each["id"])) for each in new]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"{exchange.name} gave no fills that can be read ({type(error).__name__})"
+            ) from None
+        for fill, number in fills:
+            known.newest = max(known.newest, fill["at"])
+            known.ids[number] = fill["at"]
+            self._sink.publish([("fills", fill, user)])
+        oldest = known.newest - 2 * LATE_MS
+        known.ids = {number: at for number, at in known.ids.items() if at > oldest}
 
     def _make(self, user_id: str) -> CcxtExchange:
         exchange = CcxtExchange(self._options, self._credentials[user_id])
@@ -226,6 +325,21 @@ def _order(given: Mapping[str, Any], api: Any) -> dict[str, Any]:
         "status": "partially_filled" if filled else "new",
         "created_at": given.get("timestamp"),
         "updated_at": given.get("lastUpdateTimestamp") or given.get("lastTradeTimestamp"),
+    }
+
+
+def _fill(given: Mapping[str, Any], api: Any) -> dict[str, Any]:
+    fee = given.get("fee") or {}
+    return {
+        "fill_id": str(given["id"]),
+        "order_id": given.get("order"),
+        "symbol": _symbol(given["symbol"], api),
+        "side": given.get("side"),
+        "price": as_decimal(given.get("price")),
+        "quantity": as_decimal(given.get("amount")),
+        "fee": as_decimal(fee.get("cost")),
+        "fee_asset": fee.get("currency"),
+        "at": int(given["timestamp"]),
     }
 
 
