@@ -102,14 +102,17 @@ class Publisher:
         return _json({"ok": True, "published": published})
 
     async def _take(self, request: Request) -> int:
+        refused: _Refused | None = None
         try:
             principal = await self._principal(request)
             allowed = _allowed(principal)
-        except _Refused:
+        except _Refused as error:
+            refused = error
+        if refused is not None:
             # Answered with its body unread, a connection cannot be used again.
             with suppress(_Refused), trio.move_on_after(SKIP_S):
                 await self._body(request)
-            raise
+            raise refused
         with trio.move_on_after(BODY_S) as whole:
             body = await self._body(request)
         if whole.cancelled_caught:
