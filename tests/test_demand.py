@@ -98,7 +98,7 @@ async def test_a_session_that_fails_is_entered_again(autojump_clock, caplog):
         peer = await join("4", "pnl")
         began = trio.current_time()
         assert [push["type"] for push in await peer.next(3)] == ["status", "status", "snapshot"]
-        assert 2.5 < trio.current_time() - began < 3.5  # after 1 and 2 seconds
+        assert 2.5 < trio.current_time() - began < 4.5  # after 1 and 2 seconds, and jitter
         assert service.statistics().failures == {"user sessions": 2}
     assert [line for line in lines(caplog) if "上游会话" in line] == [
         "❌ 用户4的上游会话出错: OSError: no upstream - 1秒后重试",

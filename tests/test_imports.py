@@ -14,7 +14,19 @@ PACKAGE = Path(trading_push.__file__).parent
 
 # Each layer may import from those before it, and within itself without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "address", "origin", "proxies", "named", "settings", "models", "topics", "logs"),
+    (
+        "errors",
+        "address",
+        "origin",
+        "proxies",
+        "named",
+        "checks",
+        "settings",
+        "configuration",
+        "models",
+        "topics",
+        "logs",
+    ),
     ("protocol", "auth", "rate", "supervision"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),

@@ -25,6 +25,8 @@ __all__ = ["Demand", "Session"]
 Session = Callable[[str], AbstractAsyncContextManager[Any]]
 """Takes a user's id; see `sources.base.SessionSource.session`."""
 
+_JITTER_S: Final = 0.5
+"""So that the sessions of all users, cut at the same moment, do not all come back at another."""
 _CLOSE_S: Final = 1.0
 """How long a session may take to close before it is cancelled."""
 
@@ -180,7 +182,9 @@ class Demand:
                     # That one may have been cancelled while it waited itself.
                     session.waits_for = session.waits_for.waits_for
                 await keep_running(
-                    partial(self._open, user, session, topics), partial(self._failed, user)
+                    partial(self._open, user, session, topics),
+                    partial(self._failed, user),
+                    jitter_s=_JITTER_S,
                 )
         finally:
             session.ended.set()
