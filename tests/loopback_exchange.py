@@ -97,7 +97,7 @@ class LoopbackExchange:
             case "/api/v3/myTrades":
                 since = int(query.get("startTime", 0))
                 found = [each for each in self.trades[key] if each["symbol"] == query["symbol"]]
-                return [each for each in found if each["time"] >= since]
+                return [each for each in found if each.get("time", since) >= since]
             case "/fapi/v1/openOrders":
                 return [self.order("3", "0")]
             case "/fapi/v2/account" | "/fapi/v3/account":

@@ -278,13 +278,14 @@ class Sink:
     def __init__(self) -> None:
         self.tickers: dict[str, Ticker] = {}
         self.updates = 0
+        self.stales: list[tuple[str, list[str]]] = []
 
     def update(self, tickers: Any) -> None:
         self.updates += 1
         self.tickers.update({ticker.symbol: ticker for ticker in tickers})
 
     def stale(self, reason: str, symbols: Any = None) -> None:
-        raise NotImplementedError
+        self.stales.append((reason, list(symbols)))
 
 
 async def test_watched_tickers_are_asked_for(exchange: LoopbackExchange) -> None:
@@ -537,5 +538,50 @@ async def test_an_exchange_that_does_not_tell_of_fills_is_logged_and_asked_again
             exchange.trade("key-of-4", 1, time.time_ns() // 1_000_000 + 1000)
             assert (await fills(peer, 1))[0]["data"]["fill_id"] == "1"
     told = [line for line in lines(caplog) if "fills数据" in line and "获取" in line]
-    assert told == ["❌ 获取用户4的fills数据失败: binance: ExchangeNotAvailable"]
+    assert told == ["❌ 获取用户4的fills数据失败: BTC/USDT: binance: ExchangeNotAvailable"]
     assert "✅ 用户4的fills数据已恢复" in lines(caplog)
+
+
+async def test_one_market_that_is_refused_does_not_stop_the_fills_of_the_others(
+    exchange: LoopbackExchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trading_push")
+    now = time.time_ns() // 1_000_000
+    with closing(follow(exchange, "BAD/USDT", "BTC/USDT")) as source:
+        async with serving(source) as (_, join):
+            peer = await join("4", "fills")
+            await until(lambda: exchange.calls["/api/v3/myTrades"] >= 1)
+            exchange.trade("key-of-4", 1, now)
+            exchange.trade("key-of-4", 2, now)
+            del exchange.trades["key-of-4"][-1]["id"]  # which fill, nobody knows
+            exchange.trade("key-of-4", 3, now - 3_600_000)  # whatever the clocks say
+            assert [each["data"]["fill_id"] for each in await fills(peer, 2)] == ["3", "1"]
+    told = [line for line in lines(caplog) if "fills数据失败" in line]
+    assert any("BAD/USDT: binance: BadSymbol" in line for line in told)
+    assert any("1 fills that cannot be read" in line for line in told)
+    assert len(told) == 2
+
+
+async def test_a_symbol_that_is_refused_does_not_stop_the_others(
+    exchange: LoopbackExchange, caplog: pytest.LogCaptureFixture
+) -> None:
+    feed, sink = CcxtFeed(options(exchange), interval_s=0.05), Sink()
+    ask = feed._exchange.call
+
+    async def call(method: str, *args: Any) -> Any:
+        if method == "fetch_tickers" and "ETH/USDT" in args[0]:
+            await trio.lowlevel.checkpoint()
+            raise SourceError("binance: BadRequest", retryable=False)
+        return await ask(method, *args)
+
+    feed._exchange.call = call  # type: ignore[method-assign]
+    feed.watch("BTCUSDT")
+    feed.watch("ETHUSDT")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed.run, sink)
+        await until(lambda: sink.updates >= 3)
+        nursery.cancel_scope.cancel()
+    feed.close()
+    assert set(sink.tickers) == {"BTCUSDT"}
+    assert sink.stales == [("refused", ["ETHUSDT"])]
+    assert sum("ETHUSDT" in record.getMessage() for record in caplog.records) == 1

@@ -594,3 +594,35 @@ async def test_who_comes_while_the_service_ends_does_not_end_the_registry(autoju
         late.say("subscribe", args=["pnl"])
         await late.next()
     assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_a_value_is_kept_while_its_user_s_session_fails_for_long(autojump_clock):
+    source, cut, fails = Table(), trio.Event(), False
+    source.values["4", "pnl"] = 1
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        if fails:
+            await trio.sleep(10)
+            raise OSError("no upstream")
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                await cut.wait()
+                raise OSError("cut")
+
+            nursery.start_soon(read)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async with serving(source, user_session=session) as (service, join):
+        peer = await join("4", "pnl")
+        [first] = await peer.next()
+        fails = True
+        cut.set()
+        await trio.sleep(600)
+        latest = service.latest("pnl", "4")
+        assert latest is not None
+        assert latest.status.state == "stale"
+        late = await join("4", "pnl")
+        assert (await late.next())[0]["epoch"] == first["epoch"]

@@ -354,6 +354,14 @@ def test_the_demo_users_trade_and_the_file_obeys_the_law(
     assert exchange.book.next_number > 1500
 
 
+def test_a_price_of_nothing_is_passed_over(exchange: Exchange) -> None:
+    exchange.trade(20)
+    last = exchange.trading.markets["BTCUSDT"].last
+    exchange.trading.step([Ticker("BTCUSDT", last=Decimal(0))], exchange.now + 1)
+    assert exchange.trading.markets["BTCUSDT"].last == last
+    exchange.trade(20)
+
+
 def test_the_same_seed_trades_the_same(tmp_path: Path) -> None:
     tables = []
     for name in ("a.db", "b.db"):

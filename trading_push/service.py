@@ -503,9 +503,11 @@ class PushService:
             if self._feed is not None and self._feed.unwatch(symbol):
                 self._idle_since[topic] = trio.current_time()
         elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
-            self._idle_since[topic] = trio.current_time()
             poller.unwatch(topic.user)
-            if not self._demand.holds(topic) and self._broker.snapshot(topic) is not None:
+            if self._demand.holds(topic):  # it is its user's session that has failed
+                return
+            self._idle_since[topic] = trio.current_time()
+            if self._broker.snapshot(topic) is not None:
                 self._broker.mark([topic], Status("stale", "not_watched"))
 
     def _upstream_failed(self, user: str | None, error: Exception, delay: float) -> None:

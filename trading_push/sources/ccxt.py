@@ -1,7 +1,7 @@
 """Accounts on any exchange that ccxt knows: an exchange object for each user, while watched.
 
-Fills are asked for again and again, for there is nothing else that every exchange has: from a while
-before the newest that is known, because one may be told of late, and each is published once.
+Fills are asked for again and again, for there is nothing else that every exchange has: each that is
+new in the newest page is published, once.
 
 What the exchange does not tell is null: nothing is computed that it alone can know. Symbols are
 those of the market's base and quote (`BTCUSDT`) for spot and linear perpetual contracts, and ccxt's
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 import tomllib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,7 +19,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import attrs
 import msgspec
 import trio
 
@@ -57,17 +55,10 @@ _CREDENTIALS = {
 
 
 ALL_SYMBOLS = "*"
-LATE_MS = 10_000
-"""By how much an exchange may tell of a fill after a later one."""
-_AT_ONCE = 500
-
-
-@attrs.define
-class _Known:
-    """What is known of a user's fills in one market: the newest one's time, and the ids near it."""
-
-    newest: int
-    ids: dict[str, int] = attrs.field(factory=dict)
+PAGE = 100
+"""How many fills one request asks for: every exchange that ccxt knows gives as many."""
+_IDS_KEPT = 20 * PAGE
+_LONGEST_PAUSE_S = 60.0
 
 
 class CcxtSource:
@@ -97,7 +88,8 @@ class CcxtSource:
     ) -> None:
         self._fill_symbols = fill_symbols
         self._fills_interval_s = fills_interval_s
-        self._known: dict[tuple[str, str], _Known] = {}
+        # The newest fills of a user and market, by symbol and id, that have been published.
+        self._known: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
         self._sink: ChangeSink | None = None
         self._options = options
         self._credentials = credentials
@@ -129,7 +121,7 @@ class CcxtSource:
             yield
             return
         async with self._loading:
-            await self._public.call("load_markets")
+            await self._call(self._public, "load_markets")
         exchange = await trio.to_thread.run_sync(self._make, user_id)
         self._open[user_id] = exchange
         try:
@@ -146,7 +138,7 @@ class CcxtSource:
         """Publish the fills of those whose session is open, until cancelled.
 
         The first time a user is watched it begins with the fills to come; after that with those
-        since the last one, as far as the exchange still tells of them.
+        since the last one, of each market the newest PAGE.
         """
         self._sink = sink
         try:
@@ -155,47 +147,63 @@ class CcxtSource:
             self._sink = None
 
     async def _follow_fills(self, user: str, exchange: CcxtExchange) -> None:
-        now = time.time_ns() // 1_000_000
-        for symbol in self._fill_symbols:
-            self._known.setdefault((user, symbol), _Known(now))
-        failing = False
+        failing: set[str] = set()
+        pause_s = self._fills_interval_s
         while True:
-            try:
-                for symbol in self._fill_symbols:
+            for symbol in self._fill_symbols:
+                try:
                     await self._publish_fills(user, exchange, symbol)
-            except SourceError as error:
-                if not failing:
-                    line = logs.line("fetch_failed", user=user, data_type="fills", error=error)
-                    logs.emit(line)
-                failing = True
-            else:
-                if failing:
-                    logs.emit(logs.line("fetch_recovered", user=user, data_type="fills"))
-                failing = False
-            await trio.sleep(self._fills_interval_s)
+                except SourceError as error:
+                    if symbol not in failing:
+                        told = SourceError(f"{symbol}: {error}")
+                        line = logs.line("fetch_failed", user=user, data_type="fills", error=told)
+                        logs.emit(line)
+                    failing.add(symbol)
+                else:
+                    if symbol in failing:
+                        logs.emit(logs.line("fetch_recovered", user=user, data_type="fills"))
+                    failing.discard(symbol)
+            # Who is refused asks less, or an exchange refuses everything of this address.
+            longest_s = max(_LONGEST_PAUSE_S, self._fills_interval_s)
+            pause_s = min(2 * pause_s, longest_s) if failing else self._fills_interval_s
+            await trio.sleep(pause_s)
 
     async def _publish_fills(self, user: str, exchange: CcxtExchange, symbol: str) -> None:
-        known = self._known[user, symbol]
+        # The newest page, and no `since`: windows of time, clocks and the order of pages differ
+        # from exchange to exchange.
         asked = None if symbol == ALL_SYMBOLS else symbol
-        since = known.newest - LATE_MS
-        trades = await exchange.call("fetch_my_trades", asked, since, _AT_ONCE)
+        trades = await self._call(exchange, "fetch_my_trades", asked, None, PAGE)
         if self._sink is None:
             return
+        if not isinstance(trades, list):
+            raise SourceError(f"{exchange.name} gave no fills that can be read")
+        fills, unreadable = [], 0
+        for trade in trades:
+            try:
+                fills.append(_fill(trade, exchange.api))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                unreadable += 1
+        known = self._known.get((user, symbol))
+        if known is None:  # what was before anybody watched
+            known = self._known[user, symbol] = {}
+            known |= {(fill["symbol"], fill["fill_id"]): None for fill in fills}
+        for fill in sorted(fills, key=lambda fill: fill["at"]):
+            key = fill["symbol"], fill["fill_id"]
+            if key not in known:
+                known[key] = None
+                self._sink.publish([("fills", fill, user)])
+        for old in list(known)[:-_IDS_KEPT]:
+            del known[old]
+        if unreadable:
+            raise SourceError(f"{exchange.name} gave {unreadable} fills that cannot be read")
+
+    async def _call(self, exchange: CcxtExchange, method: str, *args: Any) -> Any:
+        # ccxt's own time-out is of each read, and a rate limiter may pause before.
         try:
-            new = [each for each in trades if each["timestamp"] > since]
-            new = [each for each in new if str(each["id"]) not in known.ids]
-            new.sort(key=lambda each: each["timestamp"])
-            fills = [(_fill(each, exchange.api), str(each["id"])) for each in new]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SourceError(
-                f"{exchange.name} gave no fills that can be read ({type(error).__name__})"
-            ) from None
-        for fill, number in fills:
-            known.newest = max(known.newest, fill["at"])
-            known.ids[number] = fill["at"]
-            self._sink.publish([("fills", fill, user)])
-        oldest = known.newest - 2 * LATE_MS
-        known.ids = {number: at for number, at in known.ids.items() if at > oldest}
+            with trio.fail_after(6 * self._options.timeout_s):
+                return await exchange.call(method, *args)
+        except trio.TooSlowError:
+            raise SourceError(f"{exchange.name} did not answer in time") from None
 
     def _make(self, user_id: str) -> CcxtExchange:
         exchange = CcxtExchange(self._options, self._credentials[user_id])
@@ -208,8 +216,8 @@ class CcxtSource:
         Raises:
             SourceError: The exchange refused or did not answer; or the session is not open.
 
-        Cancellation abandons the thread, which ends by itself within ccxt's time-out; until then
-        the user's other calls wait.
+        Cancellation abandons the thread, which ends by itself when the exchange has been silent
+        for ccxt's time-out; until then the user's other calls wait.
         """
         method = _METHODS.get(data_type)
         if method is None:
@@ -328,10 +336,16 @@ def _order(given: Mapping[str, Any], api: Any) -> dict[str, Any]:
     }
 
 
+def _text(value: object) -> str:
+    if value is None:
+        raise ValueError("there is none")
+    return str(value)
+
+
 def _fill(given: Mapping[str, Any], api: Any) -> dict[str, Any]:
     fee = given.get("fee") or {}
     return {
-        "fill_id": str(given["id"]),
+        "fill_id": _text(given["id"]),
         "order_id": given.get("order"),
         "symbol": _symbol(given["symbol"], api),
         "side": given.get("side"),

@@ -113,7 +113,8 @@ class CcxtExchange:
         Raises:
             SourceError: It failed; `retryable` where the same call may succeed later.
 
-        Cancellation abandons the thread, which ends by itself within ccxt's time-out.
+        Cancellation abandons the thread, which ends by itself when the exchange has been silent for
+        ccxt's time-out: a whole call may take longer.
         """
         return await trio.to_thread.run_sync(
             self._call,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import trio
 
+from trading_push import logs
 from trading_push.errors import SourceError
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
@@ -14,6 +15,9 @@ from trading_push.sources.ccxt import short_symbol
 from trading_push.sources.ccxt_exchange import CcxtExchange, ExchangeOptions, as_decimal
 
 __all__ = ["CcxtFeed"]
+
+PER_REQUEST = 100
+"""How many symbols one request names: they stand in its URL."""
 
 
 class CcxtFeed:
@@ -37,6 +41,7 @@ class CcxtFeed:
         self._patience_s = 6 * options.timeout_s
         self._symbols: dict[str, str] | None = None  # ccxt's, by ours
         self._watched: set[str] = set()
+        self._refused: set[str] = set()  # until they are watched anew
         self._news = trio.Event()
 
     def knows(self, symbol: str) -> bool:
@@ -51,6 +56,7 @@ class CcxtFeed:
     def unwatch(self, symbol: str) -> None:
         """Its last watcher has gone."""
         self._watched.discard(symbol)
+        self._refused.discard(symbol)
 
     async def run(self, sink: MarketSink) -> None:
         """Feed the sink until cancelled, which abandons a thread that ends within its time-out.
@@ -65,8 +71,7 @@ class CcxtFeed:
             while True:
                 self._news = trio.Event()
                 if self._watched:
-                    with trio.fail_after(self._patience_s):
-                        sink.update(await self._tickers(self._symbols))
+                    sink.update(await self._tickers(self._symbols, sink))
                     with trio.move_on_after(self._interval_s):
                         await self._news.wait()
                 else:
@@ -78,20 +83,49 @@ class CcxtFeed:
         """Close its connections."""
         self._exchange.close()
 
-    async def _tickers(self, symbols: Mapping[str, str]) -> list[Ticker]:
+    async def _tickers(self, symbols: Mapping[str, str], sink: MarketSink) -> list[Ticker]:
         # Most exchanges answer for the markets of one kind at a time.
         kinds: dict[object, dict[str, list[str]]] = {}
-        for ours in sorted(self._watched & symbols.keys()):
+        for ours in sorted(self._watched & symbols.keys() - self._refused):
             market = self._exchange.api.markets[symbols[ours]]
             kind = kinds.setdefault((market.get("type"), market.get("linear")), {})
             kind.setdefault(symbols[ours], []).append(ours)
+        questions = [
+            (kind, list(kind)[start : start + PER_REQUEST])
+            for kind in kinds.values()
+            for start in range(0, len(kind), PER_REQUEST)
+        ]
         found = []
-        for kind in kinds.values():
-            for theirs, ticker in (await self._ask(list(kind))).items():
+        while questions:
+            kind, asked = questions.pop()
+            try:
+                answer = await self._ask(asked)
+            except SourceError as error:
+                if error.retryable:
+                    raise
+                # It is one of the symbols that it refuses: halves find which.
+                half = len(asked) // 2
+                if half:
+                    questions += [(kind, asked[:half]), (kind, asked[half:])]
+                else:
+                    self._refuse(kind[asked[0]], error, sink)
+                continue
+            for theirs, ticker in answer.items():
                 found += [_ticker(ours, ticker) for ours in kind.get(theirs, ())]
         return found
 
+    def _refuse(self, symbols: Iterable[str], error: SourceError, sink: MarketSink) -> None:
+        name = self._exchange.name
+        for symbol in symbols:
+            self._refused.add(symbol)
+            logs.emit(logs.line("exchange_refused", exchange=name, symbol=symbol, error=error))
+        sink.stale("refused", symbols)
+
     async def _ask(self, symbols: list[str]) -> Mapping[str, Any]:
+        with trio.fail_after(self._patience_s):
+            return await self._answer(symbols)
+
+    async def _answer(self, symbols: list[str]) -> Mapping[str, Any]:
         answer: Any
         if self._exchange.api.has.get("fetchTickers"):
             answer = await self._exchange.call("fetch_tickers", symbols)

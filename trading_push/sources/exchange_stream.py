@@ -423,6 +423,10 @@ class _Lane:
             if not any(symbol in connection.carries for connection in self.connections):
                 self._merged.pop(symbol, None)
 
+    def carries_elsewhere(self, symbol: str, connection: _Connection) -> bool:
+        """Whether another connection gives a symbol's frames."""
+        return any(symbol in other.carries for other in self.connections if other is not connection)
+
     def ended(self, connection: _Connection) -> None:
         """A connection is over: what no other carries stands still; synchronous."""
         self.connections.remove(connection)
@@ -600,7 +604,11 @@ class _Connection:
         return self._feed.request(op, symbols, number)
 
     def answered(self, reply: Reply) -> None:
-        """An answer has come. A refusal may be of any symbol of its request: halves find which."""
+        """An answer has come. A refusal may be of any symbol of its request: halves find which.
+
+        Raises:
+            SourceError: Refused is what another connection has.
+        """
         asked = None if reply.id is None else self._asked.pop(reply.id, None)
         self._wake.set()
         if reply.error is None:
@@ -612,6 +620,9 @@ class _Connection:
             self._again += [asked.symbols[:half], asked.symbols[half:]]
         elif asked.symbols and not reply.is_subscribed:
             [symbol] = asked.symbols
+            if self._lane.carries_elsewhere(symbol, self):
+                # The exchange has it: this connection is the one that cannot take over.
+                raise SourceError(f"{symbol} was refused, which another connection has")
             self.subscribed.pop(symbol, None)
             self.carries.discard(symbol)
             self._lane.forget([symbol])

@@ -51,6 +51,8 @@ class Trading:
         Raises:
             sqlite3.Error: It could not be written; the next step writes it too.
         """
+        # An exchange may say 0 of what has never traded; there is nothing to trade at.
+        moved = [ticker for ticker in moved if ticker.last is None or ticker.last > 0]
         self.markets |= {ticker.symbol: ticker for ticker in moved}
         self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
         self.ledger.save(self.book, moved, now)
