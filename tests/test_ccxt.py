@@ -221,10 +221,10 @@ async def test_nothing_is_logged_of_a_request(
     said: list[str] = []
     logger = logging.getLogger("ccxt")
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.DEBUG)
-    logging.getLogger("ccxt.base.exchange")._cache.clear()  # type: ignore[attr-defined]
+    logging.getLogger("ccxt.base.exchange")._cache.clear()
     async with opened(exchange) as source:
         await source.fetch("4", "balance")
     assert said == []
@@ -574,7 +574,7 @@ async def test_a_symbol_that_is_refused_does_not_stop_the_others(
             raise SourceError("binance: BadRequest", retryable=False)
         return await ask(method, *args)
 
-    feed._exchange.call = call  # type: ignore[method-assign]
+    feed._exchange.call = call
     feed.watch("BTCUSDT")
     feed.watch("ETHUSDT")
     async with trio.open_nursery() as nursery:

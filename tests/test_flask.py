@@ -46,7 +46,7 @@ class Shop:
         self.torn_down: list[BaseException | None] = []
         db = self.db
 
-        class Account(db.Model):  # type: ignore[name-defined,misc]
+        class Account(db.Model):
             user_id = db.Column(db.String, primary_key=True)
             total = db.Column(db.String, nullable=False)
 
