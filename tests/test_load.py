@@ -176,8 +176,7 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
         server.wait_for_line("启动交易数据WebSocket推送服务", count=2)
         port = int(server.url.split(":")[2].split("/")[0])
         with Crowd(port) as crowd:
-            # Two each: the log has two seconds for its last lines, and these are all at its end.
-            live = crowd.join(1980, *SIX[2:5:2], users=5)
+            live = crowd.join(1980, *SIX, users=5)
             crowd.join(20, *SIX, reads=False, users=5)
             began = time.monotonic()
             os.killpg(server.popen.pid, signal.SIGTERM)

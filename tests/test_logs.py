@@ -123,6 +123,40 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
     assert rest == ["⚠️ 日志输出过慢，已丢弃3行", "line 7", "line 8"]
 
 
+def test_the_last_lines_are_waited_for_as_long_as_somebody_reads_them():
+    read, write = os.pipe()
+    output = logs._Output(write, logging.Formatter("%(message)s"), 100_000)
+    expected = [f"{number} {200 * '-'}" for number in range(5000)]
+    output.say(expected)
+    found = []
+
+    def read_slowly() -> None:
+        with open(read, "rb") as pipe:
+            while part := pipe.read1(65_536):
+                found.append(part)
+                time.sleep(0.02)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    output.end(0.05)  # far less than it takes
+    reader.join(PATIENCE_S)
+    assert not reader.is_alive()
+    assert b"".join(found).decode().splitlines() == expected
+
+
+def test_a_pipe_that_nobody_reads_is_given_up_in_time():
+    read, write = os.pipe()
+    output = logs._Output(write, logging.Formatter("%(message)s"), 100_000)
+    output.say([200 * "-"] * 5000)
+    began = time.monotonic()
+    output.end(0.2)
+    assert output._thread.is_alive()  # it is stuck
+    assert time.monotonic() - began < 0.2 + 2 * logs._PROGRESS_S
+    os.close(read)
+    output._thread.join(PATIENCE_S)
+    os.close(write)
+
+
 def test_what_is_written_at_once_fits_a_pipe_that_others_write_to():
     # Chinese, so that a cut anywhere else would tear a character, too.
     units = [[f"   🚪 退出房间: {n}_{line}" for line in range(n % 300)] for n in range(400)]

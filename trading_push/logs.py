@@ -556,6 +556,9 @@ _AT_A_TIME = 500
 # Woken for each line of a burst, the thread would take the interpreter from whoever serves.
 _PAUSE_S = 0.01
 _LAST_LINES_S = 2
+# Thousands who leave at the end are told of by tens of thousands of lines.
+_PROGRESS_S = 0.5
+_LONGER_S = 6
 _STDERR: Final = 2
 
 
@@ -574,6 +577,7 @@ class _Output(logging.Handler):
         self._bound = lines
         self._dropped = 0
         self._queued = self._taken = 0
+        self._written = 0
         # Without a bound of its own and without a condition to signal: a line costs a third.
         self._units: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -613,9 +617,18 @@ class _Output(logging.Handler):
         return record
 
     def end(self, timeout_s: float) -> None:
-        """Write what is queued and close the file; the thread is given up if it takes longer."""
+        """Write what is queued and close the file.
+
+        The thread is given up if it takes longer; a while later where somebody still reads.
+        """
         self._units.put(None)
-        self._thread.join(timeout_s)
+        given_up_at = time.monotonic() + timeout_s + _LONGER_S
+        while self._thread.is_alive() and time.monotonic() < given_up_at:
+            written = self._written
+            self._thread.join(timeout_s)
+            if self._written == written:
+                break
+            timeout_s = _PROGRESS_S
         if self._descriptor != _STDERR and not self._thread.is_alive():
             os.close(self._descriptor)
 
@@ -637,6 +650,7 @@ class _Output(logging.Handler):
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
+                self._written += 1
             except BlockingIOError:  # somebody has made the terminal non-blocking
                 select.select([], [self._descriptor], [])
             except OSError:
