@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 from support import until
 from test_doors import certificates, open_door
 from test_ending import masked
 from test_firewall import handshake
 from test_teardown import room, unit
+from wsproto.frame_protocol import FrameDecoder
 
 from trading_push.settings import Limits
 
@@ -97,6 +99,57 @@ async def test_a_client_that_says_nothing_more_is_gone(kind, certificates):
         assert frames.count(b"\x89\x00") == 1
         close = frames[frames.index(b"\x88") :]
         assert close == b"\x88\x0f" + (4002).to_bytes(2, "big") + b"nothing heard"
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("kind", ["linked", "native"])
+async def test_a_pong_is_heard_and_goes_no_further(kind, certificates, monkeypatch):
+    decoded: list[bytes] = []
+    decode = FrameDecoder.receive_bytes
+
+    def seen(decoder: FrameDecoder, data: bytes) -> None:
+        decoded.append(bytes(data))
+        decode(decoder, data)
+
+    monkeypatch.setattr(FrameDecoder, "receive_bytes", seen)
+    async with open_door(kind, certificates) as door:
+        stream = await trio.open_tcp_stream("127.0.0.1", door.port)
+
+        async def send(data: bytes) -> None:
+            await stream.send_all(data)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+
+        await send(handshake())
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
+        [connection] = door.service.hub.connections
+        decoded.clear()
+        heard = connection._transport.last_heard
+        await send(masked(10, b""))
+        assert connection._transport.last_heard > heard
+        assert decoded == []
+        # One with a payload is none of ours, nor is what looks like one amid a frame, or at the
+        # end of its head.
+        await send(masked(10, b"payload"))
+        assert len(decoded) == 1
+        text = b'{"op":"ping","id":"abcdefgh"}'
+        like = b"\x8a\x80"
+        at = 12
+        mask = bytes(a ^ b for a, b in zip(text[at:], like, strict=False)) + b"\x00\x00"
+        body = bytes(byte ^ mask[n % 4] for n, byte in enumerate(text))
+        assert body[at : at + 2] == like
+        await send(bytes([0x81, 0x80 | len(text)]) + mask + body[:at])
+        await send(body[at : at + 6])
+        await send(body[at + 6 :])
+        assert b'"id":"abcdefgh"' in await stream.receive_some()
+        text = b'{"op":"ping","id":"' + 200 * b"-" + b'"}'
+        frame = bytes([0x81, 0x80 | 126]) + len(text).to_bytes(2, "big") + like + b"\x00\x00"
+        for part in (
+            frame[:4],
+            frame[4:] + bytes([text[0] ^ 0x8A, text[1] ^ 0x80]),
+            bytes(byte ^ (like + b"\x00\x00")[n % 4] for n, byte in enumerate(text))[2:],
+        ):
+            await send(part)
+        assert b'"code":"bad_request"' in await stream.receive_some()  # the id is too long
         await stream.aclose()
 
 

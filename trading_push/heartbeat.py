@@ -12,8 +12,8 @@ import trio
 
 __all__ = ["Timetable", "Watched"]
 
-_STEP_S: Final = 1.0
-"""At most; a quarter of a heartbeat that is shorter."""
+_STEP_S: Final = 0.05
+"""At most; a quarter of a heartbeat that is shorter. The pongs of a step come all at once."""
 _CHUNK: Final = 64
 """How many connections there are between two checkpoints."""
 
@@ -30,7 +30,7 @@ class Watched(Protocol):
 
 
 class Timetable:
-    """When each connection is to be looked after, in steps of about a second.
+    """When each connection is to be looked after, in small steps.
 
     Looking at all of them in every step would cost more than all their pings.
 

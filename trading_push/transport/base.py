@@ -7,10 +7,12 @@ from typing import Protocol
 
 import attrs
 import trio
+from wsproto.connection import Connection
+from wsproto.frame_protocol import FrameDecoder
 
 from trading_push.errors import CloseCode
 
-__all__ = ["ABNORMAL", "Close", "Transport", "Writer", "most_fragments", "try_write"]
+__all__ = ["ABNORMAL", "Close", "Transport", "Writer", "decoder_of", "most_fragments", "try_write"]
 
 
 @attrs.frozen
@@ -29,6 +31,12 @@ ABNORMAL = Close(CloseCode.ABNORMAL)
 def most_fragments(message_bytes: int) -> int:
     """In how many frames a message of so many bytes may come: the empty ones cost time, too."""
     return 64 + message_bytes // 64
+
+
+def decoder_of(connection: Connection | None) -> FrameDecoder | None:
+    """What takes a wsproto connection's frames apart; None where this wsproto has none to find."""
+    decoder = getattr(getattr(connection, "_proto", None), "_frame_decoder", None)
+    return decoder if isinstance(decoder, FrameDecoder) else None
 
 
 class Writer(Protocol):

@@ -46,7 +46,7 @@ from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
 from trading_push import logs
 from trading_push.errors import LinkError
 from trading_push.settings import Limits
-from trading_push.transport.base import Close, most_fragments
+from trading_push.transport.base import Close, decoder_of, most_fragments
 from trading_push.transport.push_stream import PushStream, TlsPushStream, wrap
 
 __all__ = ["Guard", "GuardedWSStream", "find", "guard", "install", "worker"]
@@ -218,10 +218,12 @@ class GuardedTCPServer(TCPServer):
         self._handshake_until = trio.current_time() + guard.limits.handshake_timeout_s
         self._limit()
 
-    def websocket_accepted(self) -> None:
+    def websocket_accepted(self, connection: Connection) -> None:
         """The handshake is done."""
         self._handshake_until = math.inf
         self._limit()
+        if not self.config.read_timeout:  # every byte is to begin that anew
+            self.push_stream.skip_pongs(decoder_of(connection))
 
     def set_idle(self, idle: bool) -> None:
         """Between requests: the connection ends after the keep-alive time, or with the server."""
@@ -302,26 +304,26 @@ class _Observed:
     """A wsproto connection that tells of the close frames it sends and receives."""
 
     def __init__(self, connection: Connection, stream: GuardedWSStream) -> None:
-        self._connection = connection
+        self.bare = connection
         self._stream = stream
 
     @property
     def state(self) -> ConnectionState:
-        return self._connection.state
+        return self.bare.state
 
     def receive_data(self, data: bytes | None) -> None:
-        self._connection.receive_data(data)
+        self.bare.receive_data(data)
 
     def send(self, event: Event) -> bytes:
-        data = self._connection.send(event)
+        data = self.bare.send(event)
         if isinstance(event, CloseConnection):
             self._stream.decide(event.code, event.reason, ours=True)
         return data
 
     def events(self) -> Iterator[Event]:
-        for event in self._connection.events():
+        for event in self.bare.events():
             if isinstance(event, CloseConnection):
-                if self._connection.state in (
+                if self.bare.state in (
                     ConnectionState.OPEN,
                     ConnectionState.LOCAL_CLOSING,
                 ):
@@ -416,7 +418,7 @@ class GuardedWSStream(WSStream):
     async def _accept(self, message: Any) -> None:
         await super()._accept(message)
         if self._raw and self.server_connection is not None:
-            self.server_connection.websocket_accepted()
+            self.server_connection.websocket_accepted(self._connection.bare)
 
     async def _send_wsproto_event(self, event: Any) -> None:
         if not (self._raw or isinstance(event, CloseConnection)):

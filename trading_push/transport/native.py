@@ -23,7 +23,7 @@ from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, Transport
 from trading_push.hub import Hub
 from trading_push.proxies import client_address
 from trading_push.transport.admission import Refused, admit
-from trading_push.transport.base import Close, Writer, most_fragments
+from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream"]
@@ -135,11 +135,14 @@ class _Done:
 _DONE: Final = _Done()
 
 
-def _past_handshake(socket: trio_websocket.WebSocketConnection, message_bytes: int) -> None:
+def _past_handshake(
+    socket: trio_websocket.WebSocketConnection, stream: PushStream, message_bytes: int
+) -> None:
     connection = getattr(socket, "_wsproto", None)
     if isinstance(connection, wsproto.WSConnection):
         # The request and h11's connection are a tenth of what a connection takes, for nobody.
         connection.handshake = _DONE  # type: ignore[assignment]
+        stream.skip_pongs(decoder_of(connection.connection))
         counted = _Counted(connection, most_fragments(message_bytes))
         socket._wsproto = counted  # type: ignore[assignment]
 
@@ -237,7 +240,7 @@ async def _serve(
     if handshake.cancelled_caught:
         return
     del request, headers
-    _past_handshake(socket, hub.limits.message_bytes)
+    _past_handshake(socket, stream, hub.limits.message_bytes)
     transport = NativeTransport(socket, stream, peer, hub.limits.message_bytes)
     try:
         await Connection(hub, transport, principal).run()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
+from wsproto.frame_protocol import FrameDecoder
 
 from trading_push.errors import SendTimeout, TransportClosed
 
@@ -27,6 +28,8 @@ __all__ = ["PushStream", "TlsPushStream", "wrap"]
 _CHUNK: Final = 65_536
 _AFTER_THE_HEARTBEAT_S: Final = 3.0
 _CLOSE: Final = 0x88  # FIN and the close opcode (RFC 6455 section 5.2)
+_EMPTY_PONG: Final = b"\x8a\x80"  # FIN and the pong opcode; masked, without a payload
+_EMPTY_PONG_BYTES: Final = 6  # those two, and the mask
 
 Bytes = bytes | bytearray | memoryview
 
@@ -50,6 +53,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         "__weakref__",
         "_bare",
         "_close_timeout_s",
+        "_decoder",
         "_ended",
         "_is_plain",
         "_nursery",
@@ -84,6 +88,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         self._taken = False
         self._writing: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
+        self._decoder: FrameDecoder | None = None
         self._sealed = False
         self._ended = False
         self.last_heard = trio.current_time()
@@ -112,6 +117,18 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
     def start(self, nursery: trio.Nursery) -> None:
         """Take the nursery for flushes of what a short write left over."""
         self._nursery = nursery
+
+    def skip_pongs(self, decoder: FrameDecoder | None) -> None:
+        """Read over the answers to our pings: nobody above has a use for one.
+
+        All that a pong says is in `last_heard`; on its way through the protocol it would cost more
+        than a delivery. With thousands of connections that are pushed to and never speak, there is
+        little else to read.
+
+        Args:
+            decoder: Of the WebSocket that has this stream to itself: it knows where a frame begins.
+        """
+        self._decoder = decoder
 
     # --- whose turn it is to write ---------------------------------------------------------
 
@@ -299,7 +316,9 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         while True:
             try:
                 data = self._bare.recv(max_bytes)
-                break
+                if not (len(data) == _EMPTY_PONG_BYTES and self._is_pong(data)):
+                    break
+                self.last_heard = trio.current_time()
             except BlockingIOError:
                 pass  # waited for outside, where the exception is not kept alive
             except OSError as error:
@@ -311,6 +330,15 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         if not waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
         return data
+
+    def _is_pong(self, data: bytes) -> bool:
+        decoder = self._decoder
+        return (
+            data.startswith(_EMPTY_PONG)
+            and decoder is not None
+            and decoder.header is None  # not within the payload of a frame
+            and not decoder.buffer  # nor within the head of one
+        )
 
     def _end(self) -> None:
         if not self._ended:
