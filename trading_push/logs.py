@@ -30,6 +30,7 @@ __all__ = [
     "attached",
     "close_line",
     "emit",
+    "emit_pushed",
     "escape",
     "failure",
     "innermost",
@@ -458,6 +459,18 @@ def emit(*lines: Line) -> None:
                 _emit(each)
 
 
+def emit_pushed(pushed: Sequence[tuple[str, str]]) -> None:
+    """Log the push of each (data type, user): of all lines, by far the most."""
+    if _alone(_LOGGERS["pushed"]):
+        # A data type is a channel's name, in which there is nothing to escape.
+        text = CATALOGUE["pushed"][1 + _language].format
+        texts = [text(data_type=data_type, user=escape(user)) for data_type, user in pushed]
+        for output in _outputs:
+            output.say(texts)
+    else:
+        emit(*(line("pushed", data_type=data_type, user=user) for data_type, user in pushed))
+
+
 def _texts(lines: Sequence[Line]) -> list[str] | None:
     """The text of each line; None where it takes records to log them.
 
@@ -664,13 +677,15 @@ def _chunks(units: Iterable[list[str]]) -> Iterator[bytes]:
     """
     chunk = b""
     for unit in units:
-        lines = [f"{line}\n".encode("utf-8", "backslashreplace") for line in unit]
-        whole = b"".join(lines)
-        for part in [whole] if len(whole) <= select.PIPE_BUF else lines:
-            if chunk and len(chunk) + len(part) > select.PIPE_BUF:
-                yield chunk
-                chunk = b""
-            chunk += part
+        whole = "".join([f"{line}\n" for line in unit]).encode("utf-8", "backslashreplace")
+        if chunk and len(chunk) + len(whole) > select.PIPE_BUF:
+            yield chunk
+            chunk = b""
+        chunk += whole
+        while len(chunk) > select.PIPE_BUF:
+            end = chunk.rfind(b"\n", 0, select.PIPE_BUF) + 1 or chunk.index(b"\n") + 1
+            yield chunk[:end]
+            chunk = chunk[end:]
     if chunk:
         yield chunk
 

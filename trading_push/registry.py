@@ -273,15 +273,15 @@ class Registry:
 
     def _published(self, batch: Sequence[Message]) -> Any:
         if logs.enabled("pushed"):
-            logs.emit(
-                *(
-                    line("pushed", data_type=message.topic.channel, user=message.topic.user)
-                    for message in batch
-                    if message.topic.user is not None
-                    and isinstance(message, Publication)
-                    and message.topic in self._table
-                )
-            )
+            pushed = [
+                (topic.channel, user)
+                for message in batch
+                if (user := (topic := message.topic).user) is not None
+                and topic in self._table
+                and isinstance(message, Publication)
+            ]
+            if pushed:
+                logs.emit_pushed(pushed)
         return fanout.deliver(batch, self._table)
 
     def _settled(self, topics: Sequence[Topic]) -> None:

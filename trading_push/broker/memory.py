@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from trading_push.broker.base import Message, Publication, State, Status, StatusChange
-from trading_push.topics import Channels, Topic, symbol_of
+from trading_push.topics import Channels, Kind, Topic, symbol_of
 
 __all__ = ["MemoryBroker"]
 
@@ -17,9 +17,10 @@ _LIVE = Status("live")
 
 
 class _TopicState:
-    __slots__ = ("epoch", "history", "last", "seq", "status")
+    __slots__ = ("epoch", "history", "kind", "last", "seq", "status")
 
-    def __init__(self, history: int) -> None:
+    def __init__(self, kind: Kind, history: int) -> None:
+        self.kind = kind
         self.epoch = secrets.token_hex(8)
         self.seq = 0
         self.last: Publication | None = None
@@ -53,8 +54,9 @@ class MemoryBroker:
         state = self._topics.get(topic)
         if state is None:
             self._count(topic, _NO_DATA.state, 1)
-            kept = self._history if self._channels.kind_of(topic) == "events" else 0
-            state = self._topics[topic] = _TopicState(kept)
+            kind = self._channels.kind_of(topic)
+            kept = self._history if kind == "events" else 0
+            state = self._topics[topic] = _TopicState(kind, kept)
         return state
 
     def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
@@ -67,12 +69,11 @@ class MemoryBroker:
                 self._turn(topic, state, _LIVE)
                 batch.append(StatusChange(topic, _LIVE, now))
             state.seq += 1
-            state.last = Publication(
-                topic, self._channels.kind_of(topic), state.epoch, state.seq, now, data
-            )
+            last = Publication(topic, state.kind, state.epoch, state.seq, now, data)
+            state.last = last
             if state.history is not None:
-                state.history.append(state.last)
-            batch.append(state.last)
+                state.history.append(last)
+            batch.append(last)
         if batch:
             self._deliver(batch)
 
