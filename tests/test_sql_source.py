@@ -132,6 +132,83 @@ async def test_rows_of_users_who_were_not_asked_for_stay_out(make: Any) -> None:
     assert list(await source.fetch_many(["2"], "orders")) == ["2"]
 
 
+# Whatever SQLite can hold: what it makes JSON of itself has to read the same as what Python makes.
+KEPT = "(1, 'a \"quoted\" \\ text', 'é 价格 \U0001f4c8', NULL, 9007199254740993)"
+TEXTS = f"SELECT user_id, text, more, empty, number FROM kept WHERE user_id IN :user_ids -- {KEPT}"
+
+
+@pytest.fixture
+def kept(database: sqlite3.Connection) -> sqlite3.Connection:
+    database.execute("CREATE TABLE kept (user_id INTEGER, text, more, empty, number)")
+    database.execute(f"INSERT INTO kept VALUES {KEPT}")
+    database.execute(
+        "INSERT INTO kept VALUES (2, ?, '[1, 2]', NULL, -1)", ("line\nfeed\ttab\x01\x7f\u2028",)
+    )
+    return database
+
+
+def forms(make: Any, query: Query) -> tuple[SqlSource, SqlSource]:
+    """A source that asks SQLite for JSON, and one that reads row by row (a URL with options)."""
+    return make(kept=query), make("?timeout=5", kept=query)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        TEXTS,
+        'SELECT user_id, text AS "it\'s", more AS "a ""b""\\:c", number AS \'x\\y\' FROM kept '
+        "WHERE user_id IN :user_ids",
+        "WITH mine AS (SELECT * FROM kept WHERE user_id IN :user_ids) "
+        "SELECT more, user_id FROM mine ORDER BY number DESC",
+        "SELECT user_id FROM kept WHERE user_id IN :user_ids",
+        "SELECT user_id, json_array(number, text) AS made FROM kept WHERE user_id IN :user_ids",
+        "SELECT user_id, made FROM (SELECT user_id, json_array(number) AS made FROM kept) "
+        "WHERE user_id IN :user_ids",
+        "SELECT user_id, text FROM kept WHERE user_id IN :user_ids UNION ALL "
+        "SELECT user_id, number FROM kept WHERE user_id IN :user_ids ORDER BY 2",
+    ],
+)
+async def test_json_that_sqlite_makes_is_what_python_would_make(
+    make: Any, kept: sqlite3.Connection, sql: str
+) -> None:
+    whole, rows = forms(make, Query(sql))
+    users = ["2", "1", "3"]
+    assert await whole.fetch_many(users, "kept") == await rows.fetch_many(users, "kept")
+    assert whole._whole["kept"] is not None
+
+
+@pytest.mark.parametrize("value", ["0.1 + 0.2", "1e300", "-2.0"])
+async def test_a_float_keeps_its_digits(make: Any, kept: sqlite3.Connection, value: str) -> None:
+    kept.execute(f"INSERT INTO kept (user_id, number) VALUES (3, {value})")
+    whole, rows = forms(make, Query(TEXTS))
+    found = await whole.fetch_many(["1", "2", "3"], "kept")
+    assert found == await rows.fetch_many(["1", "2", "3"], "kept")
+    assert decoded(found)["3"][0]["number"] == eval(value)
+
+
+@pytest.mark.parametrize("value", ["x'00ff'", "CAST(x'ff' AS TEXT)", "9e999"])
+async def test_what_sqlite_has_no_json_for_is_told_as_ever(
+    make: Any, kept: sqlite3.Connection, value: str
+) -> None:
+    kept.execute(f"INSERT INTO kept (user_id, text) VALUES (3, {value})")
+    told: list[Any] = []
+    for source in forms(make, Query(TEXTS)):
+        try:
+            told.append(await source.fetch_many(["1", "3"], "kept"))
+        except SourceError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+
+
+async def test_a_query_that_is_no_part_of_another_is_read_row_by_row(
+    make: Any, kept: sqlite3.Connection
+) -> None:
+    whole, rows = forms(make, Query("SELECT user_id, text FROM kept WHERE user_id IN :user_ids;"))
+    for _ in range(2):
+        assert await whole.fetch_many(["1"], "kept") == await rows.fetch_many(["1"], "kept")
+    assert whole._whole["kept"] is None
+
+
 async def test_more_users_than_one_statement_names(make: Any, database: sqlite3.Connection) -> None:
     users = [str(number) for number in range(1, 1_301)]
     database.executemany("INSERT INTO orders (user_id, symbol) VALUES (?, 'X')", zip(users[2:]))

@@ -23,7 +23,7 @@ import sqlite3
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -50,6 +50,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleErr
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings import Query
+from trading_push.sources import sqlite_json
 
 __all__ = ["SqlSource", "parse"]
 
@@ -86,6 +87,8 @@ class _Plan:
     """A query made ready to run."""
 
     data_type: str
+    sql: str
+    bind: BindParameter[str]
     statement: TextClause
     many: bool
     single: bool
@@ -120,10 +123,12 @@ class SqlSource:
         self._url = parse(url)
         # Python's driver gives the interpreter away at each row: two threads that read rows at the
         # same time do little else than hand it to each other.
+        self._is_sqlite_file = _is_sqlite_file(self._url)
         self._one_reads: AbstractContextManager[Any]
-        self._one_reads = threading.Lock() if _is_sqlite_file(self._url) else nullcontext()
+        self._one_reads = threading.Lock() if self._is_sqlite_file else nullcontext()
         self._engine = _engine(self._url, threads, statement_timeout_s)
         self._closed = False
+        self._whole: dict[str, TextClause | None] = {}  # None: to be read row by row
 
     async def check(self) -> None:
         """Run each query for nobody, in a worker thread, to find a mistake at the start.
@@ -170,7 +175,7 @@ class SqlSource:
     def _read(self, plan: _Plan, user_ids: Sequence[str]) -> dict[str, msgspec.Raw | None]:
         try:
             with self._engine.connect() as connection:
-                rows = _rows(connection, plan, user_ids, self._one_reads)
+                rows = self._rows(connection, plan, user_ids)
                 if self._closed:
                     connection.detach()
         except SQLAlchemyError as error:
@@ -179,8 +184,25 @@ class SqlSource:
             ) from None
         return {user: _value(plan, rows.get(user)) for user in user_ids}
 
+    def _rows(
+        self, connection: Connection, plan: _Plan, user_ids: Sequence[str]
+    ) -> Mapping[str, Sequence[Any]]:
+        """Each user's rows as what can be encoded, where there are any."""
+        if plan.many and self._is_sqlite_file:
+            if plan.data_type not in self._whole:
+                columns = list(connection.execute(plan.statement, {"user_ids": [None]}).keys())
+                self._whole[plan.data_type] = sqlite_json.whole(
+                    plan.sql, plan.bind, columns, plan.json_columns
+                )
+            if (statement := self._whole[plan.data_type]) is not None:
+                found = sqlite_json.read_whole(connection, statement, _parts(user_ids))
+                if found is not None:
+                    return found
+                self._whole[plan.data_type] = None  # it would not be otherwise the next time
+        return _rows(connection, plan, user_ids, self._one_reads)
+
     def _check(self) -> None:
-        if _is_sqlite_file(self._url) and not Path(str(self._url.database)).is_file():
+        if self._is_sqlite_file and not Path(str(self._url.database)).is_file():
             raise ConfigurationError(
                 f"there is no database file {self._url.database}: correct the database's url"
             )
@@ -334,6 +356,8 @@ def _plan(data_type: str, query: Query) -> _Plan:
     bind: BindParameter[str] = bindparam("user_ids" if many else "user_id", expanding=many)
     return _Plan(
         data_type=data_type,
+        sql=_LIST_IN_BRACKETS.sub(":user_ids", query.sql),
+        bind=bind,
         statement=statement.bindparams(bind),
         many=many,
         single=query.single,
@@ -355,6 +379,11 @@ def _check_columns(plan: _Plan, columns: list[str]) -> None:
         )
 
 
+def _parts(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(user_ids), IDS_PER_QUERY):
+        yield user_ids[start : start + IDS_PER_QUERY]
+
+
 def _rows(
     connection: Connection,
     plan: _Plan,
@@ -374,8 +403,7 @@ def _rows(
             if records:
                 found[user] = records
         return found
-    for start in range(0, len(user_ids), IDS_PER_QUERY):
-        ids = user_ids[start : start + IDS_PER_QUERY]
+    for ids in _parts(user_ids):
         result = connection.execute(plan.statement, {"user_ids": ids})
         with turn:
             rows = result.all()
@@ -432,7 +460,7 @@ def _splice(plan: _Plan, column: str, value: str) -> msgspec.Raw:
         ) from None
 
 
-def _value(plan: _Plan, records: list[dict[str, Any]] | None) -> msgspec.Raw | None:
+def _value(plan: _Plan, records: Sequence[Any] | None) -> msgspec.Raw | None:
     if not records:
         return plan.empty
     if plan.single and len(records) > 1:
