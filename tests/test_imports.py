@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
     ("registry", "heartbeat", "streams"),
-    ("hub", "poller", "feed", "demand"),
+    ("hub", "answers", "poller", "feed", "demand"),
     ("connection",),
     ("transport", "sources", "broker", "web"),
     ("service",),

@@ -19,6 +19,7 @@ from test_teardown import by_name, lines
 
 from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
 from trading_push.connection import Connection
+from trading_push.protocol import payload_of, split
 from trading_push.settings import Auth, Intervals, Limits, Settings
 from trading_push.testing import MemoryTransport
 
@@ -419,6 +420,40 @@ async def test_many_users_are_asked_for_in_one_go(autojump_clock):
         assert sorted(map(len, source.batches)) == [20, 40, 40]
         assert len({user for batch in source.batches for user in batch}) == 100
         assert all(peer.sent[0]["type"] == "snapshot" for peer in peers)
+
+
+async def test_what_is_due_at_one_time_reaches_a_connection_in_one_write(
+    autojump_clock, monkeypatch
+):
+    types = ("balance", "positions", "pnl", "orders")
+    intervals = Intervals(balance=4, positions=2, pnl=2, orders=6)
+
+    class Changing(Batch):
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+            await trio.sleep(0.005 * types.index(data_type))  # never all at once
+            return {user: trio.current_time() for user in user_ids}
+
+    written: list[list[str]] = []
+    write = MemoryTransport._write
+
+    def seen(transport: MemoryTransport, data: bytes) -> int:
+        pushes = [msgspec.json.decode(payload_of(frame)) for frame in split(data)]
+        written.append([push["channel"] for push in pushes])
+        return write(transport, data)
+
+    monkeypatch.setattr(MemoryTransport, "_write", seen)
+    async with serving(Changing(), settings=Settings(intervals=intervals)) as (_, join):
+        for user in range(30):
+            await join(str(user), *types)
+        await trio.sleep(1)
+        written.clear()
+        await trio.sleep(12)
+    assert Counter(frozenset(channels) for channels in written) == {
+        frozenset({"positions", "pnl"}): 2 * 30,
+        frozenset({"balance", "positions", "pnl"}): 2 * 30,
+        frozenset({"positions", "pnl", "orders"}): 30,
+        frozenset(types): 30,
+    }
 
 
 async def test_a_rush_of_new_users_goes_in_few_batches(autojump_clock):

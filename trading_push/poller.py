@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -25,6 +24,7 @@ import attrs
 import trio
 
 from trading_push import logs
+from trading_push.answers import Answers
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
 from trading_push.protocol import encode_data
@@ -38,10 +38,13 @@ FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextMa
 
 REPEAT_S = 60
 """How often at most a source that goes on failing for a user is logged."""
-_SLICE_S = 0.0005
 _FRESH_S = 1.0
-_EARLY = 1 / 20
-"""By how much of an interval users are asked for early, to go together with others."""
+_SLOT_S = 0.25
+_SLOTS = 20
+"""Who is due in the same slot of time is asked for together, at its beginning.
+
+A slot is a quarter of a second, the same for all types, or the twentieth part of a short interval.
+"""
 
 
 class _StillRunning(SourceError):
@@ -66,8 +69,7 @@ class Poller:
         settled: Called with the topics that the source has answered for since they are watched.
         context: Opened anew round each call of the source; in the worker thread, where the call
             is a plain function.
-        turn: Shared with other pollers: answers that come together are gone through one after the
-            other, in slices, so that the event loop is never held for all of them at once.
+        answers: Shared with other pollers: what is published together.
     """
 
     def __init__(
@@ -80,17 +82,18 @@ class Poller:
         *,
         settled: Callable[[Sequence[Topic]], None],
         context: FetchContext = nullcontext,
-        turn: trio.Lock | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.data_type = data_type
         self.interval_s = interval_s
+        self._slot_s = min(_SLOT_S, interval_s / _SLOTS)
         self._broker = broker
         self._limits = limits
         self._tell_settled = settled
         self._context = context
         self._fetch: Callable[..., Any] = source.fetch
         self._fetch_many: Callable[..., Any] | None = getattr(source, "fetch_many", None)
-        self._turn = turn or trio.Lock()
+        self._answers = answers or Answers(broker)
         self._limiter = trio.CapacityLimiter(limits.fetches)
         self._watched: dict[str, float] = {}  # when they are to be asked for, the next one first
         self._left: dict[str, float] = {}  # when their last subscriber went
@@ -184,7 +187,7 @@ class Poller:
         self._wake.set()
         async with trio.open_nursery() as nursery:
             while True:
-                with trio.move_on_at(next(iter(self._watched.values()), math.inf)):
+                with trio.move_on_at(self._next_due()):
                     await self._wake.wait()
                 self._wake = trio.Event()
                 self._prune()
@@ -193,13 +196,25 @@ class Poller:
                 self._find_stale(users)
                 self._ask(nursery, [user for user in users if user not in self._busy])
 
+    def _slot(self, at: float) -> int:
+        return math.floor(at / self._slot_s)
+
+    def _next_due(self) -> float:
+        """When the first of those who are watched are to be asked for; infinite for nobody."""
+        for at in self._watched.values():
+            return self._slot(at) * self._slot_s
+        return math.inf
+
     def _due(self) -> list[str]:
         """Who is to be asked for by now; a time that has passed is not made up for."""
         now = trio.current_time()
-        if next(iter(self._watched.values()), math.inf) > now:
+        if self._next_due() > now:
             return []
-        horizon = now + self.interval_s * _EARLY
-        due = list(itertools.takewhile(lambda user: self._watched[user] <= horizon, self._watched))
+        first = next(iter(self._watched.values()))
+        slot = max(self._slot(first), self._slot(now))
+        due = list(
+            itertools.takewhile(lambda user: self._slot(self._watched[user]) <= slot, self._watched)
+        )
         for user in due:
             self._watched[user] = max(self._watched.pop(user) + self.interval_s, now)
         return due
@@ -251,8 +266,7 @@ class Poller:
                 answers = {users[0]: answer}
             else:
                 answers = await self._call(users, fetch, self._fetch_many, users, self.data_type)
-            async with self._turn:
-                await self._take(users, answers)
+            await self._answers.publish(self, users, answers)
         except _StillRunning as error:
             # Its thread cannot be stopped: these users are not asked again before it has ended.
             self._failed(users, error)
@@ -332,42 +346,27 @@ class Poller:
             self._freed(users)
         raise _StillRunning("the source did not answer in time")
 
-    async def _take(self, users: Sequence[str], answers: Mapping[str, Any | None]) -> None:
-        broker = self._broker
-        changed: list[tuple[Topic, bytes]] = []
-        unchanged: list[Topic] = []
-        until = time.perf_counter() + _SLICE_S
-        for user in users:
-            if user not in self._watched:
-                continue
-            topic = self._topic(user)
-            answer = answers.get(user)
-            last = broker.snapshot(topic)
-            try:
-                data = None if answer is None else encode_data(answer)
-            except Exception as error:
-                self._failed([user], error)
-                continue
-            given = self._given.get(user)
-            if data is not None:
-                self._given[user] = data
+    def take(self, user: str, answer: Any | None) -> tuple[Topic, bytes | None] | None:
+        """What an answer changes: see `answers.Taker`."""
+        if user not in self._watched:
+            return None
+        topic = self._topic(user)
+        try:
+            data = None if answer is None else encode_data(answer)
+        except Exception as error:
+            self._failed([user], error)
+            return None
+        self._answered(user)
+        last = self._broker.snapshot(topic)
+        given = self._given.get(user)
+        if data is not None:
+            self._given[user] = data
             # What was published stands until the source itself has something else to say.
-            if (
-                data is not None
-                and (last is None or last.data != data)
-                and (data != given if given is not None else last is None)
+            if (last is None or last.data != data) and (
+                data != given if given is not None else last is None
             ):
-                changed.append((topic, data))
-            elif last is not None:
-                unchanged.append(topic)
-            self._answered(user)
-            if time.perf_counter() > until:
-                broker.publish(changed)
-                changed = []
-                await trio.lowlevel.checkpoint()
-                until = time.perf_counter() + _SLICE_S
-        broker.publish(changed)
-        broker.mark(unchanged, Status("live"))
+                return topic, data
+        return None if last is None else (topic, None)
 
     def _topic(self, user: str) -> Topic:
         return Topic(self.data_type, user)

@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from trading_push import logs, protocol
+from trading_push.answers import Answers
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
@@ -163,7 +164,7 @@ class PushService:
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
         self._broker = MemoryBroker(channels, self._registry.publish)
         self._failures: Counter[str] = Counter()
-        turn = trio.Lock()
+        answers = Answers(self._broker)
         if source is not None:
             for channel in channels:
                 if channel.interval_s is not None:
@@ -175,7 +176,7 @@ class PushService:
                         limits,
                         settled=self._registry.settle,
                         context=fetch_context,
-                        turn=turn,
+                        answers=answers,
                     )
         self._feed = (
             None

@@ -1,0 +1,104 @@
+"""What the pollers were answered, published: what comes at about the same time goes together.
+
+A user's types are due at the same times, so that their answers come within moments of each other.
+Published together, they reach each connection in one write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import attrs
+import trio
+
+from trading_push.broker.base import Broker, Status
+from trading_push.topics import Topic
+
+__all__ = ["Answers", "Taker"]
+
+_SLICE_S: Final = 0.0005
+_MANY: Final = 16
+"""An answer for fewer users is not worth waiting for others."""
+_GATHER_S: Final = 0.02
+
+
+class Taker(Protocol):
+    """Who has asked."""
+
+    def take(self, user: str, answer: Any | None) -> tuple[Topic, bytes | None] | None:
+        """What becomes of an answer: a topic's new value, None for an unchanged one.
+
+        Returns:
+            None where there is nothing to tell.
+        """
+        ...
+
+
+@attrs.define(eq=False)
+class _Answer:
+    taker: Taker
+    users: Sequence[str]
+    answers: Mapping[str, Any | None]
+    published: bool = False
+
+
+class Answers:
+    """Publishes answers in slices, so that the event loop is never held for all of them at once.
+
+    Args:
+        broker: Where changes are published.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._turn = trio.Lock()
+        self._waiting: list[_Answer] = []
+
+    async def publish(
+        self, taker: Taker, users: Sequence[str], answers: Mapping[str, Any | None]
+    ) -> None:
+        """Publish what has changed for some users, together with others' answers.
+
+        Cancelled before its turn, nothing of it has been published, else all.
+        """
+        mine = _Answer(taker, users, answers)
+        self._waiting.append(mine)
+        try:
+            if len(users) >= _MANY:
+                await trio.sleep(_GATHER_S)
+            async with self._turn:
+                if not mine.published:  # by whoever had the turn before
+                    waiting, self._waiting = self._waiting, []
+                    with trio.CancelScope(shield=True):
+                        await self._publish(waiting)
+        finally:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+
+    async def _publish(self, waiting: Sequence[_Answer]) -> None:
+        by_user: dict[str, list[tuple[Taker, Any | None]]] = {}
+        for each in waiting:
+            each.published = True
+            for user in each.users:
+                by_user.setdefault(user, []).append((each.taker, each.answers.get(user)))
+        changed: list[tuple[Topic, bytes]] = []
+        unchanged: list[Topic] = []
+        until = time.perf_counter() + _SLICE_S
+        for user, answers in by_user.items():
+            for taker, answer in answers:
+                if (taken := taker.take(user, answer)) is None:
+                    continue
+                topic, data = taken
+                if data is None:
+                    unchanged.append(topic)
+                else:
+                    changed.append((topic, data))
+            if time.perf_counter() > until:
+                self._broker.publish(changed)
+                changed = []
+                await trio.lowlevel.checkpoint()
+                until = time.perf_counter() + _SLICE_S
+        self._broker.publish(changed)
+        self._broker.mark(unchanged, Status("live"))
