@@ -18,7 +18,7 @@ from trading_push.topics import Topic
 
 __all__ = ["Answers", "Taker"]
 
-_SLICE_S: Final = 0.0005
+_SLICE_S: Final = 0.0002
 _MANY: Final = 16
 """An answer for fewer users is not worth waiting for others."""
 _GATHER_S: Final = 0.02
