@@ -27,11 +27,14 @@ _GATHER_S: Final = 0.02
 class Taker(Protocol):
     """Who has asked."""
 
-    def take(self, user: str, answer: Any | None) -> tuple[Topic, bytes | None] | None:
-        """What becomes of an answer: a topic's new value, None for an unchanged one.
+    def take(
+        self, user: str, answer: Any | None, now: float
+    ) -> tuple[Topic, bytes] | Topic | None:
+        """What becomes of an answer that has come now, by trio's clock.
 
         Returns:
-            None where there is nothing to tell.
+            A topic and its new value; the topic alone where it is unchanged; None where there is
+            nothing to tell.
         """
         ...
 
@@ -78,27 +81,27 @@ class Answers:
                 self._waiting.remove(mine)
 
     async def _publish(self, waiting: Sequence[_Answer]) -> None:
-        by_user: dict[str, list[tuple[Taker, Any | None]]] = {}
+        by_user: dict[str, list[_Answer]] = {}
         for each in waiting:
             each.published = True
             for user in each.users:
-                by_user.setdefault(user, []).append((each.taker, each.answers.get(user)))
+                by_user.setdefault(user, []).append(each)
         changed: list[tuple[Topic, bytes]] = []
         unchanged: list[Topic] = []
         until = time.perf_counter() + _SLICE_S
-        for user, answers in by_user.items():
-            for taker, answer in answers:
-                if (taken := taker.take(user, answer)) is None:
-                    continue
-                topic, data = taken
-                if data is None:
-                    unchanged.append(topic)
-                else:
-                    changed.append((topic, data))
+        now = trio.current_time()
+        for user, given in by_user.items():
+            for each in given:
+                taken = each.taker.take(user, each.answers.get(user), now)
+                if isinstance(taken, Topic):
+                    unchanged.append(taken)
+                elif taken is not None:
+                    changed.append(taken)
             if time.perf_counter() > until:
                 self._broker.publish(changed)
                 changed = []
                 await trio.lowlevel.checkpoint()
+                now = trio.current_time()
                 until = time.perf_counter() + _SLICE_S
         self._broker.publish(changed)
         self._broker.mark(unchanged, Status("live"))

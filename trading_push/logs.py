@@ -463,8 +463,8 @@ def emit_pushed(pushed: Sequence[tuple[str, str]]) -> None:
     """Log the push of each (data type, user): of all lines, by far the most."""
     if _alone(_LOGGERS["pushed"]):
         # A data type is a channel's name, in which there is nothing to escape.
-        text = CATALOGUE["pushed"][1 + _language].format
-        texts = [text(data_type=data_type, user=escape(user)) for data_type, user in pushed]
+        text = CATALOGUE["pushed"][1 + _language].format(data_type="%s", user="%s")
+        texts = [text % (data_type, escape(user)) for data_type, user in pushed]
         for output in _outputs:
             output.say(texts)
     else:

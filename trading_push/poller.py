@@ -346,7 +346,9 @@ class Poller:
             self._freed(users)
         raise _StillRunning("the source did not answer in time")
 
-    def take(self, user: str, answer: Any | None) -> tuple[Topic, bytes | None] | None:
+    def take(
+        self, user: str, answer: Any | None, now: float
+    ) -> tuple[Topic, bytes] | Topic | None:
         """What an answer changes: see `answers.Taker`."""
         if user not in self._watched:
             return None
@@ -356,7 +358,9 @@ class Poller:
         except Exception as error:
             self._failed([user], error)
             return None
-        self._answered(user)
+        self._answered_at[user] = now
+        if self._failures or self._stale:
+            self._recovered(user)
         last = self._broker.snapshot(topic)
         given = self._given.get(user)
         if data is not None:
@@ -366,13 +370,12 @@ class Poller:
                 data != given if given is not None else last is None
             ):
                 return topic, data
-        return None if last is None else (topic, None)
+        return None if last is None else topic
 
     def _topic(self, user: str) -> Topic:
         return Topic(self.data_type, user)
 
-    def _answered(self, user: str) -> None:
-        self._answered_at[user] = trio.current_time()
+    def _recovered(self, user: str) -> None:
         stale = user in self._stale
         self._stale.discard(user)
         if self._failures.pop(user, None) is not None or stale:

@@ -8,6 +8,7 @@ message strictly.
 from __future__ import annotations
 
 import re
+import struct
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -425,6 +426,7 @@ def status_push(head: bytes, state: str, reason: str | None, ts: int) -> bytes:
 # --- frames (RFC 6455 section 5.2) --------------------------------------------------------------
 
 _TEXT = 0x81  # FIN and the text opcode; a server does not mask
+_head_16 = struct.Struct("!BBH").pack
 
 
 def frame(payload: bytes) -> bytes:
@@ -433,7 +435,7 @@ def frame(payload: bytes) -> bytes:
     if length < 126:
         return bytes((_TEXT, length)) + payload
     if length < 65536:
-        return bytes((_TEXT, 126)) + length.to_bytes(2, "big") + payload
+        return _head_16(_TEXT, 126, length) + payload
     return bytes((_TEXT, 127)) + length.to_bytes(8, "big") + payload
 
 

@@ -63,8 +63,9 @@ class MemoryBroker:
         """Publish one batch of encoded values; a topic that was not live is live then."""
         now = _now_ms()
         batch: list[Message] = []
+        topics = self._topics
         for topic, data in values:
-            state = self._state(topic)
+            state = topics.get(topic) or self._state(topic)
             if state.status.state != "live":
                 self._turn(topic, state, _LIVE)
                 batch.append(StatusChange(topic, _LIVE, now))
