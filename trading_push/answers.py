@@ -27,9 +27,7 @@ _GATHER_S: Final = 0.02
 class Taker(Protocol):
     """Who has asked."""
 
-    def take(
-        self, user: str, answer: Any | None, now: float
-    ) -> tuple[Topic, bytes] | Topic | None:
+    def take(self, user: str, answer: Any | None, now: float) -> tuple[Topic, bytes] | Topic | None:
         """What becomes of an answer that has come now, by trio's clock.
 
         Returns:

@@ -346,9 +346,7 @@ class Poller:
             self._freed(users)
         raise _StillRunning("the source did not answer in time")
 
-    def take(
-        self, user: str, answer: Any | None, now: float
-    ) -> tuple[Topic, bytes] | Topic | None:
+    def take(self, user: str, answer: Any | None, now: float) -> tuple[Topic, bytes] | Topic | None:
         """What an answer changes: see `answers.Taker`."""
         if user not in self._watched:
             return None
