@@ -456,6 +456,23 @@ async def test_what_is_due_at_one_time_reaches_a_connection_in_one_write(
     }
 
 
+async def test_an_answer_of_no_use_spoils_no_other(autojump_clock, caplog):
+    class HalfBroken(Batch):
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Any:
+            answers = await super().fetch_many(user_ids, data_type)
+            return None if data_type == "balance" else answers
+
+    source = HalfBroken()
+    async with serving(source) as (service, join):
+        for user in range(30):
+            await join(str(user), "balance", "pnl")
+        await trio.sleep(5)
+        for user in range(30):
+            assert service.latest("balance", user=str(user)) is None
+            assert service.latest("pnl", user=str(user)).status.state == "live"
+    assert not [line for line in lines(caplog) if "获取" in line and "balance" not in line]
+
+
 async def test_a_rush_of_new_users_goes_in_few_batches(autojump_clock):
     class Slow(Batch):
         async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:

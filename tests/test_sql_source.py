@@ -162,8 +162,10 @@ def forms(make: Any, query: Query) -> tuple[SqlSource, SqlSource]:
         "SELECT more, user_id FROM mine ORDER BY number DESC",
         "SELECT user_id FROM kept WHERE user_id IN :user_ids",
         "SELECT user_id, json_array(number, text) AS made FROM kept WHERE user_id IN :user_ids",
-        "SELECT user_id, made FROM (SELECT user_id, json_array(number) AS made FROM kept) "
+        "SELECT user_id, CASE WHEN number > 1 THEN json_array(text) END AS made, "
+        "(SELECT json_group_array(more) FROM kept) AS all_of_them FROM kept "
         "WHERE user_id IN :user_ids",
+        "SELECT user_id, text AS b, more AS B, number AS c FROM kept WHERE user_id IN :user_ids",
         "SELECT user_id, text FROM kept WHERE user_id IN :user_ids UNION ALL "
         "SELECT user_id, number FROM kept WHERE user_id IN :user_ids ORDER BY 2",
     ],
@@ -175,6 +177,31 @@ async def test_json_that_sqlite_makes_is_what_python_would_make(
     users = ["2", "1", "3"]
     assert await whole.fetch_many(users, "kept") == await rows.fetch_many(users, "kept")
     assert whole._whole["kept"] is not None
+
+
+async def test_a_column_that_is_added_later_is_there(make: Any, kept: sqlite3.Connection) -> None:
+    whole, rows = forms(make, Query("SELECT * FROM kept WHERE user_id IN :user_ids"))
+    before = await whole.fetch_many(["1"], "kept")
+    kept.execute("ALTER TABLE kept ADD COLUMN later DEFAULT 'new'")
+    after = await whole.fetch_many(["1"], "kept")
+    assert after == await rows.fetch_many(["1"], "kept") != before
+
+
+@pytest.mark.parametrize("value", ["NULL", "5", "'[1]'", "x'5b315d'", "1.5", "'{a:1}'", "'NaN'"])
+async def test_a_column_of_json_is_json_or_an_error(
+    make: Any, kept: sqlite3.Connection, value: str
+) -> None:
+    kept.execute(f"INSERT INTO kept (user_id, more) VALUES (3, {value})")
+    query = Query(
+        "SELECT user_id, more FROM kept WHERE user_id IN :user_ids", json_columns=("more",)
+    )
+    told: list[Any] = []
+    for source in forms(make, query):
+        try:
+            told.append(await source.fetch_many(["3"], "kept"))
+        except SourceError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("value", ["0.1 + 0.2", "1e300", "-2.0"])

@@ -43,6 +43,7 @@ class _Answer:
     users: Sequence[str]
     answers: Mapping[str, Any | None]
     published: bool = False
+    error: Exception | None = None
 
 
 class Answers:
@@ -63,6 +64,9 @@ class Answers:
         """Publish what has changed for some users, together with others' answers.
 
         Cancelled before its turn, nothing of it has been published, else all.
+
+        Raises:
+            Exception: The answer itself is of no use; the others' are published all the same.
         """
         mine = _Answer(taker, users, answers)
         self._waiting.append(mine)
@@ -77,6 +81,8 @@ class Answers:
         finally:
             if mine in self._waiting:
                 self._waiting.remove(mine)
+        if mine.error is not None:
+            raise mine.error
 
     async def _publish(self, waiting: Sequence[_Answer]) -> None:
         by_user: dict[str, list[_Answer]] = {}
@@ -90,16 +96,25 @@ class Answers:
         now = trio.current_time()
         for user, given in by_user.items():
             for each in given:
-                taken = each.taker.take(user, each.answers.get(user), now)
+                if each.error is not None:
+                    continue
+                try:  # whatever a source has given: it is nobody else's trouble
+                    taken = each.taker.take(user, each.answers.get(user), now)
+                except Exception as error:
+                    each.error = error
+                    continue
                 if isinstance(taken, Topic):
                     unchanged.append(taken)
                 elif taken is not None:
                     changed.append(taken)
             if time.perf_counter() > until:
-                self._broker.publish(changed)
-                changed = []
+                self._hand_on(changed, unchanged)
+                changed, unchanged = [], []
                 await trio.lowlevel.checkpoint()
                 now = trio.current_time()
                 until = time.perf_counter() + _SLICE_S
+        self._hand_on(changed, unchanged)
+
+    def _hand_on(self, changed: Sequence[tuple[Topic, bytes]], unchanged: Sequence[Topic]) -> None:
         self._broker.publish(changed)
         self._broker.mark(unchanged, Status("live"))

@@ -132,6 +132,8 @@ class Poller:
         if now - self._answered_at.get(user, -math.inf) < fresh_s:
             self._broker.mark([self._topic(user)], Status("live"))
             self._settle([user])
+        elif user in self._busy:  # that answer may have gone by while nobody watched
+            self._again.add(user)
         else:
             self._new[user] = None
         self._wake.set()

@@ -28,16 +28,28 @@ def whole(
     sql: str, bind: BindParameter[str], columns: Sequence[str], json_columns: Sequence[str]
 ) -> TextClause:
     """The query that gives the rows of `sql` as one text, `user_id` apart from the others."""
-    others = [column for column in columns if column != "user_id"]
+    # By position, for SQLite takes `b` and `B` for one name; and materialized, or it would know
+    # which text its own JSON functions have made, and put it in as JSON.
+    names = [f"c{number}" for number in range(len(columns))]
     fields = ", ".join(
-        f"{_literal(column)}, "
-        + (f"json({_name(column)})" if column in json_columns else _name(column))
-        for column in others
+        f"{_literal(column)}, {_json(name) if column in json_columns else name}"
+        for name, column in zip(names, columns, strict=True)
+        if column != "user_id"
     )
+    user_id = names[columns.index("user_id")]
     return text(
-        f"SELECT json_group_array(json_array(CAST(user_id AS TEXT), json_object({fields}))) "
-        f"FROM (\n{sql}\n)"  # a line of its own: a comment may end it
+        f"WITH trading_push_rows({', '.join(names)}) AS MATERIALIZED (\n{sql}\n) "
+        f"SELECT json_group_array(json_array(CAST({user_id} AS TEXT), json_object({fields}))) "
+        "FROM trading_push_rows"
     ).bindparams(bind)
+
+
+def _json(name: str) -> str:
+    # SQLite reads more than JSON as JSON: what is none, '?' is neither, and ends the query.
+    fits = (
+        f"typeof({name}) IN ('null', 'integer') OR typeof({name}) = 'text' AND json_valid({name})"
+    )
+    return f"json(CASE WHEN {fits} THEN {name} ELSE '?' END)"
 
 
 def read_whole(
@@ -71,14 +83,6 @@ def read_whole(
     return found
 
 
-def _name(column: str) -> str:
-    # Not in double quotes: a name that is not there would silently be a text.
-    return _escaped("`" + column.replace("`", "``") + "`")
-
-
 def _literal(column: str) -> str:
-    return _escaped("'" + column.replace("'", "''") + "'")
-
-
-def _escaped(sql: str) -> str:
-    return sql.replace(":", "\\:")  # or SQLAlchemy takes it for a parameter
+    # Or SQLAlchemy takes what follows a colon for a parameter.
+    return "'" + column.replace("'", "''").replace(":", "\\:") + "'"
