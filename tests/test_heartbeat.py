@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import trio
 import trio.testing
@@ -12,6 +15,7 @@ from test_firewall import handshake
 from test_teardown import room, unit
 from wsproto.frame_protocol import FrameDecoder
 
+from trading_push.heartbeat import Timetable
 from trading_push.settings import Limits
 
 __all__ = ["certificates"]
@@ -160,3 +164,62 @@ async def test_where_no_ping_can_be_sent_nobody_is_dropped(kind, certificates):
         with trio.move_on_after(1):
             await client.socket.get_message()
         assert (await client.request("list"))["channels"] == []
+
+
+class Guest:
+    """Wants to be looked after at some time, once."""
+
+    def __init__(self) -> None:
+        self.look_at = math.inf
+        self.seen_at: list[float] = []
+
+    def look_after(self, now: float) -> float:
+        self.seen_at.append(now)
+        return math.inf
+
+
+async def test_those_who_have_been_there_leave_nothing_in_the_timetable():
+    timetable = Timetable(15)
+    stays = Guest()
+    timetable.enter(stays, 1e6)
+    for number in range(20_000):
+        guest = Guest()
+        timetable.enter(guest, 1000 + number)
+        timetable.enter(guest, 500 + number)
+        timetable.remove(guest)
+    assert len(timetable._steps) == 1
+    assert len(timetable._order) < 200
+
+
+async def test_each_is_looked_after_at_its_time_whoever_comes_and_goes(autojump_clock):
+    rng = random.Random(1)
+    timetable = Timetable(15)
+    guests: dict[Guest, float] = {}
+
+    class Meddler(Guest):
+        """Looked after, it sends others away, or calls them sooner."""
+
+        def look_after(self, now: float) -> float:
+            for other in rng.sample(list(guests), 3):
+                if rng.random() < 0.5:
+                    timetable.remove(other)
+                    guests[other] = min(guests[other], now)
+                else:
+                    timetable.enter(other, now + 1)
+                    if other.look_at < math.inf:
+                        guests[other] = min(guests[other], now + 1)
+            return super().look_after(now)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(timetable.run)
+        began = trio.current_time()
+        for _ in range(2000):
+            guest = rng.choice((Guest, Meddler))()
+            guests[guest] = began + rng.randrange(60)
+            timetable.enter(guest, guests[guest])
+        await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+    assert timetable._steps == {}
+    assert timetable._order == []
+    for guest, at in guests.items():
+        assert all(at - 1e-9 <= seen for seen in guest.seen_at[:1]), (guest.seen_at, at)

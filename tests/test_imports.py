@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "topics",
         "logs",
     ),
-    ("protocol", "auth", "rate", "supervision"),
+    ("protocol", "auth", "rate", "supervision", "revocation", "seats"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
     ("registry", "heartbeat", "streams"),

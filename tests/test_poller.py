@@ -55,7 +55,7 @@ async def serving(source: Any, **options: Any) -> AsyncIterator[tuple[PushServic
 
         async def join(user: str, *channels: Any) -> MemoryTransport:
             transport = MemoryTransport()
-            nursery.start_soon(Connection(service.hub, transport).run)
+            nursery.start_soon(Connection(service.hub, transport, service.hub.seats.take()).run)
             transport.say("auth", token=user)
             transport.say("subscribe", args=list(channels))
             await transport.next(2)
@@ -683,3 +683,78 @@ async def test_an_exception_that_cannot_even_be_told_ends_nothing(autojump_clock
         peer = await join("4", "pnl")
         assert (await peer.next())[0]["reason"] == "source_error"
     assert "❌ 获取用户4的pnl数据失败: Unspeakable" in lines(caplog)
+
+
+@pytest.mark.parametrize("away_s", [0.1, 0.5, 0.9, 5, 90])
+async def test_who_comes_back_without_a_value_is_told_so_again(autojump_clock, away_s):
+    source = Table()
+    source.values["4", "pnl"] = None
+    limits = Limits(watch_linger_s=0.2)
+    settings = Settings(intervals=Intervals(pnl=60), limits=limits)
+    async with serving(source, settings=settings) as (service, join):
+        for _ in range(3):
+            peer = await join("4", "pnl")
+            [told] = await peer.next()
+            assert (told["type"], told["state"], told["reason"]) == ("status", "down", "no_data")
+            assert service.statistics().topics in ({}, {"pnl": {"down": 1}})
+            peer.leave()
+            await trio.sleep(away_s)
+
+
+async def test_who_comes_back_to_a_source_that_fails_is_not_told_that_it_is_live(autojump_clock):
+    """It answered a moment ago, and has failed since."""
+    source = Table()
+    source.values["4", "pnl"] = 1
+    limits = Limits(watch_linger_s=0)
+    settings = Settings(intervals=Intervals(pnl=0.2), limits=limits)
+    async with serving(source, settings=settings) as (service, join):
+        peer = await join("4", "pnl")
+        await peer.next()
+        source.error = ConnectionError()
+        await trio.sleep(0.3)
+        assert peer.sent[-1]["state"] == "stale"
+        peer.leave()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        back = await join("4", "pnl")
+        await trio.sleep(2)
+        assert [(m["type"], m.get("state")) for m in back.sent] == [
+            ("snapshot", None),
+            ("status", "stale"),
+        ]
+        assert service.statistics().topics == {"pnl": {"stale": 1}}
+
+
+async def test_who_resumes_after_a_stale_is_told_that_it_is_over(autojump_clock):
+    """Also where nothing was missed; and whoever was told that it is live is not told again."""
+    source = Table()
+    source.values["4", "pnl"] = 1
+    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(watch_linger_s=60))
+    async with serving(source, settings=settings) as (_, join):
+        peer = await join("4", "pnl")
+        [value] = await peer.next()
+        since = {"channel": "pnl", "since": {"epoch": value["epoch"], "seq": value["seq"]}}
+        # From the first publication on it may have been told that there was no value.
+        back = await join("4", since)
+        assert [m["state"] for m in back.sent] in ([], ["live"])
+        back.leave()
+        source.values["4", "pnl"] = 2
+        [update] = await peer.next()
+        since["since"]["seq"] = update["seq"]
+        back = await join("4", since)
+        assert back.sent == []
+        back.leave()
+        source.error = ConnectionError()
+        await trio.sleep(2)
+        assert peer.sent[-1]["state"] == "stale"
+        peer.leave()
+        source.error = None
+        await trio.sleep(2)  # the linger goes on: it is live again
+        back = await join("4", since)
+        assert [m["state"] for m in back.sent] == ["live"]
+        source.values["4", "pnl"] = 3
+        await back.next(2)
+        again = await join("4", since)
+        assert [(m["type"], m.get("state")) for m in again.sent] == [
+            ("update", None),
+            ("status", "live"),
+        ]

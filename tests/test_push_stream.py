@@ -294,3 +294,15 @@ async def test_what_is_heard_is_timed_and_the_end_is_told_once():
         assert await stream.receive_some() == b""
         assert await stream.receive_some() == b""
         assert len(ended) == 1
+
+
+async def test_a_rest_that_nobody_is_left_to_send_ends_the_stream_and_raises_nothing():
+    async with pair() as (stream, peer, _):
+        async with trio.open_nursery() as ended:
+            stream.start(ended)
+        stream.flush_later(b"rest")
+        assert stream.ended
+        assert stream.write_now is None
+        with trio.fail_after(5), pytest.raises(TransportClosed):
+            await stream.send_frames([b"more"])
+        assert await peer.receive_some() == b""

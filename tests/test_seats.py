@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from functools import partial
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 import trio_websocket
-from support import token
+from support import SECRET, token, until
 from test_doors import KINDS, certificates, open_door
+from test_firewall import handshake
 from test_teardown import lines, room
 
-from trading_push.settings import Limits, Settings
+from trading_push import JwtAuthenticator, Principal, PushService, issue_token
+from trading_push.connection import Connection
+from trading_push.settings import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
+from trading_push.transport import admission, asgi, native
+from trading_push.transport.hypercorn_link import guard
 
 __all__ = ["certificates"]
 
 
 def limited(count: int, **options: str) -> Settings:
     return Settings(limits=Limits(connections_per_user=count, **options))
+
+
+def lasting(token: str) -> Principal:
+    """A token names its user, itself, and for how many seconds it is good."""
+    user, token_id, ttl_s = token.split()
+    return Principal(user, time.time() + float(ttl_s), token_id=token_id)
 
 
 async def settled(*peers: MemoryTransport) -> list[int | None]:
@@ -46,8 +60,8 @@ async def test_a_connection_too_many_is_refused(autojump_clock, caplog):
         await settled()
         again, _ = await here.subscribed("balance")
         assert await settled(again) == [None]
-        assert set(here.service.hub.seats) == {"4", "5"}
-    assert here.service.hub.seats == {}
+        assert set(here.service.hub.seats.by_user) == {"4", "5"}
+    assert here.service.hub.seats.by_user == {}
 
 
 async def test_where_so_configured_the_oldest_makes_room(autojump_clock):
@@ -64,7 +78,7 @@ async def test_a_renewal_takes_no_second_seat(autojump_clock):
         assert (await peer.request("auth", token="4"))["ok"]
         peer.leave(1000)
         await settled()
-        assert here.service.hub.seats == {}
+        assert here.service.hub.seats.by_user == {}
 
 
 async def test_a_drain_during_the_check_leaves_no_seat_taken(autojump_clock):
@@ -74,7 +88,7 @@ async def test_a_drain_during_the_check_leaves_no_seat_taken(autojump_clock):
         connection.dismiss()
         peer.say("auth", token="4")
         await settled()
-    assert here.service.hub.seats == {}
+    assert here.service.hub.seats.by_user == {}
 
 
 async def test_a_user_or_one_connection_is_kicked(autojump_clock):
@@ -130,15 +144,131 @@ async def test_a_revoked_token_ends_its_connections_and_opens_none(autojump_cloc
         assert (await peers["new"].request("ping"))["op"] == "pong"
 
 
-async def test_a_renewed_session_stands_for_its_newest_token(autojump_clock):
-    async with room() as here:
+async def test_a_renewed_session_stands_on_each_of_its_tokens(autojump_clock):
+    """A token that is revoked ends what it has opened, though a shorter one has renewed it."""
+    for revoked in ("long", "short"):
+        async with room(authenticate=lasting) as here:
+            peer, _ = here.join()
+            assert (await peer.request("auth", token="4 long 86400"))["expires_in"] >= 86399
+            # The session keeps the longer time, and so the longer token.
+            assert (await peer.request("auth", token="4 short 60"))["expires_in"] >= 86300
+            assert here.service.revoke(revoked, expires_at=time.time() + 86400) == 1
+            assert await settled(peer) == [4503]
+
+
+async def test_of_very_many_renewals_the_first_and_the_longest_are_kept(autojump_clock):
+    async with room(authenticate=lasting) as here:
         peer, _ = here.join()
-        await peer.request("auth", token="4 old")
-        await peer.request("auth", token="4 new")
-        assert here.service.revoke("old") == 0
-        assert here.service.revoke("new", expires_at=time.time() + 60) == 1
-        assert await settled(peer) == [4503]
-        # Once a token has expired by itself, nobody needs to know any more.
-        here.service.revoke("ancient", expires_at=1.0)
+        for number, ttl_s in enumerate([10, 9000, *range(20, 40)]):
+            assert (await peer.request("auth", token=f"4 t{number} {ttl_s}"))["ok"]
+        [connection] = here.service.hub.connections
+        kept = [number for number in range(22) if connection.authenticated_by(f"t{number}")]
+        assert kept == [0, 1, *range(16, 22)]
+        assert here.service.revoke("t1") == 1
+
+
+async def test_a_revoked_token_is_refused_until_no_leeway_helps_it(autojump_clock):
+    settings = Settings(auth=Auth(leeway_s=5), jwt_secret=SECRET)
+    check = JwtAuthenticator(settings.auth, SECRET)
+    now = time.time()
+    async with room(settings=settings, authenticate=check) as here:
+        token = issue_token(SECRET, "4", -2, {"jti": "late"})  # good for three seconds more
+        here.service.revoke("late", expires_at=now - 2)
+        here.service.revoke("another")
+        peer, _ = here.join()
+        peer.say("auth", token=token)
+        [reply] = await peer.next()
+        assert reply["error"]["message"] == "the token was revoked"
+        here.service.revoke("ancient", expires_at=now - 6)
         here.service.revoke("other")
-        assert set(here.service.hub.revoked) == {"old", "new", "other"}
+        assert len(here.service.hub.revoked) == 3
+
+
+async def test_a_token_revoked_during_the_handshake_opens_nothing(autojump_clock):
+    async with room() as here:
+        principal = Principal("4", token_id="stolen")
+        here.service.revoke("stolen")
+        transport = MemoryTransport()
+        seat = here.service.hub.seats.take()
+        await Connection(here.service.hub, transport, seat, principal).run()
+        assert transport.closed_with == (4500, "bad_token")
+        assert [message["op"] for message in transport.sent] == ["error"]
+
+
+@pytest.mark.parametrize("kind", ["linked", "native", "plain"])
+async def test_at_a_door_too(kind, certificates):
+    """The check is over; the 101 is written; the token is revoked before the session begins."""
+    service: list[PushService] = []
+
+    async def authenticate(token: str) -> Principal:
+        # What the service does next runs before the connection does.
+        trio.lowlevel.current_trio_token().run_sync_soon(service[0].revoke, "stolen")
+        return Principal("4", token_id="stolen")
+
+    async with open_door(kind, certificates, authenticate=authenticate) as door:
+        service.append(door.service)
+        headers = [(b"authorization", b"Bearer x")]
+        async with door.connect(extra_headers=headers) as client:
+            with pytest.raises(trio_websocket.ConnectionClosed) as closed:
+                while (await client.receive())["op"] == "error":
+                    pass
+            assert closed.value.reason.code in (4500, 4503)
+        await until(lambda: not door.service.hub.connections)
+
+
+@pytest.mark.parametrize("kind", ["linked", "native", "native-tls"])
+async def test_whoever_says_nothing_takes_a_seat_too(kind, certificates):
+    async with open_door(kind, certificates, limits=Limits(connections=10)) as door:
+        streams = [await trio.open_tcp_stream("127.0.0.1", door.port) for _ in range(10)]
+        taken = partial(
+            getattr,
+            *((guard, "connections") if kind == "linked" else (door.service.hub.seats, "taken")),
+        )
+        await until(lambda: taken() == 10)
+        one_more = await trio.open_tcp_stream("127.0.0.1", door.port)
+        if kind != "native-tls":
+            await one_more.send_all(handshake())
+            assert (await one_more.receive_some()).startswith(b"HTTP/1.1 503")
+        assert await one_more.receive_some() == b""
+        assert taken() == 10
+        for stream in (*streams, one_more):
+            await stream.aclose()
+        await until(lambda: taken() == 0)
+        async with door.connect(4) as client:
+            assert (await client.request("ping"))["op"] == "pong"
+
+
+@pytest.mark.parametrize("kind", ["linked", "native", "plain"])
+async def test_the_limit_of_an_address_counts_handshakes_under_way(kind, certificates, monkeypatch):
+    """A hundred whose 101 is held up: as many as the limit allows get one."""
+    held = trio.Event()
+    admit = admission.admit
+
+    async def slow(*args: Any) -> Principal | None:
+        principal = await admit(*args)
+        await held.wait()
+        return principal
+
+    for module in (asgi, native):
+        monkeypatch.setattr(module, "admit", slow)
+    limits = Limits(unauthenticated_per_address=10)
+    async with open_door(kind, certificates, limits=limits) as door:
+        statuses: Counter[int] = Counter()
+        done = trio.Event()
+
+        async def come() -> None:
+            stream = await trio.open_tcp_stream("127.0.0.1", door.port)
+            async with stream:
+                await stream.send_all(handshake())
+                statuses[int((await stream.receive_some()).split(b" ", 2)[1])] += 1
+                await done.wait()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(come)
+            await until(lambda: statuses.total() == 30)
+            held.set()
+            await until(lambda: statuses.total() == 40)
+            done.set()
+        assert statuses == {101: 10, 503: 30}
+        await until(lambda: not door.service.hub.seats.unauthenticated)

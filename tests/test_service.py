@@ -22,12 +22,14 @@ from trading_push import (
     JwtAuthenticator,
     MarketSink,
     PayloadError,
+    ServiceClosed,
     Ticker,
     open_push_service,
 )
 from trading_push.protocol import encode_data
 from trading_push.settings import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
+from trading_push.topics import Topic
 
 
 async def test_a_published_value_reaches_its_user_alone(autojump_clock):
@@ -172,6 +174,43 @@ async def test_who_comes_back_is_sent_what_it_missed(autojump_clock):
             ("update", 3, 1),
         ]
         assert missed[-1]["merged"] == 3
+
+
+@pytest.mark.parametrize("sizes", [[100_000] * 20, [10_000] * 20])
+async def test_what_is_sent_of_missed_events_is_bounded_for_a_whole_connection(
+    autojump_clock, sizes
+):
+    """Eighty bytes of a request must not make one send of twenty megabytes."""
+    channels = [Channel(f"alerts{number}", "events") for number in range(5)]
+    settings = Settings(limits=Limits(pending_bytes=1_000_000))
+    async with room(channels=channels, settings=settings) as here:
+        for size in (1, *sizes):
+            for channel in channels:
+                await here.service.publish(channel.name, "x" * size, user=4)
+        topics = [here.service._broker.snapshot(Topic(each.name, "4")) for each in channels]
+        peer, _ = here.join()
+        peer.say("auth", token="4")
+        peer.say(
+            "subscribe",
+            args=[
+                {"channel": each.topic.channel, "since": {"epoch": each.epoch, "seq": 1}}
+                for each in topics
+            ],
+        )
+        _, reply = await peer.next(2)
+        recovered = [result["recovered"] for result in reply["results"]]
+        fit = int(1_000_000 / (sum(sizes) + 40))
+        assert recovered == [True] * fit + [False] * (5 - fit)
+        sent = sum(len(push["data"]) for push in peer.sent)
+        assert sent <= 1_000_000 + 5 * sizes[0]
+        # Who does not get all of it gets the latest, and how many are left out.
+        snapshots = peer.sent[fit * 20 :]
+        assert [(push["type"], push["dropped"]) for push in snapshots] == [("snapshot", 19)] * (
+            5 - fit
+        )
+        await here.service.publish("alerts4", "next", user=4)
+        [update] = [push for push in await peer.next(fit * 20 + 6 - fit) if push.get("prev") == 21]
+        assert update["seq"] == 22
 
 
 async def test_another_epoch_is_answered_with_a_snapshot(autojump_clock):
@@ -339,6 +378,31 @@ async def test_a_faster_pace_counts_at_once(autojump_clock):
         peer.say("subscribe", args=[{"channel": "ticker.A", "max_hz": 10}])
         assert (await peer.next(2))[1]["data"] == 1
         assert trio.current_time() < 7
+
+
+async def test_a_pace_that_is_set_later_counts_from_the_last_push_on(autojump_clock):
+    async with room() as here:
+        await here.service.publish("ticker.A", 0)
+        peer, _ = await here.subscribed("ticker.A")
+        await trio.sleep(60)
+        await here.service.publish("ticker.A", 1)  # written by the fan-out itself
+        await peer.next()
+        pushed_at = trio.current_time()
+        await peer.request("subscribe", args=[{"channel": "ticker.A", "max_hz": 0.5}])
+        await here.service.publish("ticker.A", 2)
+        await peer.next()
+        assert trio.current_time() - pushed_at >= 2
+
+
+async def test_a_value_that_comes_after_the_end_is_not_kept(autojump_clock):
+    async with room() as here:
+        service = here.service
+        await service.publish("ticker.A", 1)
+    with pytest.raises(ServiceClosed):
+        await service.publish("ticker.A", 2)
+    latest = service.latest("ticker.A")
+    assert latest is not None
+    assert bytes(latest.data) == b"1"
 
 
 async def test_the_first_push_counts_in_the_pace(autojump_clock):

@@ -362,8 +362,30 @@ def test_bad_messages_are_counted_against_the_rate_too():
     assert codes == ["bad_json", "bad_json", "rate_limited", "rate_limited"]
 
 
-def test_one_connections_messages_are_not_another_ones():
-    rate = MessageRate(Limits(messages_per_s=1, messages_burst=1), lambda: 0.0)
-    assert [rate.serves("a"), rate.serves("a"), rate.serves("b")] == [True, False, True]
-    rate.forget("a")
-    assert rate.serves("a")
+def test_items_and_large_answers_cost():
+    limits = Limits(messages_per_s=20, messages_burst=60, subscriptions=1000)
+    NOW[0] = 100.0
+    session = make("4", limits)
+    symbols = [f"ticker.S{number}" for number in range(1000)]
+    for _ in range(5):  # eleven messages each
+        assert ask(session, op="subscribe", args=symbols[:200])["ok"]
+    assert ask(session, op="unsubscribe", args=symbols[:80])["ok"]  # and five more
+    assert ask(session, op="ping")["error"]["code"] == "rate_limited"
+    NOW[0] += 3
+    # One that costs more than a window has is served by an untouched one, and by no other.
+    small = make("4", Limits(messages_per_s=1, messages_burst=2, subscriptions=1000))
+    assert ask(small, op="subscribe", args=symbols[:100])["ok"]
+    assert ask(small, op="ping")["error"]["code"] == "rate_limited"
+    NOW[0] += 3  # six messages take three windows of two
+    assert ask(small, op="ping")["error"]["code"] == "rate_limited"
+    NOW[0] += 3
+    assert ask(small, op="ping")["op"] == "pong"
+    # What an answer turns out to weigh is paid by the windows that follow, and no longer.
+    session.charge(65_536)  # as much as a message may have anyway
+    session.charge(130 * 65_536)
+    waited = 0
+    while ask(session, op="ping")["op"] == "error":
+        NOW[0] += 3
+        waited += 3
+    assert waited == 6
+    NOW[0] = 0.0

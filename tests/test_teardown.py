@@ -52,7 +52,8 @@ class Room:
 
     def join(self, **options: Any) -> tuple[MemoryTransport, Connection]:
         transport = MemoryTransport(**options)
-        connection = Connection(self.service.hub, transport)
+        seat = self.service.hub.seats.take()
+        connection = Connection(self.service.hub, transport, seat)
         self._nursery.start_soon(connection.run)
         return transport, connection
 
@@ -70,10 +71,8 @@ class Room:
 
 @asynccontextmanager
 async def room(**options: Any) -> AsyncIterator[Room]:
-    async with (
-        trio.open_nursery() as nursery,
-        open_push_service(authenticate=by_name, **options) as service,
-    ):
+    options.setdefault("authenticate", by_name)
+    async with trio.open_nursery() as nursery, open_push_service(**options) as service:
         yield Room(service, nursery)
 
 
@@ -302,6 +301,43 @@ async def test_not_authenticated(autojump_clock, said, close):
             await trio.sleep(0.1)
         assert transport.closed_with == close
         assert trio.current_time() - began < 11
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("ended_by", ["deadline", "cancellation"])
+async def test_who_hangs_up_while_its_token_is_checked_has_gone(
+    autojump_clock, caplog, first, ended_by
+):
+    """It is no restart of ours, and no token that came too late."""
+    async with room() as here, trio.open_nursery() as nursery:
+        transport = MemoryTransport()
+        connection = Connection(here.service.hub, transport, here.service.hub.seats.take())
+        nursery.start_soon(connection.run)
+        if not first:
+            transport.say("auth", token="4")
+            await transport.next()
+        transport.say("auth", token="hang")
+        await trio.testing.wait_all_tasks_blocked()
+        transport.leave()
+        if ended_by == "cancellation":  # as Hypercorn does with what outlives its peer
+            nursery.cancel_scope.cancel()
+        await trio.sleep(11)
+        assert here.service.statistics().connections == 0
+    assert unit(caplog)[0] == "⚠️ 连接关闭: code=1006 reason='' (异常断开)" or unit(caplog)[1] == (
+        "⚠️ 连接关闭: code=1006 reason='' (异常断开)"
+    )
+
+
+async def test_a_server_that_ends_itself_says_that_it_restarts(autojump_clock, caplog):
+    async with room() as here, trio.open_nursery() as nursery:
+        transport = MemoryTransport()
+        connection = Connection(here.service.hub, transport, here.service.hub.seats.take())
+        nursery.start_soon(connection.run)
+        transport.say("auth", token="hang")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert transport.closed_with == (1012, "service restart")
+    assert "(服务重启)" in unit(caplog)[0]
 
 
 async def test_an_expired_token_is_the_end_unless_it_is_renewed(autojump_clock, monkeypatch):

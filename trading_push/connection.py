@@ -27,7 +27,9 @@ from trading_push.errors import (
     TransportClosed,
 )
 from trading_push.hub import Hub
+from trading_push.rate import MessageRate
 from trading_push.registry import Departure, Member
+from trading_push.seats import NoSeat, Seat
 from trading_push.session import (
     Action,
     CheckToken,
@@ -48,6 +50,7 @@ __all__ = ["Connection"]
 _RECEIVER = "trading_push.connection.Connection._receive_loop"
 _SENDER = "trading_push.subscription.Subscription.run"
 _RECONNECT_AFTER_MS = (500, 3000)
+_RESTART = Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
 
 
 class Connection:
@@ -56,6 +59,7 @@ class Connection:
     Args:
         hub: What it shares with the others.
         transport: The peer.
+        seat: Its place among the others; whoever took it gives it back.
         principal: Whom the handshake has authenticated, where it has.
     """
 
@@ -72,6 +76,7 @@ class Connection:
         "_nursery",
         "_pinged_at",
         "_principal",
+        "_seat",
         "_session",
         "_streams",
         "_subscriptions",
@@ -81,9 +86,12 @@ class Connection:
         "look_at",
     )
 
-    def __init__(self, hub: Hub, transport: Transport, principal: Principal | None = None) -> None:
+    def __init__(
+        self, hub: Hub, transport: Transport, seat: Seat, principal: Principal | None = None
+    ) -> None:
         self._hub = hub
         self._transport = transport
+        self._seat = seat
         self._principal = principal
         self._subscriptions: dict[Topic, Subscription] = {}
         self._streams: dict[Topic, trio.CancelScope] | None = None
@@ -120,11 +128,10 @@ class Connection:
             hub.limits,
             self._member.id,
             knows_symbol=hub.knows_symbol,
-            rate=hub.rate,
+            rate=MessageRate(hub.limits, trio.current_time),
             clock=time.time,
         )
         hub.connections.add(self)
-        hub.strangers[self._member.address] += 1
         if not hub.accepting:  # its handshake was under way when the drain began
             self.dismiss()
         try:
@@ -137,16 +144,15 @@ class Connection:
                     if self.closed:  # stopped before it began
                         nursery.cancel_scope.cancel()
                     nursery.start_soon(self._receive_loop, name=_RECEIVER)
-                if nursery.cancel_scope.cancelled_caught and self._close is None:
-                    self._time_is_up()
+                if nursery.cancel_scope.cancelled_caught:
+                    self._end(self._at_deadline())
             except* ServiceClosed:
-                self._decide(Close(CloseCode.SERVICE_RESTART, "service restart", ours=True))
+                self._end(_RESTART)
             except* Exception as errors:
                 self._fail(errors)
         finally:
             # No await stands before the leave is posted, so that no cancellation can lose it.
-            self._flag_closed()
-            close = self._close or Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
+            close = self._end(self._at_cancellation())
             hub.registry.leave(self._member, Departure(close, self._found_by_send))
             with trio.CancelScope(shield=True) as scope:
                 scope.deadline = trio.current_time() + hub.limits.close_timeout_s
@@ -160,11 +166,9 @@ class Connection:
         """What the reply to `auth` calls it."""
         return self._member.id
 
-    @property
-    def token_id(self) -> str | None:
-        """The name of the token that it was last authenticated by."""
-        principal = self._session.principal
-        return None if principal is None else principal.token_id
+    def authenticated_by(self, token_id: str) -> bool:
+        """Whether it stands on a token of this id."""
+        return self._session.authenticated_by(token_id)
 
     def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
         """End the connection with a close code; synchronous, and harmless when it has ended.
@@ -176,14 +180,9 @@ class Connection:
         """
         if self.closed:
             return
-        if self._nursery is not None:
-            self._decide_by_peer()
         if farewell is not None:
             self._farewell.append(protocol.frame(farewell))
-        self._decide(Close(code, reason, ours=True))
-        self._flag_closed()
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
+        self._end(Close(code, reason, ours=True))
 
     def dismiss(self) -> None:
         """End the connection because the service ends; synchronous.
@@ -246,20 +245,47 @@ class Connection:
         self.stop(CloseCode.SERVICE_RESTART, "service restart")
         self._transport.abort()
 
-    def _decide(self, close: Close) -> None:
-        # The first close frame, sent or received, is the one that counts.
+    def _end(self, close: Close) -> Close:
+        """End every task of the connection; synchronous, and the only way to it.
+
+        Args:
+            close: Why, as we see it.
+
+        Returns:
+            How it is closed: by the first close frame, sent or received, or for the first reason.
+        """
         if self._close is None:
-            self._close = close
+            self._close = self._transport.peer_close or close
+        self._flag_closed()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+        return self._close
 
     def _flag_closed(self) -> None:
+        """Offer and write nothing any more."""
         if self.closed:
             return
         self.closed = True
-        self._leave_seat()
+        self._seat.release()
         for subscription in self._subscriptions.values():
             subscription.close(keep=self._flushing)
         gone = self._close is not None and not self._close.ours
         self._transport.hurry(0 if gone else self._hub.limits.close_timeout_s)
+
+    def _at_deadline(self) -> Close:
+        """Why the time of the connection was up."""
+        if self._end_by < math.inf or self._transport.gone:
+            return ABNORMAL  # it had gone, and nothing more of it was to be read
+        if self._session.principal is None:
+            return Close(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time", ours=True)
+        return Close(CloseCode.TOKEN_EXPIRED, "token expired", ours=True)
+
+    def _at_cancellation(self) -> Close:
+        """Why somebody else has cancelled the connection: a server does it where the peer is gone.
+
+        Only where it is known to be there, it is the server itself that ends.
+        """
+        return _RESTART if self._transport.gone is False else ABNORMAL
 
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
         error = logs.innermost(errors)
@@ -269,7 +295,7 @@ class Connection:
             )
         )
         self._farewell.append(self._internal_error())
-        self._decide(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
+        self._end(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
     async def _close_transport(self, close: Close) -> None:
         try:
@@ -290,16 +316,11 @@ class Connection:
     async def _receive_loop(self) -> None:
         try:
             if self._principal is not None:
-                await self._authenticated(None, self._principal)
+                await self._authenticate(None, self._principal)
             while True:
                 await self._act_on(await self._transport.receive())
         except TransportClosed as error:
-            self._gone(error)
-        finally:
-            self._decide_by_peer()
-            self._flag_closed()
-            assert self._nursery is not None
-            self._nursery.cancel_scope.cancel()
+            self._end(_reason_of(error))
 
     async def _act_on(self, message: str | bytes) -> None:
         # A frame of its own: the one that waits for the next message would keep this one alive.
@@ -310,26 +331,6 @@ class Connection:
         self._limit = at
         if self._nursery is not None:
             self._nursery.cancel_scope.deadline = min(at, self._end_by)
-
-    def _decide_by_peer(self) -> None:
-        close = self._transport.peer_close
-        if close is not None:
-            self._decide(close)
-
-    def _time_is_up(self) -> None:
-        if self._end_by < math.inf:  # a send found the peer gone, and nothing more was to be read
-            self._decide(ABNORMAL)
-        elif self._session.principal is None:
-            reason = "not authenticated in time"
-            self._decide(Close(CloseCode.AUTHENTICATION_TIMEOUT, reason, ours=True))
-        else:
-            self._decide(Close(CloseCode.TOKEN_EXPIRED, "token expired", ours=True))
-
-    def _gone(self, error: TransportClosed) -> None:
-        self._decide_by_peer()
-        if isinstance(error, SendTimeout):
-            self._decide(Close(CloseCode.TOO_SLOW, "too slow", ours=True))
-        self._decide(ABNORMAL)
 
     async def _carry_out(self, action: Action) -> None:
         match action:
@@ -360,8 +361,7 @@ class Connection:
         try:
             principal = await self._principal_of(token)
         except AuthenticationError as error:
-            for action in self._session.refused(request_id, error):
-                await self._carry_out(action)
+            await self._refuse(request_id, error)
         except trio.TooSlowError:
             await self._send([self._internal_error()])
         except SourceError:  # nobody's token is to blame; a session goes on as it was
@@ -369,8 +369,8 @@ class Connection:
             if self._session.principal is None:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
-            await self._authenticated(request_id, principal)
-            return
+            if await self._authenticate(request_id, principal):
+                return
         self._limit_to(limit)
 
     async def _principal_of(self, token: str) -> Principal:
@@ -384,10 +384,21 @@ class Connection:
         reply = protocol.error_reply(self._session.request_id, internal)
         return protocol.frame(protocol.encode(reply))
 
-    async def _authenticated(self, request_id: protocol.Id, principal: Principal) -> None:
+    async def _refuse(self, request_id: protocol.Id, error: AuthenticationError) -> None:
+        for action in self._session.refused(request_id, error):
+            await self._carry_out(action)
+
+    async def _authenticate(self, request_id: protocol.Id, principal: Principal) -> bool:
+        """Let in whom a token stands for, or extend the session; whether that was done."""
         first = self._session.principal is None
+        # No await from here until the session has it: what is looked at now stays so.
+        try:
+            self._hub.revoked.check(principal)
+        except AuthenticationError as error:  # while the handshake was under way
+            await self._refuse(request_id, error)
+            return False
         if first and not self._take_seat(principal.user):
-            return
+            return False
         actions = self._session.authenticated(request_id, principal)
         if first:
             self._hub.registry.authenticate(self._member, principal.user)
@@ -402,36 +413,17 @@ class Connection:
             self._hub.timetable.enter(self, self._tell_expiry_at())
         for action in actions:
             await self._carry_out(action)
-
-    def _take_seat(self, user: str) -> bool:
-        hub = self._hub
-        if self.closed:
-            return False
-        taken = hub.seats.get(user, {})
-        if len(taken) >= hub.limits.connections_per_user:
-            if hub.limits.over_user_limit == "reject":
-                self.stop(CloseCode.CONNECTION_LIMIT, "too many connections of this user")
-                return False
-            next(iter(taken)).stop(CloseCode.REPLACED, "replaced by a newer connection")
-        hub.seats.setdefault(user, {})[self] = None
-        self._no_stranger()
         return True
 
-    def _no_stranger(self) -> None:
-        strangers, address = self._hub.strangers, self._member.address
-        strangers[address] -= 1
-        if not strangers[address]:
-            del strangers[address]
-
-    def _leave_seat(self) -> None:
-        principal = self._session.principal
-        if principal is None:
-            self._no_stranger()
-            return
-        taken = self._hub.seats[principal.user]
-        del taken[self]
-        if not taken:
-            del self._hub.seats[principal.user]
+    def _take_seat(self, user: str) -> bool:
+        if self.closed:
+            return False
+        try:
+            self._seat.hold_user(user, self)
+        except NoSeat as error:
+            self.stop(CloseCode.CONNECTION_LIMIT, str(error))
+            return False
+        return True
 
     # --- subscriptions ---------------------------------------------------------------------
 
@@ -455,10 +447,13 @@ class Connection:
         frames: list[bytes] = []
         ready: list[Subscription] = []
         pushed: list[Topic] = []
+        room = hub.limits.pending_bytes - self._backlog.bytes
         for subscription, wanted in zip(begun, action.wanted, strict=True):
-            first = self._first(subscription, wanted)
+            first = self._first(subscription, wanted, room)
             if first is None:
                 continue
+            if subscription.kind == "events":
+                room -= sum(len(each.data) for each in first)
             ready.append(subscription)
             frames += map(subscription.frame_of, first)
             status = subscription.status_frame(self._status(wanted.topic))
@@ -466,6 +461,7 @@ class Connection:
                 frames.append(status)
             if first:
                 pushed.append(wanted.topic)
+        self._session.charge(sum(map(len, frames)))
         await self._send([protocol.frame(protocol.encode(action.reply)), *frames])
         for topic in pushed:
             self._log_pushed(topic)
@@ -490,14 +486,31 @@ class Connection:
         with scope:
             await self._hub.streams.run_for(subscription, lambda: self._log_pushed(topic))
 
-    def _first(self, subscription: Subscription, wanted: Wanted) -> Sequence[Publication] | None:
-        # What a subscription begins with; None where its value is yet to come.
+    def _first(
+        self, subscription: Subscription, wanted: Wanted, room: int
+    ) -> Sequence[Publication] | None:
+        """What a subscription begins with; None where its value is yet to come.
+
+        Args:
+            subscription: Which.
+            wanted: What the peer has asked for.
+            room: How many bytes of missed events may be sent at once.
+        """
         broker, topic = self._hub.broker, wanted.topic
         if wanted.since is not None:
             missed = broker.since(topic, wanted.since.epoch, wanted.since.seq)
-            wanted.result.recovered = missed is not None
-            if missed is not None:
-                subscription.resume(wanted.since.epoch, wanted.since.seq)
+            lost = 0
+            if missed and subscription.kind == "events":
+                fits = sum(len(each.data) for each in missed) <= room
+                lost = 0 if fits else len(missed) - 1
+            wanted.result.recovered = missed is not None and not lost
+            if lost:
+                subscription.resume_without(lost)
+            elif missed is not None:
+                seq = wanted.since.seq
+                subscription.resume(
+                    wanted.since.epoch, seq, knows_status=broker.turned_at(topic) < seq
+                )
                 return missed
         if self._hub.awaits_source(topic):
             return None
@@ -551,7 +564,7 @@ class Connection:
         if self.closed or self._transport.peer_close is not None:
             return
         if isinstance(error, SendTimeout):
-            self._gone(error)
+            self._close = _reason_of(error)
         else:
             self._found_by_send = True
         # The receive loop may still find the close frame that the peer sent before it went.
@@ -564,3 +577,9 @@ class Connection:
         if not subscription.shut:
             self._flag_closed()
         self._hub.registry.ledger.senders_ended += 1
+
+
+def _reason_of(error: TransportClosed) -> Close:
+    if isinstance(error, SendTimeout):
+        return Close(CloseCode.TOO_SLOW, "too slow", ours=True)
+    return ABNORMAL

@@ -1,15 +1,23 @@
 """One batch of publications to the subscriptions of its topics; run by the registry task.
 
-A frame is the same bytes for every subscriber that was sent the publication before it: it is built
-once. Only a subscriber that merged, joined or resumed gets a frame of its own (its `prev` differs).
+Rules, each learnt where it was broken:
+
+1. Whether a frame may go to a subscription is decided in the same step in which it is written: the
+   fan-out lets other tasks run between two connections only, never between the two. In the
+   meantime a subscription may have ended, or been sent something else.
+2. A frame is the same bytes for every subscriber that was sent the publication before it: it is
+   built once. A subscriber that merged, joined or resumed gets a frame of its own (its `prev`
+   differs), by its sender task.
+3. A connection whose stream raises is dropped, and the others are served.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
-from trading_push import protocol
+from trading_push import logs, protocol
 from trading_push.broker.base import Message, Publication, StatusChange
 from trading_push.subscription import Subscription
 from trading_push.topics import Topic
@@ -25,6 +33,30 @@ _CHUNK = 64
 Table = Mapping[Topic, Collection[Subscription]]
 
 
+class _Shared:
+    """A publication, with what it takes to send it as the same bytes to many."""
+
+    __slots__ = ("epoch", "frame", "message", "prev", "seq")
+
+    def __init__(self, message: Publication, head: bytes) -> None:
+        self.message = message
+        self.epoch = message.epoch
+        self.seq = message.seq
+        self.prev = message.seq - 1
+        """Who was sent this one last, and no other, is sent `frame`."""
+        self.frame = protocol.frame(
+            protocol.push(
+                head,
+                b"update",
+                message.epoch,
+                self.prev,
+                message.seq,
+                message.ts,
+                message.data,
+            )
+        )
+
+
 def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
     """Hand a batch to its subscribers, each connection's frames in one write where it takes them.
 
@@ -32,16 +64,17 @@ def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
     meanwhile.
     """
     deadline = time.perf_counter() + SLICE_S
-    channel = batch[0].topic.channel
-    # Nobody watches two topics of one channel: there is nothing to join, and it costs less so.
-    alone = all(message.topic.channel == channel for message in batch)
-    for _ in _one_by_one(batch, table) if alone else _many(batch, table):
+    for _ in _deliveries(batch, table):
         if time.perf_counter() > deadline:
             yield
             deadline = time.perf_counter() + SLICE_S
 
 
-def _one_by_one(batch: Sequence[Message], table: Table) -> Iterator[None]:
+def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
+    channel = batch[0].topic.channel
+    # Nobody watches two topics of one channel: there is nothing to join, and it costs less so.
+    alone = all(message.topic.channel == channel for message in batch)
+    by_connection: dict[Transport, tuple[list[Subscription], list[_Shared]]] = {}
     for message in batch:
         subscribers = table.get(message.topic)
         if not subscribers:
@@ -49,13 +82,32 @@ def _one_by_one(batch: Sequence[Message], table: Table) -> Iterator[None]:
         if isinstance(message, StatusChange):
             for subscription in subscribers:
                 subscription.offer(message)
-        else:
-            yield from _one(message, list(subscribers))
+            yield
+            continue
+        shared = _Shared(message, next(iter(subscribers)).head)
+        if alone:
+            yield from _to_each(list(subscribers), shared)
+            continue
+        for subscription in subscribers:
+            group = by_connection.get(subscription.transport)
+            if group is None:
+                group = by_connection[subscription.transport] = ([], [])
+            group[0].append(subscription)
+            group[1].append(shared)
+        yield
+    # Who watches the same gets the same bytes: they are joined once.
+    last: list[_Shared] = []
+    joined = b""
+    for transport, (subscriptions, publications) in by_connection.items():
+        if publications != last:
+            last, joined = publications, _join(publications)
+        _to_one(transport, subscriptions, publications, joined)
+        yield
 
 
-def _one(message: Publication, subscribers: list[Subscription]) -> Iterator[None]:
-    seq, epoch, prev = message.seq, message.epoch, message.seq - 1
-    frame = _shared_frame(message, subscribers[0].head)
+def _to_each(subscribers: Sequence[Subscription], shared: _Shared) -> Iterator[None]:
+    """Hand one publication to each of its subscribers."""
+    frame, seq, epoch, prev = shared.frame, shared.seq, shared.epoch, shared.prev
     size = len(frame)
     for start in range(0, len(subscribers), _CHUNK):
         for subscription in subscribers[start : start + _CHUNK]:
@@ -69,77 +121,60 @@ def _one(message: Publication, subscribers: list[Subscription]) -> Iterator[None
             ):
                 try:
                     written = write(frame)
-                except OSError:
-                    subscription.offer(message)
+                    if written != size:
+                        writer.flush_later(frame[written:])
+                    subscription.sent = seq
                     continue
-                if written != size:
-                    writer.flush_later(frame[written:])
-                subscription.sent = seq
-            else:
-                subscription.offer(message)
+                except OSError:
+                    pass
+                except Exception as error:
+                    _drop(subscription.transport, error)
+            subscription.offer(shared.message)
         yield
 
 
-def _many(batch: Sequence[Message], table: Table) -> Iterator[None]:
-    # Each connection's frames, with the subscriptions that they are for.
-    groups: dict[Transport, tuple[list[bytes], list[Subscription]]] = {}
-    published: dict[bytes, Publication] = {}
-    for message in batch:
-        subscribers = table.get(message.topic)
-        if not subscribers:
-            continue
-        if isinstance(message, StatusChange):
-            for subscription in subscribers:
-                subscription.offer(message)
-            continue
-        seq, epoch, prev = message.seq, message.epoch, message.seq - 1
-        frame = _shared_frame(message, next(iter(subscribers)).head)
-        published[frame] = message
-        for subscription in subscribers:
-            if subscription.direct and subscription.sent == prev and subscription.epoch == epoch:
-                group = groups.get(subscription.transport)
-                if group is None:
-                    group = groups[subscription.transport] = ([], [])
-                group[0].append(frame)
-                group[1].append(subscription)
-                subscription.sent = seq
-            else:
-                subscription.offer(message)
-        yield
-    # Those who watch the same get the same bytes: they are joined once.
-    last: list[bytes] = []
-    joined = b""
-    for transport, (frames, subscriptions) in groups.items():
-        if frames != last:
-            last, joined = frames, b"".join(frames)
-        if not try_write(transport.writer, joined):
-            _take_back(frames, subscriptions, published)
-        yield
-
-
-def _take_back(
-    frames: Sequence[bytes],
+def _to_one(
+    transport: Transport,
     subscriptions: Sequence[Subscription],
-    published: Mapping[bytes, Publication],
+    publications: Sequence[_Shared],
+    joined: bytes,
 ) -> None:
-    publications = [published[frame] for frame in frames]
-    for subscription, publication in zip(
-        reversed(subscriptions), reversed(publications), strict=True
-    ):
-        subscription.sent = publication.seq - 1
-    for subscription, publication in zip(subscriptions, publications, strict=True):
-        subscription.offer(publication)
+    """Hand one connection all that the batch has for it, in one write where it takes that."""
+    late: list[_Shared] = []
+    for subscription, shared in zip(subscriptions, publications, strict=True):
+        if (
+            subscription.direct
+            and subscription.sent == shared.prev
+            and subscription.epoch == shared.epoch
+        ):
+            subscription.sent = shared.seq
+        else:
+            late.append(shared)
+    if late:
+        joined = _join([each for each in publications if each not in late])
+    try:
+        written = not joined or try_write(transport.writer, joined)
+    except Exception as error:
+        written = False
+        _drop(transport, error)
+    if written and not late:
+        return
+    deliveries = list(zip(subscriptions, publications, strict=True))
+    if not written:
+        for subscription, shared in reversed(deliveries):
+            if shared not in late:
+                subscription.sent = shared.prev
+    for subscription, shared in deliveries:
+        subscription.offer(shared.message)  # where that was written, it is no news
 
 
-def _shared_frame(publication: Publication, head: bytes) -> bytes:
-    return protocol.frame(
-        protocol.push(
-            head,
-            b"update",
-            publication.epoch,
-            publication.seq - 1,
-            publication.seq,
-            publication.ts,
-            publication.data,
-        )
+def _join(publications: Iterable[_Shared]) -> bytes:
+    return b"".join([each.frame for each in publications])
+
+
+def _drop(transport: Transport, error: Exception) -> None:
+    logs.emit(
+        logs.line("internal_error", address=transport.peer, error=error)._replace(exception=error)
     )
+    with suppress(Exception):
+        transport.abort()

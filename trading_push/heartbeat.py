@@ -5,6 +5,7 @@ It pings the peers that are silent, ends those that stay so, and tells of tokens
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import Final, Protocol
 
@@ -19,7 +20,7 @@ _CHUNK: Final = 64
 
 
 class Watched(Protocol):
-    """Who is looked after."""
+    """A connection, as the heartbeat sees it."""
 
     look_at: float
     """The step of the timetable that it stands in; infinite where it stands in none."""
@@ -32,7 +33,8 @@ class Watched(Protocol):
 class Timetable:
     """When each connection is to be looked after, in small steps.
 
-    Looking at all of them in every step would cost more than all their pings.
+    Looking at all of them in every step would cost more than all their pings. What it holds, and
+    what a step costs, grows with the connections that are there, not with those that have been.
 
     Args:
         heartbeat_s: Nothing heard for so long: a ping (RFC 6455 section 5.5.2), to which every
@@ -42,21 +44,31 @@ class Timetable:
 
     def __init__(self, heartbeat_s: float) -> None:
         self._step_s = min(_STEP_S, heartbeat_s / 4)
-        self._steps: dict[float, set[Watched]] = {}
+        self._steps: dict[float, set[Watched]] = {}  # none of them empty
+        self._order: list[float] = []  # a heap of the steps; of some that are no more, too
 
     def enter(self, watched: Watched, at: float) -> None:
         """Look after a connection at this time of trio's clock, unless it is to be sooner."""
         step = math.ceil(at / self._step_s) if at < math.inf else at
-        if step < watched.look_at:
-            self.strike(watched)
-            watched.look_at = step
-            self._steps.setdefault(step, set()).add(watched)
+        if step >= watched.look_at:
+            return
+        self.remove(watched)
+        watched.look_at = step
+        standing = self._steps.get(step)
+        if standing is None:
+            standing = self._steps[step] = set()
+            heapq.heappush(self._order, step)
+        standing.add(watched)
 
-    def strike(self, watched: Watched) -> None:
+    def remove(self, watched: Watched) -> None:
         """Look after a connection no more."""
         standing = self._steps.get(watched.look_at)
         if standing is not None:
             standing.discard(watched)
+            if not standing:
+                del self._steps[watched.look_at]
+                if len(self._order) > _CHUNK + 2 * len(self._steps):
+                    self._order = sorted(self._steps)
         watched.look_at = math.inf
 
     async def run(self) -> None:
@@ -64,14 +76,12 @@ class Timetable:
         while True:
             await trio.sleep(self._step_s)
             now = trio.current_time()
-            for step in sorted(step for step in self._steps if step * self._step_s <= now):
-                # Those who leave meanwhile are struck out.
-                standing = self._steps[step]
-                while standing:
-                    for _ in range(min(_CHUNK, len(standing))):
-                        watched = standing.pop()
+            while self._order and self._order[0] * self._step_s <= now:
+                step = heapq.heappop(self._order)
+                for number, watched in enumerate(self._steps.pop(step, ())):
+                    if watched.look_at == step:  # it has neither left nor been entered anew
                         watched.look_at = math.inf
                         again = watched.look_after(now)
                         self.enter(watched, max(again, now + self._step_s))
-                    await trio.lowlevel.checkpoint()
-                del self._steps[step]
+                    if number % _CHUNK == _CHUNK - 1:
+                        await trio.lowlevel.checkpoint()

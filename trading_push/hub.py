@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,11 +13,12 @@ import trio
 from trading_push import logs
 from trading_push.auth import Authenticate, Principal
 from trading_push.broker.base import Broker
-from trading_push.errors import AuthenticationError, SourceError
+from trading_push.errors import SourceError
 from trading_push.heartbeat import Timetable, Watched
 from trading_push.proxies import Network
-from trading_push.rate import MessageRate
 from trading_push.registry import Registry
+from trading_push.revocation import RevokedTokens
+from trading_push.seats import Seats
 from trading_push.settings import Limits
 from trading_push.streams import Streams
 from trading_push.topics import Channels, Topic
@@ -40,9 +39,8 @@ class Peer(Watched, Protocol):
         """What the reply to `auth` calls it."""
         ...
 
-    @property
-    def token_id(self) -> str | None:
-        """The name of the token that it was last authenticated by."""
+    def authenticated_by(self, token_id: str) -> bool:
+        """Whether it stands on a token of this id."""
         ...
 
     def stop(self, code: int, reason: str) -> None:
@@ -73,12 +71,11 @@ class Hub:
             is watched, so that the value there is may be old.
         accepting: Whether the doors take new connections.
         stopped: How many connections ended at the native door's firewall.
+        refused: How many the doors have refused over `limits.connections`.
         connections: Those whose stream has not ended.
-        strangers: How many open connections of each address have not authenticated.
-        seats: The open connections of each user who has authenticated, oldest first.
-        revoked: The ids of tokens that are refused, and until when, in seconds since the epoch.
+        seats: Who may connect, and who sits where.
+        revoked: The tokens that are refused although they are good otherwise.
         timetable: When each connection is to be looked after.
-        rate: How many messages each connection may send.
         streams: An application's own.
     """
 
@@ -96,17 +93,16 @@ class Hub:
     trusted_proxies: tuple[Network, ...] = ()
     accepting: bool = True
     stopped: int = 0
+    refused: int = 0
     connections: set[Peer] = attrs.field(factory=set)
-    strangers: Counter[str] = attrs.field(factory=Counter)
-    seats: dict[str, dict[Peer, None]] = attrs.field(factory=dict)
-    revoked: dict[str, float] = attrs.field(factory=dict)
+    seats: Seats = attrs.field(
+        default=attrs.Factory(lambda self: Seats(self.limits), takes_self=True)
+    )
+    revoked: RevokedTokens = attrs.field(
+        default=attrs.Factory(lambda self: RevokedTokens(self.leeway_s), takes_self=True)
+    )
     timetable: Timetable = attrs.field(
         default=attrs.Factory(lambda self: Timetable(self.limits.heartbeat_s), takes_self=True)
-    )
-    rate: MessageRate = attrs.field(
-        default=attrs.Factory(
-            lambda self: MessageRate(self.limits, trio.current_time), takes_self=True
-        )
     )
     streams: Streams = attrs.field(factory=Streams)
     _told_unavailable_at: float = -math.inf
@@ -131,23 +127,20 @@ class Hub:
             raise
         if not isinstance(principal, Principal):
             raise TypeError(f"authenticate returned {type(principal).__name__}, not a Principal")
-        if principal.token_id in self.revoked:
-            raise AuthenticationError("the token was revoked")
+        self.revoked.check(principal)
         return principal
 
-    def revoke(self, token_id: str, until: float) -> list[Peer]:
-        """Refuse a token from now on; the connections that it has opened, which go on."""
-        now = time.time()
-        for old in [old for old, end in self.revoked.items() if end < now]:
-            del self.revoked[old]
-        self.revoked[token_id] = until
-        return [each for each in self.connections if each.token_id == token_id and not each.closed]
+    def revoke(self, token_id: str, expires_at: float) -> list[Peer]:
+        """Refuse a token from now on; the connections that stand on it, which go on."""
+        self.revoked.add(token_id, expires_at)
+        return [
+            each for each in self.connections if not each.closed and each.authenticated_by(token_id)
+        ]
 
     def gone(self, connection: Peer) -> None:
         """A connection's stream has ended."""
         self.connections.discard(connection)
-        self.timetable.strike(connection)
-        self.rate.forget(connection.id)
+        self.timetable.remove(connection)
         if not self.connections:
             self._waiting.unpark_all()
 

@@ -129,8 +129,11 @@ class Poller:
         self._watched[user] = now + self.interval_s
         self._left.pop(user, None)
         fresh_s = min(self.interval_s, _FRESH_S)
-        if now - self._answered_at.get(user, -math.inf) < fresh_s:
-            self._broker.mark([self._topic(user)], Status("live"))
+        is_known = user not in self._failures and user not in self._stale
+        if is_known and now - self._answered_at.get(user, -math.inf) < fresh_s:
+            topic = self._topic(user)
+            if self._broker.snapshot(topic) is not None:
+                self._broker.mark([topic], Status("live"))
             self._settle([user])
         elif user in self._busy:  # that answer may have gone by while nobody watched
             self._again.add(user)

@@ -103,7 +103,8 @@ class Registry:
         self._online: Counter[str] = Counter()
         self._connections = 0
         self._late: list[tuple[Member, Departure]] = []
-        self._ended = False
+        self._closed = False  # no command is taken any more
+        self._ended = False  # nor is one that was taken before still to be worked on
 
     # --- what others see -----------------------------------------------------------------
 
@@ -127,10 +128,13 @@ class Registry:
     # --- commands ------------------------------------------------------------------------
 
     def _command(self, command: Callable[..., Any], *args: Any) -> None:
-        try:
-            self._post.send_nowait((command, args))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise ServiceClosed("the registry runs no more") from None
+        self.check_running()
+        self._post.send_nowait((command, args))
+
+    def check_running(self) -> None:
+        """Raise ServiceClosed where no command is taken any more."""
+        if self._closed:
+            raise ServiceClosed("the registry runs no more")
 
     def connect(self, address: str) -> Member:
         """A connection has come.
@@ -174,6 +178,7 @@ class Registry:
 
     def close(self) -> None:
         """Let the registry task end when it has worked through its inbox."""
+        self._closed = True
         self._post.close()
 
     # --- the task ------------------------------------------------------------------------
@@ -187,7 +192,7 @@ class Registry:
                 logs.emit(line("registry_died", error=error)._replace(exception=error))
                 raise
             finally:
-                self._ended = True
+                self._closed = self._ended = True
                 self._inbox.close()
                 for member, departure in self._late:
                     self._left(member, departure)

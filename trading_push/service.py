@@ -66,7 +66,7 @@ class Statistics:
         failures: How often each part of the service has raised and was started again (or, of a
             clean-up, logged) since the start; `feed` is the application's.
         connections_stopped: Connections that ended at a firewall; the link's are of the process.
-        connections_refused: Connections of this process refused over the limit.
+        connections_refused: Connections refused over the limit; the link's are of the process.
         connections_reaped: Connections of this process whose handler had to be reaped.
     """
 
@@ -252,6 +252,7 @@ class PushService:
             (self._topic(channel, user), protocol.encode_data(data))
             for channel, data, user in values
         ]
+        self._registry.check_running()  # before anything is numbered and kept
         self._broker.publish(batch)
         for topic, _ in batch:
             if topic.channel in self._pollers and not self._demand.holds(topic):
@@ -390,7 +391,7 @@ class PushService:
         if (user is None) == (connection is None):
             raise ValueError("give the user or the connection to kick, one of them")
         if user is not None:
-            kicked = list(self.hub.seats.get(str(user), ()))
+            kicked = list(self.hub.seats.by_user.get(str(user), ()))
         else:
             alive = (each for each in self.hub.connections if not each.closed)
             kicked = [each for each in alive if each.id == connection]
@@ -399,7 +400,9 @@ class PushService:
         return len(kicked)
 
     def revoke(self, token_id: str, *, expires_at: float = math.inf) -> int:
-        """Refuse a token from now on, and close the connections that it stands for (4503).
+        """Refuse a token from now on, and close the connections that stand on it (4503).
+
+        A session that was renewed stands on each of its tokens that has not expired.
 
         For this process and as long as the service runs: elsewhere, `authenticate` must know.
 
@@ -436,7 +439,7 @@ class PushService:
             failing_fetches=sum(poller.failing for poller in self._pollers.values()),
             failures={part: count for part, count in self._all_failures() if count},
             connections_stopped=guard.stopped + self.hub.stopped,
-            connections_refused=guard.refused,
+            connections_refused=guard.refused + self.hub.refused,
             connections_reaped=guard.reaped,
         )
 
@@ -481,6 +484,8 @@ class PushService:
                 await self.hub.wait_empty()
 
     def _watched(self, topic: Topic, watched: bool) -> None:
+        if self._workers is None:  # the service ends: nothing is begun upstream, nor marked
+            return
         shared = self.hub.streams.shared.get(topic.channel)
         if shared is not None:
             shared.watched(watched)

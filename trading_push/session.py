@@ -10,6 +10,7 @@ message may be handed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import attrs
@@ -33,6 +34,13 @@ __all__ = [
     "Unsubscribe",
     "Wanted",
 ]
+
+ITEMS_PER_MESSAGE = 20
+"""So many items of a request count as one message more."""
+ANSWER_BYTES = 65_536
+"""So many bytes of a subscribe request's answer count as one message more."""
+TOKENS = 8
+"""How many tokens that have not expired a session keeps the ids of."""
 
 
 @attrs.frozen
@@ -108,6 +116,7 @@ class Session:
         "_knows_symbol",
         "_limits",
         "_rate",
+        "_tokens",
         "principal",
         "request_id",
         "topics",
@@ -130,6 +139,8 @@ class Session:
         self._rate = rate
         self._clock = clock
         self._bad = 0
+        # The ids of the tokens that the session stands on, and when each of them expires.
+        self._tokens: tuple[tuple[str, float], ...] = ()
         self.request_id: Id = None
         self.principal: Principal | None = None
         self.topics: dict[Topic, None] = {}
@@ -147,14 +158,14 @@ class Session:
         try:
             request_id, request = protocol.decode_request(message)
         except protocol.BadRequest as error:
-            if not self._rate.serves(self._connection_id):
+            if not self._rate.spend():
                 return self._over_rate(error.id)
             self._bad += 1
             actions: list[Action] = [Reply(protocol.error_reply(error.id, error))]
             if self._bad >= self._limits.bad_messages:
                 actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many bad requests"))
             return actions
-        if not self._rate.serves(self._connection_id):
+        if not self._rate.spend(_cost(request)):
             return self._over_rate(request_id)
         self._bad = 0
         self.request_id = request_id
@@ -178,13 +189,22 @@ class Session:
                 names = sorted(topic.channel for topic in self.topics)
                 return [Reply(protocol.ListReply(protocol.reply_id(request_id), True, names))]
 
+    def charge(self, size: int) -> None:
+        """Count so many bytes that a subscribe request was answered with, where they are many."""
+        if size > ANSWER_BYTES:
+            self._rate.charge(size // ANSWER_BYTES)
+
     def _over_rate(self, request_id: Id) -> list[Action]:
         per_s = self._limits.messages_per_s
         actions = _refuse(
             request_id,
-            RequestError(ErrorCode.RATE_LIMITED, f"over {per_s:g} messages a second: slow down"),
+            RequestError(
+                ErrorCode.RATE_LIMITED,
+                f"over {per_s:g} messages a second, each {ITEMS_PER_MESSAGE} items counting as one "
+                "more: slow down",
+            ),
         )
-        if not self._rate.bears(self._connection_id):
+        if not self._rate.refuse():
             actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many messages"))
         return actions
 
@@ -200,9 +220,11 @@ class Session:
                     RequestError(ErrorCode.FORBIDDEN, "this connection is another user's"),
                 )
             old = self.principal.expires_at
-            if expires_at is not None and (old is None or expires_at < old):
+            # A renewal never shortens a session: the token of before is as good as it was.
+            if old is None or (expires_at is not None and expires_at < old):
                 expires_at = old
-        self.principal = Principal(principal.user, expires_at, token_id=principal.token_id)
+        self._keep(principal)
+        self.principal = Principal(principal.user, expires_at)
         expires_in = None if expires_at is None else max(0, int(expires_at - self._clock()))
         return [
             Reply(
@@ -216,6 +238,25 @@ class Session:
                 )
             )
         ]
+
+    def authenticated_by(self, token_id: str) -> bool:
+        """Whether the session stands on a token of this id, which has not expired."""
+        return any(token_id == each for each, _ in self._tokens)
+
+    def _keep(self, principal: Principal) -> None:
+        if principal.token_id is None:
+            return
+        now = self._clock()
+        expires_at = math.inf if principal.expires_at is None else principal.expires_at
+        tokens = [
+            (token_id, until)
+            for token_id, until in self._tokens
+            if until > now and token_id != principal.token_id
+        ]
+        tokens.append((principal.token_id, expires_at))
+        if len(tokens) > TOKENS:  # neither the one that has opened it, nor the one it ends with
+            tokens.remove(min(tokens[1:], key=lambda token: token[1]))
+        self._tokens = tuple(tokens)
 
     def refused(self, request_id: Id, error: AuthenticationError) -> list[Action]:
         """The token was not good: the end, unless the session has authenticated already."""
@@ -278,6 +319,15 @@ class Session:
         if symbol is not None and not self._knows_symbol(symbol):
             raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
         return topic
+
+
+def _cost(request: protocol.Request) -> int:
+    """How many messages a request counts as."""
+    match request:
+        case protocol.SubscribeRequest(args=args) | protocol.UnsubscribeRequest(args=args):
+            return 1 + len(args) // ITEMS_PER_MESSAGE
+        case _:
+            return 1
 
 
 def _refuse(request_id: Id, error: RequestError) -> list[Action]:

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from trading_push import protocol
-from trading_push.broker.base import Message, Publication, StatusChange
+from trading_push.broker.base import Message, Publication, State, StatusChange
 from trading_push.errors import TransportClosed
 from trading_push.topics import Kind, Topic
 
@@ -128,7 +128,7 @@ class Subscription(_AtEachDelivery):
         self.epoch = ""
         self.status: StatusChange | None = None
         self.settled = False
-        self._told = "live"
+        self._told: State | None = "live"
         self._period = 0.0
         self._pause: trio.CancelScope | None = None
         self._sent_at = -math.inf
@@ -151,14 +151,27 @@ class Subscription(_AtEachDelivery):
 
     def throttle(self, max_hz: float) -> None:
         """Push at most so many times a second, from the last push on."""
+        if not self._period and self.sent is not None:
+            # The fan-out does not note when it has pushed, for every note costs: now at the latest.
+            self._sent_at = trio.current_time()
         self._period = 1 / max_hz
         if self._pause is not None:
             self._pause.deadline = self._sent_at + self._period
         self._aim()
 
-    def resume(self, epoch: str, seq: int) -> None:
-        """The peer comes back and has the values up to `seq` of `epoch`."""
+    def resume(self, epoch: str, seq: int, *, knows_status: bool) -> None:
+        """The peer comes back and has the values up to `seq` of `epoch`.
+
+        Where it may have been told another status since then, it is told the one of now in any
+        case.
+        """
         self.epoch, self.sent = epoch, seq
+        if not knows_status:
+            self._told = None
+
+    def resume_without(self, lost: int) -> None:
+        """The peer comes back, and of what it has missed so many events do not go out to it."""
+        self._dropped = lost
 
     def begin(self, snapshot: Publication | None, status: StatusChange) -> bool:
         """Open the gate to the value or the status that there is by now.

@@ -138,6 +138,11 @@ class MemoryTransport:
 
     # --- what the connection does: see `transport.base.Transport` -----------------------------
 
+    @property
+    def gone(self) -> bool:
+        """Whether the test has left."""
+        return self._gone
+
     def start(self, nursery: trio.Nursery) -> None:
         """No task of its own is needed here."""
 
@@ -227,7 +232,11 @@ async def peer(
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        await Connection(service.hub, transport, principal).run()
+        seat = service.hub.seats.take()
+        try:
+            await Connection(service.hub, transport, seat, principal).run()
+        finally:
+            seat.leave()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)

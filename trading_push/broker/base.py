@@ -86,6 +86,13 @@ class Broker(Protocol):
         """
         ...
 
+    def turned_at(self, topic: Topic) -> int:
+        """The `seq` of the last value before the status changed for the last time; 0 for none.
+
+        Whoever has got a later one was told the status of now.
+        """
+        ...
+
     def forget(self, topic: Topic) -> None:
         """Drop all that is known of a topic that nobody watches any more."""
         ...

@@ -17,7 +17,7 @@ _LIVE = Status("live")
 
 
 class _TopicState:
-    __slots__ = ("epoch", "history", "kind", "last", "seq", "status")
+    __slots__ = ("epoch", "history", "kind", "last", "seq", "status", "turned_at")
 
     def __init__(self, kind: Kind, history: int) -> None:
         self.kind = kind
@@ -25,6 +25,7 @@ class _TopicState:
         self.seq = 0
         self.last: Publication | None = None
         self.status = _NO_DATA
+        self.turned_at = 0  # the `seq` of the last value before the status changed
         self.history: deque[Publication] | None = deque(maxlen=history) if history else None
 
 
@@ -109,6 +110,7 @@ class MemoryBroker:
         if state.status.state != status.state:
             self._count(topic, state.status.state, -1)
             self._count(topic, status.state, 1)
+            state.turned_at = state.seq
         state.status = status
 
     def _count(self, topic: Topic, state: State, change: int) -> None:
@@ -132,6 +134,11 @@ class MemoryBroker:
         if state.history[0].seq > seq + 1:
             return None
         return [publication for publication in state.history if publication.seq > seq]
+
+    def turned_at(self, topic: Topic) -> int:
+        """The `seq` of the last value before the status changed for the last time."""
+        state = self._topics.get(topic)
+        return 0 if state is None else state.turned_at
 
     def forget(self, topic: Topic) -> None:
         """Drop all that is known of a topic; it comes back with a new epoch."""

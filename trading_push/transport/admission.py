@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import trio
 
@@ -11,8 +12,16 @@ from trading_push.auth import Principal
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
 from trading_push.hub import Hub
 from trading_push.origin import is_allowed
+from trading_push.seats import NoSeat, Seat
+from trading_push.transport.push_stream import PushStream
 
-__all__ = ["Refused", "admit"]
+__all__ = ["Refused", "admit", "refuse_unread"]
+
+_BUSY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
+    b"connection: close\r\n\r\n"
+)
+_REFUSAL_S: Final = 1.0
 
 
 class Refused(TradingPushError):
@@ -28,12 +37,13 @@ class Refused(TradingPushError):
 
 
 async def admit(
-    hub: Hub, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
+    hub: Hub, seat: Seat, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
 ) -> Principal | None:
     """Let a handshake in.
 
     Args:
         hub: What the connections share.
+        seat: Its place among the connections; without a token it is one of its address, too.
         path: The path asked for, without its query.
         headers: The request's, names in lower case.
         address: The peer's, for the log.
@@ -55,12 +65,12 @@ async def admit(
         raise Refused(403, "pages of this origin may not connect: see server.origins")
     if not hub.accepting:
         raise Refused(503, "shutting down")
-    if len(hub.connections) >= hub.limits.connections:
-        raise Refused(503, "too many connections")
     token = _bearer(headers)
     if token is None:
-        if hub.strangers[address] >= hub.limits.unauthenticated_per_address:
-            raise Refused(503, "too many connections of this address have not authenticated")
+        try:
+            seat.hold_unauthenticated(address)
+        except NoSeat as error:
+            raise Refused(503, str(error)) from None
         return None
     try:
         with trio.fail_after(hub.limits.authentication_timeout_s):
@@ -76,6 +86,20 @@ async def admit(
     if not hub.accepting:  # while the token was being checked, the end has come
         raise Refused(503, "shutting down")
     return principal
+
+
+async def refuse_unread(stream: PushStream) -> None:
+    """Answer 503 to whatever the peer asks for, within a second; the caller closes the stream."""
+    with trio.move_on_after(_REFUSAL_S):
+        try:
+            if hasattr(stream, "do_handshake"):
+                await stream.do_handshake()
+            await stream.send_all(_BUSY)
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError, AttributeError):
+            pass  # it has gone; or there is no end of file over TLS
 
 
 def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[str]:

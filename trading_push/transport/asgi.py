@@ -18,6 +18,7 @@ from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.hub import Hub
 from trading_push.proxies import client_address
+from trading_push.seats import NoSeat
 from trading_push.transport import hypercorn_link
 from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close, Writer
@@ -76,6 +77,13 @@ class AsgiTransport:
         if self._link is not None:
             return self._link.deciding_close
         return self._told
+
+    @property
+    def gone(self) -> bool | None:
+        """Whether the peer has hung up; None where only the server knows."""
+        if self._ended:
+            return True
+        return None if self._stream is None else self._stream.ended
 
     @property
     def last_heard(self) -> float | None:
@@ -207,33 +215,39 @@ class AsgiDoor:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] != "websocket.connect":
             return
-        headers = _headers(scope)
-        peer = client_address(_peer(scope), headers, self._hub.trusted_proxies)
         try:
-            principal = await admit(self._hub, _path(scope), headers, peer)
-        except Refused as refused:
-            if "websocket.http.response" in (scope.get("extensions") or {}):
-                await _answer(send, "websocket.http.response", refused)
-            else:  # the server says 403
-                await send({"type": "websocket.close", "code": CloseCode.NORMAL})
+            seat = self._hub.seats.take()
+        except NoSeat as error:
+            self._hub.refused += 1
+            await _refuse(scope, send, Refused(503, str(error)))
             return
-        link = hypercorn_link.find(send)
-        if link is not None:  # before the first message can come
-            link.limit_messages(self._hub.limits.message_bytes)
-        elif not self._said_plain:
-            self._said_plain = True
-            server = "no guarded Hypercorn, or a middleware that wraps send"
-            logs.emit(logs.line("plain_form", reason=server))
-        await send({"type": "websocket.accept", "subprotocol": _subprotocol(scope)})
-        del headers
-        if link is not None:
-            link.forget_handshake()
-        transport = AsgiTransport(peer, receive, send, self._hub.limits.send_timeout_s)
         try:
-            await Connection(self._hub, transport, principal).run()
-        except ServiceClosed:
-            with trio.move_on_after(self._hub.limits.close_timeout_s):
-                await transport.close(CloseCode.SERVICE_RESTART, "service restart")
+            headers = _headers(scope)
+            peer = client_address(_peer(scope), headers, self._hub.trusted_proxies)
+            try:
+                principal = await admit(self._hub, seat, _path(scope), headers, peer)
+            except Refused as refused:
+                await _refuse(scope, send, refused)
+                return
+            link = hypercorn_link.find(send)
+            if link is not None:  # before the first message can come
+                link.limit_messages(self._hub.limits.message_bytes)
+            elif not self._said_plain:
+                self._said_plain = True
+                server = "no guarded Hypercorn, or a middleware that wraps send"
+                logs.emit(logs.line("plain_form", reason=server))
+            await send({"type": "websocket.accept", "subprotocol": _subprotocol(scope)})
+            del headers
+            if link is not None:
+                link.forget_handshake()
+            transport = AsgiTransport(peer, receive, send, self._hub.limits.send_timeout_s)
+            try:
+                await Connection(self._hub, transport, seat, principal).run()
+            except ServiceClosed:
+                with trio.move_on_after(self._hub.limits.close_timeout_s):
+                    await transport.close(CloseCode.SERVICE_RESTART, "service restart")
+        finally:
+            seat.leave()
 
 
 async def lifespan(receive: Receive, send: Send) -> None:
@@ -262,6 +276,13 @@ def _headers(scope: Scope) -> list[tuple[bytes, bytes]]:
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else "-"
+
+
+async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        await _answer(send, "websocket.http.response", refused)
+    else:  # the server says 403
+        await send({"type": "websocket.close", "code": CloseCode.NORMAL})
 
 
 async def _answer(send: Send, kind: str, refused: Refused) -> None:

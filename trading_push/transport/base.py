@@ -92,6 +92,11 @@ class Transport(Protocol):
         ...
 
     @property
+    def gone(self) -> bool | None:
+        """Whether the peer has hung up or its stream broke; None where that cannot be known."""
+        ...
+
+    @property
     def last_heard(self) -> float | None:
         """When bytes of the peer last came, by trio's clock.
 

@@ -46,6 +46,7 @@ from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
 from trading_push import logs
 from trading_push.errors import LinkError
 from trading_push.settings import Limits
+from trading_push.transport.admission import refuse_unread
 from trading_push.transport.base import Close, decoder_of, most_fragments
 from trading_push.transport.push_stream import PushStream, TlsPushStream, wrap
 
@@ -55,10 +56,6 @@ UNGUARDED: Final = "TRADING_PUSH_UNGUARDED"
 
 # What one read brings is worked through without a pause: ten thousand frames would be a long one.
 _CHUNK: Final = 4096
-_BUSY: Final = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
-    b"connection: close\r\n\r\n"
-)
 
 
 class PeerFault(Exception):
@@ -111,7 +108,8 @@ class GuardedTCPServer(TCPServer):
         """Serve the connection; no exception of its making gets out."""
         if guard.connections >= guard.limits.connections:
             guard.refused += 1
-            await self._refuse()
+            await refuse_unread(self.push_stream)
+            self.push_stream.abort()
             return
         guard.connections += 1
         _server.set(self)
@@ -170,19 +168,6 @@ class GuardedTCPServer(TCPServer):
         except OSError:
             return  # the peer was gone before its address was asked for; `run` closes
         await self._close()
-
-    async def _refuse(self) -> None:
-        with trio.move_on_after(1):
-            try:
-                if hasattr(self.push_stream, "do_handshake"):
-                    await self.push_stream.do_handshake()
-                await self.push_stream.send_all(_BUSY)
-                await self.push_stream.send_eof()
-                while await self.push_stream.receive_some():
-                    pass
-            except (trio.BrokenResourceError, trio.ClosedResourceError, AttributeError):
-                pass
-        self.push_stream.abort()
 
     def _peer(self) -> str:
         try:

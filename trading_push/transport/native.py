@@ -22,7 +22,8 @@ from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.hub import Hub
 from trading_push.proxies import client_address
-from trading_push.transport.admission import Refused, admit
+from trading_push.seats import NoSeat, Seat
+from trading_push.transport.admission import Refused, admit, refuse_unread
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.push_stream import PushStream, wrap
 
@@ -67,6 +68,11 @@ class NativeTransport:
         if told is None or told.code == CloseCode.ABNORMAL:
             return None
         return Close(told.code, told.reason or "")
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer has hung up, or its stream broke."""
+        return self._stream.ended
 
     @property
     def last_heard(self) -> float | None:
@@ -194,15 +200,24 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
 
     No exception of the peer's or of a handler's making leaves it.
     """
-    handshake = trio.CancelScope(deadline=trio.current_time() + hub.limits.handshake_timeout_s)
     limits = hub.limits
+    handshake = trio.CancelScope(deadline=trio.current_time() + limits.handshake_timeout_s)
     push_stream = wrap(
         stream, limits.send_timeout_s, limits.close_timeout_s, on_end=handshake.cancel
     )
     try:
+        seat = hub.seats.take()
+    except NoSeat:
+        hub.refused += 1
+        try:
+            await refuse_unread(push_stream)
+        finally:
+            push_stream.abort()
+        return
+    try:
         push_stream.set_user_timeout(limits.heartbeat_s)
         async with trio.open_nursery() as reader:
-            await _serve(hub, push_stream, reader, handshake)
+            await _serve(hub, push_stream, seat, reader, handshake)
             reader.cancel_scope.cancel()
     except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
         pass  # the peer went during the handshake
@@ -213,11 +228,12 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
         error, address = logs.innermost(errors), push_stream.peer
         logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
     finally:
+        seat.leave()
         push_stream.abort()
 
 
 async def _serve(
-    hub: Hub, stream: PushStream, reader: trio.Nursery, handshake: trio.CancelScope
+    hub: Hub, stream: PushStream, seat: Seat, reader: trio.Nursery, handshake: trio.CancelScope
 ) -> None:
     with handshake:
         if hasattr(stream, "do_handshake"):
@@ -230,7 +246,7 @@ async def _serve(
             path = request.path.partition("?")[0]
             headers = _headers(request)
             peer = client_address(stream.peer, headers, hub.trusted_proxies)
-            principal = await admit(hub, path, headers, peer)
+            principal = await admit(hub, seat, path, headers, peer)
         except Refused as refused:
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
@@ -243,7 +259,7 @@ async def _serve(
     _past_handshake(socket, stream, hub.limits.message_bytes)
     transport = NativeTransport(socket, stream, peer, hub.limits.message_bytes)
     try:
-        await Connection(hub, transport, principal).run()
+        await Connection(hub, transport, seat, principal).run()
     except ServiceClosed:
         with trio.move_on_after(hub.limits.close_timeout_s):
             await transport.close(CloseCode.SERVICE_RESTART, "service restart")

@@ -54,7 +54,6 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         "_bare",
         "_close_timeout_s",
         "_decoder",
-        "_ended",
         "_is_plain",
         "_nursery",
         "_on_end",
@@ -64,6 +63,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         "_taken",
         "_waiting",
         "_writing",
+        "ended",
         "last_heard",
         "timed_out",
     )
@@ -90,7 +90,8 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         self._nursery: trio.Nursery | None = None
         self._decoder: FrameDecoder | None = None
         self._sealed = False
-        self._ended = False
+        self.ended = False
+        """Whether nothing more comes: the peer's end of file, a broken stream, or our close."""
         self.last_heard = trio.current_time()
         self.timed_out = False
         self.write_now: Callable[[bytes], int] | None = None
@@ -164,10 +165,17 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
     # --- writing ---------------------------------------------------------------------------
 
     def flush_later(self, rest: bytes) -> None:
-        """Send what `write_now` has not taken of a frame, before anything else."""
+        """Send what `write_now` has not taken of a frame, before anything else.
+
+        Where the connection's nursery has ended meanwhile, the stream is closed by force: half a
+        frame is out, and nothing can follow it.
+        """
         assert self._nursery is not None, "start() comes before the first write"
         self._take()
-        self._nursery.start_soon(self._flush, rest)
+        try:
+            self._nursery.start_soon(self._flush, rest)
+        except RuntimeError:  # "Nursery is closed to new arrivals"
+            self.abort()
 
     async def _flush(self, rest: bytes) -> None:
         # The turn is taken already. Whoever finds the peer gone is the next to send.
@@ -341,8 +349,8 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         )
 
     def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             self._on_end()
 
     async def aclose(self) -> None:

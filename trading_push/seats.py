@@ -1,0 +1,123 @@
+"""Who may connect, and who sits where: the limits on connections in all, by address and by user.
+
+Everything here is synchronous: a place is taken in the step in which its limit is looked at, and
+before the first wait of a handshake, so that no number of handshakes under way can pass a limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Protocol
+
+import attrs
+
+from trading_push.errors import CloseCode, TradingPushError
+from trading_push.settings import Limits
+
+__all__ = ["NoSeat", "Seat", "Seated", "Seats"]
+
+
+class NoSeat(TradingPushError):
+    """A limit is reached; the text says which."""
+
+
+class Seated(Protocol):
+    """A user's connection, which may have to make room for a newer one."""
+
+    def stop(self, code: int, reason: str) -> None:
+        """End it with a close code; synchronous."""
+        ...
+
+
+@attrs.define
+class Seats:
+    """The seats of a service.
+
+    Args:
+        limits: How many there are.
+        taken: How many connections there are, and handshakes under way.
+        unauthenticated: How many of them have not authenticated, by address.
+        by_user: The connections of each user who has authenticated, oldest first.
+    """
+
+    limits: Limits
+    taken: int = 0
+    unauthenticated: Counter[str] = attrs.field(factory=Counter)
+    by_user: dict[str, dict[Seated, None]] = attrs.field(factory=dict)
+
+    def take(self) -> Seat:
+        """Take one of `limits.connections`; whoever takes it calls `Seat.leave`.
+
+        Raises:
+            NoSeat: There is none.
+        """
+        if self.taken >= self.limits.connections:
+            raise NoSeat("too many connections")
+        self.taken += 1
+        return Seat(self)
+
+
+class Seat:
+    """The place of one connection, from its handshake to the end of its stream."""
+
+    __slots__ = ("_address", "_connection", "_seats", "_user")
+
+    def __init__(self, seats: Seats) -> None:
+        self._seats: Seats | None = seats
+        self._address: str | None = None
+        self._user: str | None = None
+        self._connection: Seated | None = None
+
+    def hold_unauthenticated(self, address: str) -> None:
+        """Be one of `limits.unauthenticated_per_address`, until it is a user's.
+
+        Raises:
+            NoSeat: The address has as many.
+        """
+        assert self._seats is not None
+        counts = self._seats.unauthenticated
+        if counts[address] >= self._seats.limits.unauthenticated_per_address:
+            raise NoSeat("too many connections of this address have not authenticated")
+        counts[address] += 1
+        self._address = address
+
+    def hold_user(self, user: str, connection: Seated) -> None:
+        """Be one of `limits.connections_per_user`; the user's oldest may have to make room.
+
+        Raises:
+            NoSeat: The user has as many.
+        """
+        assert self._seats is not None
+        limits, by_user = self._seats.limits, self._seats.by_user
+        taken = by_user.get(user, {})
+        if len(taken) >= limits.connections_per_user:
+            if limits.over_user_limit == "reject":
+                raise NoSeat("too many connections of this user")
+            next(iter(taken)).stop(CloseCode.REPLACED, "replaced by a newer connection")
+        self.release()
+        by_user.setdefault(user, {})[connection] = None
+        self._user, self._connection = user, connection
+
+    def release(self) -> None:
+        """Be nobody's any more; the connection is closed, and its stream has yet to end."""
+        if self._seats is None:
+            return
+        if self._address is not None:
+            counts = self._seats.unauthenticated
+            counts[self._address] -= 1
+            if not counts[self._address]:
+                del counts[self._address]
+            self._address = None
+        if self._user is not None and self._connection is not None:
+            taken = self._seats.by_user[self._user]
+            del taken[self._connection]
+            if not taken:
+                del self._seats.by_user[self._user]
+            self._user = self._connection = None
+
+    def leave(self) -> None:
+        """Give the place back; harmless when that was done."""
+        self.release()
+        if self._seats is not None:
+            self._seats.taken -= 1
+            self._seats = None
