@@ -223,7 +223,8 @@ async def test_one_byte_at_a_time_works(kind, certificates):
 
 @pytest.mark.parametrize("kind", RAW)
 async def test_a_thousand_subscriptions_are_refused_from_the_limit_on(kind, certificates):
-    async with attacked(kind, certificates) as door, door.connect(4) as client:
+    rich = {"messages_burst": 1000}  # items count as messages, too
+    async with attacked(kind, certificates, **rich) as door, door.connect(4) as client:
         args = [f"ticker.S{number}" for number in range(1000)]
         reply = await client.request("subscribe", args=args)
         codes = [result.get("error", {}).get("code") for result in reply["results"]]

@@ -88,7 +88,7 @@ async def test_a_clean_up_that_raises_is_counted(autojump_clock, caplog):
         open_push_service(authenticate=by_name, on_leave=on_leave) as service,
     ):
         gone = MemoryTransport()
-        nursery.start_soon(Connection(service.hub, gone).run)
+        nursery.start_soon(Connection(service.hub, gone, service.hub.seats.take()).run)
         await trio.testing.wait_all_tasks_blocked()
         gone.leave()
         await service.hub.wait_empty()
