@@ -124,12 +124,14 @@ async def test_an_expired_token_is_told_apart() -> None:
         ({"exp": math.inf}, "not valid"),
         ({"exp": [1]}, "not valid"),
         ({"nbf": time.time() + 86_400}, "not valid yet"),
+        ({"iat": time.time() + 86_400}, "not valid yet"),
     ],
 )
 async def test_claims_that_are_refused(changes: dict[str, Any], says: str) -> None:
     error = await refusal(signed(**changes))
     assert says in error.message
     assert error.code is (ErrorCode.TOKEN_EXPIRED if says == "expired" else ErrorCode.BAD_TOKEN)
+    assert error.retryable == (says == "not valid yet")
 
 
 async def test_a_far_future_is_a_finite_number() -> None:

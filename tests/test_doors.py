@@ -188,6 +188,11 @@ async def in_memory(
 
 async def status_of(door: Door, request: bytes, certificates: Any) -> int:
     """The status that a handshake is refused with."""
+    return int((await answer_of(door, request, certificates)).split(b" ")[1])
+
+
+async def answer_of(door: Door, request: bytes, certificates: Any) -> bytes:
+    """All that a handshake is refused with."""
     stream: Any = await trio.open_tcp_stream("127.0.0.1", door.port)
     if door.kind.endswith("tls"):
         stream = trio.SSLStream(stream, certificates[1], server_hostname="localhost")
@@ -202,7 +207,7 @@ async def status_of(door: Door, request: bytes, certificates: Any) -> int:
                 pass
         if door.kind.endswith("tls"):
             await trio.aclose_forcefully(stream)
-    return int(answer.split(b" ")[1])
+    return answer
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, process, token, trio_client
+from test_auth import signed
 from test_poller import Table
 from test_readme import block
 from test_teardown import lines
@@ -149,16 +150,19 @@ async def test_who_cannot_be_authenticated(caplog: pytest.LogCaptureFixture) -> 
     async with serving() as (service, _, post):
         expired = issue_token(SECRET, "x", -60, {"publish": True})
         forged = issue_token("another secret of thirty-two bytes", "x", 60, {"publish": True})
+        early = signed(SECRET, nbf=int(time.time()) + 60, publish=True)
         for bad, code in (
             (None, "not_authenticated"),
             ("", "bad_token"),
             ("rubbish", "bad_token"),
             (expired, "token_expired"),
             (forged, "bad_token"),
+            (early, "bad_token"),
         ):
             post.token = bad
             status, answer = await post(value)
             assert (status, answer["error"]["code"]) == (401, code), bad
+        assert answer["error"]["message"] == "the token is not valid yet"
         assert service.latest("alerts", "4") is None
     assert forged not in caplog.text
     assert expired not in caplog.text

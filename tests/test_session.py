@@ -48,7 +48,9 @@ def answer(session: Session, message: str | bytes) -> tuple[list[dict[str, Any]]
                     user = token.removeprefix("good ") or "4"
                     actions += session.authenticated(request_id, Principal(user, 1900.0))
                 else:
-                    error = AuthenticationError(expired=token == "expired")
+                    error = AuthenticationError(
+                        expired=token == "expired", not_yet=token == "not yet"
+                    )
                     actions += session.refused(request_id, error)
             case Subscribe(reply=reply) | Unsubscribe(reply=reply):
                 replies.append(json.loads(protocol.encode(reply)))
@@ -93,14 +95,19 @@ def test_before_authentication_only_auth_and_ping_are_served():
 
 
 @pytest.mark.parametrize(
-    ("token", "code", "close"),
-    [("bad", "bad_token", 4500), ("expired", "token_expired", 4003)],
+    ("token", "code", "retryable", "close", "reason"),
+    [
+        ("bad", "bad_token", False, 4500, "bad_token"),
+        ("expired", "token_expired", False, 4003, "token_expired"),
+        ("not yet", "bad_token", True, 4003, "not valid yet"),
+    ],
 )
-def test_a_first_auth_that_fails_is_the_end(token, code, close):
+def test_a_first_auth_that_fails_is_the_end(token, code, retryable, close, reason):
     [reply], [end] = answer(make(), json.dumps({"op": "auth", "id": 7, "token": token}))
     assert (reply["op"], reply["id"], reply["ok"]) == ("error", 7, False)
     assert reply["error"]["code"] == code
-    assert end.code == close
+    assert reply["error"]["retryable"] is retryable
+    assert (end.code, end.reason) == (close, reason)
 
 
 def test_a_failed_renewal_leaves_the_session_as_it_was():

@@ -213,7 +213,8 @@ class _refusing(contextlib.AbstractContextManager[None]):
             case jwt.InvalidIssuerError():
                 refusal = AuthenticationError("the token's iss is not ours")
             case jwt.ImmatureSignatureError():
-                refusal = AuthenticationError("the token is not valid yet")
+                # The clocks differ by more than the leeway: in a moment it will be good.
+                refusal = AuthenticationError("the token is not valid yet", not_yet=True)
             case jwt.InvalidAlgorithmError():
                 refusal = AuthenticationError("the token's algorithm is not the configured one")
             case jwt.InvalidSignatureError():

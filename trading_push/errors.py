@@ -47,7 +47,7 @@ class ConfigurationError(TradingPushError):
 
 class ErrorCode(enum.StrEnum):
     """The `code` of an error reply; the members that the same request may be retried after are
-    `retryable`."""
+    `retryable`, and so is `bad_token` where a token is not valid yet."""
 
     BAD_JSON = "bad_json"
     BAD_REQUEST = "bad_request"
@@ -73,12 +73,16 @@ class RequestError(TradingPushError):
     Args:
         code: The error's code on the wire.
         message: What is wrong and what to do, for the developer of the client.
+
+    Attributes:
+        retryable: Whether the same request, unchanged, may succeed later.
     """
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.retryable = code.retryable
 
 
 class AuthenticationError(RequestError):
@@ -87,11 +91,19 @@ class AuthenticationError(RequestError):
     Args:
         message: Why, in words that may be shown to the client. Never the token itself.
         expired: The token was good once: the client may come back with a new one.
+        not_yet: The token may be good later: the client may come back with the same one.
     """
 
-    def __init__(self, message: str = "the token is not valid", *, expired: bool = False) -> None:
+    def __init__(
+        self,
+        message: str = "the token is not valid",
+        *,
+        expired: bool = False,
+        not_yet: bool = False,
+    ) -> None:
         super().__init__(ErrorCode.TOKEN_EXPIRED if expired else ErrorCode.BAD_TOKEN, message)
         self.expired = expired
+        self.not_yet = self.retryable = not_yet
 
 
 class SourceError(TradingPushError):

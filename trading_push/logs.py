@@ -328,7 +328,7 @@ _NAMES: Final[dict[int, str]] = {
     CloseCode.SERVICE_RESTART: "server restarting",
     CloseCode.TOO_SLOW: "too slow",
     CloseCode.HEARTBEAT_TIMEOUT: "nothing heard within the heartbeat timeout",
-    CloseCode.TOKEN_EXPIRED: "token expired and not renewed",
+    CloseCode.TOKEN_EXPIRED: "token expired and not renewed, or not valid yet",
     CloseCode.BAD_TOKEN: "bad token",
     CloseCode.TOO_MANY_BAD_REQUESTS: "too many bad requests",
     CloseCode.AUTHENTICATION_TIMEOUT: "not authenticated in time",

@@ -235,7 +235,7 @@ class ErrorBody(Struct):
 
     @classmethod
     def of(cls, error: RequestError) -> ErrorBody:
-        return cls(error.code.value, error.message, error.code.retryable)
+        return cls(error.code.value, error.message, error.retryable)
 
 
 class ErrorReply(Struct, omit_defaults=True, tag_field="op", tag="error"):

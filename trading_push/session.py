@@ -262,8 +262,13 @@ class Session:
         """The token was not good: the end, unless the session has authenticated already."""
         actions = _refuse(request_id, error)
         if self.principal is None:
-            code = CloseCode.TOKEN_EXPIRED if error.expired else CloseCode.BAD_TOKEN
-            actions.append(End(code, error.code.value))
+            if error.not_yet:
+                end = End(CloseCode.TOKEN_EXPIRED, "not valid yet")
+            elif error.expired:
+                end = End(CloseCode.TOKEN_EXPIRED, error.code.value)
+            else:
+                end = End(CloseCode.BAD_TOKEN, error.code.value)
+            actions.append(end)
         return actions
 
     # --- subscriptions -------------------------------------------------------------------
