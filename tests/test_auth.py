@@ -270,6 +270,9 @@ async def jwks(nursery: trio.Nursery) -> tuple[str, list[bytes], list[int]]:
         async with stream:
             await stream.receive_some()
             asked[0] += 1
+            if body[0].startswith(b"SSH"):
+                await stream.send_all(body[0])
+                return
             status = b"200 OK" if body[0] else b"500 No"
             head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
             await stream.send_all(head % (status, len(body[0])) + body[0])
@@ -312,16 +315,23 @@ async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> 
     other = rsa.generate_private_key(65537, 2048)
     rotated = jwt.encode(claims(), other, "RS256", {"kid": "two"})
     body[0] = key_set(one=RSA, two=other, three=EC)
-    with pytest.raises(AuthenticationError, match="key that is not known"):
+    with pytest.raises(AuthenticationError, match="key that is not known yet") as refused:
         await authenticate(rotated)
+    assert refused.value.not_yet  # by then the keys will have been fetched again
     assert asked == [2]  # ids that anyone can invent make us ask only now and then
     monkeypatch.setattr(auth, "JWKS_COOLDOWN_S", -1)
     assert (await authenticate(rotated)).user == "4"
     assert asked == [3]
+    invented = jwt.encode(claims(), other, "RS256", {"kid": "nobody's"})
+    with pytest.raises(AuthenticationError, match=r"not known$") as refused:
+        await authenticate(invented)  # and asked for just now
+    assert not refused.value.not_yet
 
-    body[0] = b""
     monkeypatch.setattr(auth, "JWKS_LIFESPAN_S", -1)
-    assert (await authenticate(token)).user == "4"  # an outage does not forget what is known
+    for outage in (b"", b"[" * 100_000, b"<html>Log in here</html>", b"SSH-2.0\r\n\r\n"):
+        body[0] = outage
+        assert (await authenticate(token)).user == "4"  # an outage does not forget what is known
+    body[0] = b""
     monkeypatch.setattr(auth, "JWKS_LIFESPAN_S", 300)
     monkeypatch.setattr(auth, "JWKS_COOLDOWN_S", 30)
     for bad in (

@@ -6,6 +6,7 @@ An application may pass an `authenticate` of its own (`Authenticate`) instead of
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import os
 import secrets
@@ -46,6 +47,8 @@ JWKS_COOLDOWN_S = 30
 JWKS_RETRY_S = 5
 """How long after a failed fetch the next one is tried at the earliest."""
 JWKS_TIMEOUT_S = 5
+# What a network, or a proxy's answer in place of the keys, can make of a fetch.
+_FETCH_ERRORS = (jwt.PyJWTError, OSError, ValueError, RecursionError, http.client.HTTPException)
 
 PublicKey = (
     rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
@@ -243,9 +246,10 @@ class _Jwks:
         """The key of that id; without an id the only key, where there is one alone.
 
         Raises:
-            AuthenticationError: There is no such key.
+            AuthenticationError: There is no such key; `not_yet` if a later fetch may have it.
             SourceError: The keys cannot be fetched.
         """
+        asked_at = trio.current_time()
         if self._is_due(key_id):
             async with self._lock:  # one fetch for all who wait
                 if self._is_due(key_id):
@@ -254,6 +258,11 @@ class _Jwks:
         if key is None and key_id is None and len(self._keys) == 1:
             (key,) = self._keys.values()
         if key is None:
+            # Keys are not fetched for each id that somebody invents: this one may be of today.
+            if key_id is not None and self._fetched_at < asked_at:
+                raise AuthenticationError(
+                    "the token names a key that is not known yet", not_yet=True
+                )
             raise AuthenticationError("the token names a key that is not known")
         return key
 
@@ -269,7 +278,7 @@ class _Jwks:
             jwk_set = await trio.to_thread.run_sync(
                 self._client.get_jwk_set, True, abandon_on_cancel=True
             )
-        except (jwt.PyJWTError, OSError, ValueError) as error:
+        except _FETCH_ERRORS as error:
             self._failed_at = trio.current_time()
             return self._use_what_there_is(type(error).__name__)
         self._fetched_at = trio.current_time()
