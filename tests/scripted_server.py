@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -58,6 +59,17 @@ class Peer:
         place = {"type": "snapshot"} if prev is None else {"type": "update", "prev": prev}
         await self.send(channel=channel, **place, epoch=epoch, seq=seq, ts=1, data=[seq])
 
+    async def send_bytes(self, data: bytes) -> None:
+        """Write what is no frame that wsproto would make."""
+        await self.websocket._stream.send_all(data)
+
+    async def refuse(self, code: str, *, retryable: bool = False, message: str = "no way") -> str:
+        """Refuse the token of the next `auth`; returns it."""
+        request = await self.receive("auth")
+        error = {"code": code, "message": message, "retryable": retryable}
+        await self.send(op="error", id=request["id"], ok=False, error=error)
+        return str(request["token"])
+
     async def until_closed(self) -> int:
         """Read on until the client is gone; returns its close code."""
         with suppress(trio_websocket.ConnectionClosed):
@@ -68,18 +80,24 @@ class Peer:
 
 
 Script = Callable[[Peer, int], Awaitable[None]]
+Reject = Callable[[int], int | None]
 
 
 @asynccontextmanager
-async def server(script: Script, *, reject: int | None = None) -> AsyncIterator[str]:
-    """A server that runs `script(peer, n)` for its n-th connection, counted from 0."""
+async def server(
+    script: Script, *, reject: Reject = lambda number: None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """A server that runs `script(peer, n)` for its n-th connection, counted from 0.
+
+    Where `reject(n)` is a status, the handshake is answered with it.
+    """
     count = 0
 
     async def handle(request: trio_websocket.WebSocketRequest) -> None:
         nonlocal count
         number, count = count, count + 1
-        if reject is not None:
-            await request.reject(reject)
+        if (status := reject(number)) is not None:
+            await request.reject(status)
             return
         websocket = await request.accept()
         with suppress(trio_websocket.ConnectionClosed):
@@ -88,7 +106,7 @@ async def server(script: Script, *, reject: int | None = None) -> AsyncIterator[
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             running = await nursery.start(
-                trio_websocket.serve_websocket, handle, "127.0.0.1", 0, None
+                trio_websocket.serve_websocket, handle, "127.0.0.1", 0, tls
             )
-            yield f"ws://127.0.0.1:{running.port}/ws"
+            yield f"{'wss' if tls else 'ws'}://127.0.0.1:{running.port}/ws"
             nursery.cancel_scope.cancel()

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
+import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trustme
 from scripted_server import Peer, server
+from support import SECRET, hypercorn_serving
+from test_auth import signed
 
+from trading_push import JwtAuthenticator, Principal, open_push_service
 from trading_push import client as client_module
 from trading_push.client import Push, Refused, Unreachable, open_client
 from trading_push.errors import AuthenticationError, ConfigurationError
+from trading_push.settings import Auth, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -146,18 +154,224 @@ async def test_the_same_expired_token_again_is_refused() -> None:
     assert caught.value.expired
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"),
-    [(401, AuthenticationError), (404, Refused), (503, Unreachable)],
-)
-async def test_a_refused_handshake(status: int, expected: type[Exception]) -> None:
+async def test_a_token_that_is_not_valid_yet_is_tried_again() -> None:
+    seen: list[str] = []
+
+    async def script(peer: Peer, number: int) -> None:
+        if number < 2:
+            seen.append(await peer.refuse("bad_token", retryable=True))
+            await peer.websocket.aclose(4003, "not valid yet")
+        else:
+            seen.append(await peer.authenticate())
+            await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "early"):
+        assert seen == ["early"] * 3
+
+
+async def test_a_server_whose_clock_is_behind_lets_it_in_at_last() -> None:
+    check = JwtAuthenticator(Auth(leeway_s=0), SECRET)
+    outcomes: list[str] = []
+
+    async def authenticate(text: str) -> Principal:
+        try:
+            principal = await check(text)
+        except AuthenticationError as error:
+            outcomes.append(error.message)
+            raise
+        outcomes.append("good")
+        return principal
+
+    early = signed(SECRET, iat=int(time.time()) + 2)
+    async with (
+        open_push_service(settings=Settings(), authenticate=authenticate) as service,
+        hypercorn_serving(service) as port,
+        open_client(f"ws://127.0.0.1:{port}/ws", early, attempts=1000) as client,
+    ):
+        assert client.user == "4"
+    assert set(outcomes[:-1]) == {"the token is not valid yet"}
+    assert outcomes[-1] == "good"
+
+
+async def test_a_token_that_cannot_be_had_costs_one_try() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(number)
+        if number:
+            await peer.until_closed()
+        else:
+            await trio.aclose_forcefully(peer.websocket._stream)
+
+    answers: list[Any] = [LookupError("a"), OSError("b"), "t", LookupError("c"), ValueError(), "t"]
+
+    async def next_token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        assert [push.seq for push in await take(client, 2)] == [0, 1]
+    assert not answers
+
+
+async def test_a_token_that_can_never_be_had_is_said_after_the_first_tries() -> None:
+    def next_token() -> str:
+        raise LookupError("no account")
+
+    with pytest.raises(Unreachable, match="gives the token failed: LookupError: no account"):
+        async with open_client("ws://127.0.0.1:1/", next_token):
+            pytest.fail("it must not get in")
+
+
+@pytest.mark.parametrize("error", [Refused("signed out"), AuthenticationError("signed out")])
+async def test_a_function_that_refuses_a_token_ends_it(error: Exception) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        assert number == 0
+        await peer.open()
+        await trio.aclose_forcefully(peer.websocket._stream)
+
+    answers: list[Any] = ["t", error]
+
+    def next_token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        with pytest.raises(type(error), match="signed out"):
+            await anext(client)
+
+
+async def test_the_back_off_begins_anew_after_a_connection_that_lasted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("LASTING_S", "BACKOFF_MOST_S"):
+        monkeypatch.setattr(client_module, name, 0.5, raising=False)
+    waited: list[int] = []
+    back_off = client_module._back_off
+
+    def counted(failures: int) -> float:
+        waited.append(failures)
+        return back_off(failures) / 10
+
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(number)
+        if number == 3:
+            await trio.sleep(0.6)  # of use for so long
+        if number < 5:
+            await peer.websocket.aclose(1011)
+        else:
+            await peer.until_closed()
+
+    async def next_token() -> str:
+        if len(waited) < 3:
+            await trio.sleep(0.6)  # which makes no connection a lasting one
+        return "t"
+
+    monkeypatch.setattr(client_module, "_back_off", counted)
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        await take(client, 6)
+        assert waited == [1, 2, 3, 1, 2]
+
+
+FINAL_AT_FIRST = [200, 301, 302, 307, 400, 401, 403, 404, 421]
+TRIED_AGAIN = [405, 408, 425, 426, 429, 460, 500, 502, 503, 504]
+
+
+@pytest.mark.parametrize("status", [*FINAL_AT_FIRST, *TRIED_AGAIN])
+async def test_a_handshake_refused_before_the_first_success(status: int) -> None:
+    handshakes: list[int] = []
+
     async def script(peer: Peer, number: int) -> None:
         raise AssertionError
 
-    async with server(script, reject=status) as url:
+    def reject(number: int) -> int:
+        handshakes.append(number)
+        return status
+
+    expected: type[Exception] = Refused
+    if status in TRIED_AGAIN:
+        expected = Unreachable
+    elif status in (401, 403):
+        expected = AuthenticationError
+    async with server(script, reject=reject) as url:
         with pytest.raises(expected, match=str(status)):
-            async with open_client(url, "t"):
+            async with open_client(url, "t", attempts=4):
                 pytest.fail("it must not get in")
+    assert len(handshakes) == (4 if status in TRIED_AGAIN else 1)
+
+
+@pytest.mark.parametrize("status", [*FINAL_AT_FIRST, *TRIED_AGAIN])
+async def test_a_handshake_refused_after_the_first_success_is_weather(status: int) -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(number)
+        if number:
+            await peer.until_closed()
+        else:
+            await trio.aclose_forcefully(peer.websocket._stream)
+
+    def reject(number: int) -> int | None:
+        return status if 0 < number < 5 else None  # more often than `attempts`
+
+    async with (
+        server(script, reject=reject) as url,
+        open_client(url, "t", channels=["balance"]) as client,
+    ):
+        assert [push.seq for push in await take(client, 2)] == [0, 5]
+
+
+def made_by(*contexts: ssl.SSLContext) -> ssl.SSLContext:
+    """A context that takes another one for each handshake, and stays with the last."""
+    left = list(contexts)
+
+    def choose(each: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        each.context = left.pop(0) if len(left) > 1 else left[0]
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = choose
+    return context
+
+
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Contexts of servers: one whose certificate is trusted here, and one whose is not."""
+    contexts = []
+    for name in ("trusted", "other"):
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(context)
+        authority.cert_pem.write_to_path(tmp_path / f"{name}.pem")
+        contexts.append(context)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "trusted.pem"))
+    return contexts[0], contexts[1]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_certificate_that_is_not_to_be_trusted(tls: Any, is_first: bool) -> None:
+    trusted, other = tls
+    contexts = [other] if is_first else [trusted, other, other, other, other, trusted]
+
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.push(number)
+        if number:
+            await peer.until_closed()
+        else:
+            await trio.aclose_forcefully(peer.websocket._stream)
+
+    async with server(script, tls=made_by(*contexts)) as url:
+        url = url.replace("127.0.0.1", "localhost")
+        if is_first:
+            with pytest.raises(Unreachable, match="certificate verify failed"):
+                async with open_client(url, "t"):
+                    pytest.fail("it must not get in")
+            return
+        async with open_client(url, "t", channels=["balance"]) as client:
+            assert [push.seq for push in await take(client, 2)] == [0, 1]
 
 
 async def test_nobody_there_is_unreachable() -> None:
@@ -300,7 +514,57 @@ async def test_closes_that_it_comes_back_after(code: int) -> None:
         assert [push.seq for push in await take(client, 2)] == [1, 2]
 
 
-@pytest.mark.parametrize("code", [1002, 1003, 1009, 4500, 4501, 4503, 4505, 4999])
+def frame(opcode: int, payload: bytes) -> bytes:
+    assert len(payload) < 65536
+    head = bytes([0x80 | opcode])
+    if len(payload) < 126:
+        return head + bytes([len(payload)]) + payload
+    return head + b"\x7e" + len(payload).to_bytes(2, "big") + payload
+
+
+def close_frame(code: int) -> bytes:
+    return frame(8, code.to_bytes(2, "big"))
+
+
+MADE_UP = {
+    "a proxy's 1014 is no code to wsproto": close_frame(1014),
+    "nor is 1015": close_frame(1015),
+    "nor is 5000": close_frame(5000),
+    "half a code": frame(8, b"\x03"),
+    "a close reason that is no UTF-8": frame(8, b"\x03\xe8\xff"),
+    "a reserved bit": b"\xc1\x00",
+    "a masked frame": b"\x81\x80\x00\x00\x00\x00",
+    "HTTP": b"HTTP/1.1 504 Gateway Time-out\r\nContent-Length: 0\r\n\r\n",
+    "bad UTF-8": frame(1, b"\xff"),
+    "a message that is too long": frame(1, b'"' + b"x" * 60_000 + b'"'),
+    "a binary message": frame(2, b"{}"),
+}
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("what", MADE_UP)
+async def test_what_our_own_library_makes_of_it_is_not_the_servers_word(
+    monkeypatch: pytest.MonkeyPatch, what: str, is_first: bool
+) -> None:
+    monkeypatch.setattr(client_module, "MESSAGE_BYTES", 50_000)
+
+    async def script(peer: Peer, number: int) -> None:
+        if number or not is_first:
+            await peer.open()
+            await peer.push(number)
+        if number:
+            await peer.until_closed()
+        else:
+            await peer.send_bytes(MADE_UP[what])
+            await peer.until_closed()
+
+    async with server(script) as url, open_client(url, "t", channels=["balance"]) as client:
+        assert (await anext(client)).seq == is_first
+        if not is_first:
+            assert (await anext(client)).seq == 1
+
+
+@pytest.mark.parametrize("code", [1002, 1003, 1007, 1009, 4500, 4501, 4503, 4505, 4999])
 async def test_closes_that_end_it(code: int) -> None:
     async def script(peer: Peer, number: int) -> None:
         assert number == 0

@@ -13,7 +13,14 @@ What ends it for good is raised, on entering or from the loop::
     Refused               the server said not to come back, or has no such channel
     Unreachable           nobody answered the first tries
 
-Anything else that ends a connection is answered with another one, after a back-off.
+Anything else that ends a connection is answered with another one, after a back-off. Who says it
+counts:
+
+1. The server's word is its messages, and the code of a close frame that it sent.
+2. An HTTP status may be anybody's who stands between. One that says there is no such thing here
+   (200, 3xx, 400, 401, 403, 404, 421) is believed until the client has been connected once.
+3. A close code that no frame brought is our own library's: 1006, the 1002 that wsproto makes of a
+   1014, the 1009 of a message over our own limit. It never ends the client.
 """
 
 from __future__ import annotations
@@ -30,6 +37,7 @@ import msgspec
 import trio
 import trio_websocket
 import wsproto.utilities
+from wsproto.connection import ConnectionState
 
 from trading_push.address import Address
 from trading_push.errors import (
@@ -45,6 +53,8 @@ __all__ = ["Client", "Push", "Refused", "Unreachable", "open_client"]
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MOST_S: Final = 15.0
+LASTING_S: Final = 15.0
+"""A connection that was of use for so long lets the back-off begin anew."""
 NOTICE_MOST_S: Final = 60.0
 """How long a server's own advice on when to come back is followed at most."""
 REPLY_TIMEOUT_S: Final = 10.0
@@ -57,7 +67,10 @@ Token = str | Callable[[], str | Awaitable[str]]
 
 
 class Refused(TradingPushError):
-    """The server said not to come back; `code` is its close code, 0 where it sent none."""
+    """The server said not to come back; `code` is its close code, 0 where it sent none.
+
+    A function that gives tokens raises it to end the client: there will be no other token.
+    """
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -160,6 +173,8 @@ _LOST: Final = (
     h11.ProtocolError,  # a handshake so wrong that trio-websocket fails at answering it
 )
 _FINAL: Final = (AuthenticationError, Refused)
+_NOTHING_HERE: Final = frozenset({200, *range(300, 400), 400, 401, 403, 404, 421})
+"""Statuses of a handshake that trying again does not change, if they are the server's."""
 
 
 @attrs.define
@@ -241,7 +256,10 @@ class Client:
         self._error: Exception | None = None
         self._left = False
         self._scope: trio.CancelScope | None = None
+        # What the connection's last notice said: when to come back after it, in seconds.
         self._advice_s: float | None = None
+        # Since when the present connection is of use, on trio's clock.
+        self._ready_at: float | None = None
         self.user: str | None = None
         self.is_connected = False
         self.trouble: str | None = None
@@ -289,16 +307,15 @@ class Client:
     async def _keep_connected(self) -> None:
         failures = 0
         while not self._left:
-            started_at = trio.current_time()
-            self._advice_s = None
+            self._advice_s = self._ready_at = None
             after_s: float | None = None
             try:
                 await self._connection()
             except _Lost as lost:
                 self.trouble, after_s = str(lost), lost.after_s
             self.is_connected = False
-            if trio.current_time() - started_at > BACKOFF_MOST_S:
-                failures = 0  # it had been a good one
+            if self._ready_at is not None and trio.current_time() - self._ready_at >= LASTING_S:
+                failures = 0
             failures += 1
             if not self._entered.is_set() and failures >= self._attempts:
                 raise Unreachable(f"cannot reach {self._url}: {self.trouble}")
@@ -316,9 +333,9 @@ class Client:
             subscription.request = None
         self._asked.clear()
         stream: _Stream | None = None
+        socket: trio_websocket.WebSocketConnection | None = None
         try:
             async with trio.open_nursery() as nursery:
-                socket: trio_websocket.WebSocketConnection | None = None
                 error: Exception | None = None
                 try:
                     with self._until_left():
@@ -346,7 +363,7 @@ class Client:
                 if error is not None:
                     raise error
         except BaseExceptionGroup as group:
-            raise _one_of(group, self._advice_s) from None
+            raise self._end(group, socket) from None
         finally:
             if stream is not None:
                 await trio.aclose_forcefully(stream)
@@ -354,8 +371,14 @@ class Client:
     async def _next_token(self) -> str:
         token = self._token
         if not isinstance(token, str):
-            answer = token()
-            token = await answer if inspect.isawaitable(answer) else answer
+            try:
+                answer = token()
+                token = await answer if inspect.isawaitable(answer) else answer
+            except _FINAL:
+                raise
+            except Exception as error:  # the application's own, which may be well the next time
+                why = f"{type(error).__name__}: {error}"
+                raise _Lost(f"the function that gives the token failed: {why}") from error
         if token == self._refused_token:
             raise AuthenticationError("the token has expired: get a new one", expired=True)
         return token
@@ -483,8 +506,44 @@ class Client:
 
     def _is_ready(self) -> None:
         self.is_connected = not self._asked
+        if self._ready_at is None:
+            self._ready_at = trio.current_time()
         self.trouble = None
         self._entered.set()
+
+    def _end(
+        self,
+        group: BaseExceptionGroup[BaseException],
+        socket: trio_websocket.WebSocketConnection | None,
+    ) -> BaseException:
+        """The one exception that says how a connection ended.
+
+        Its own nursery may hold several: what we made of it, and what trio-websocket's reader did.
+        A bug, and a cancellation, stay the group that they are.
+        """
+        final = group.subgroup(_FINAL)
+        if final is not None:
+            return _leaf(final)
+        unknown = group.split(_LOST)[1]
+        if unknown is not None:
+            return unknown
+        error = _leaf(group.subgroup(_Lost) or group)
+        match error:
+            case _Lost():
+                return error
+            case trio_websocket.ConnectionClosed():
+                by_server = socket is not None and _has_sent_close(socket)
+                return _closed(error.reason, by_server, self._advice_s)
+            case trio_websocket.ConnectionRejected():
+                return _rejected(error.status_code, has_succeeded=self._entered.is_set())
+            case trio.TooSlowError():
+                return _Lost("the server does not answer")
+            case OSError():
+                return _Lost(error.strerror or str(error))
+            case trio.BrokenResourceError() if isinstance(error.__cause__, OSError):  # of TLS
+                return _Lost(error.__cause__.strerror or str(error.__cause__))
+            case _:
+                return _Lost("the connection was lost")
 
     @staticmethod
     def _is_gap(subscription: _Subscription, message: _Message) -> bool:
@@ -536,43 +595,28 @@ def _back_off(failures: int) -> float:
     return longest * random.uniform(0.5, 1)
 
 
-def _one_of(group: BaseExceptionGroup[BaseException], advice_s: float | None) -> BaseException:
-    """The one exception that says how a connection ended.
-
-    Its own nursery may hold several: what we made of it, and what trio-websocket's reader did. A
-    bug, and a cancellation, stay the group that they are.
-    """
-    final = group.subgroup(_FINAL)
-    if final is not None:
-        return _leaf(final)
-    unknown = group.split(_LOST)[1]
-    if unknown is not None:
-        return unknown
-    error = _leaf(group.subgroup(_Lost) or group)
-    match error:
-        case _Lost():
-            return error
-        case trio_websocket.ConnectionClosed():
-            return _closed(error.reason, advice_s)
-        case trio_websocket.ConnectionRejected():
-            return _rejected(error.status_code)
-        case trio.TooSlowError():
-            return _Lost("the server does not answer")
-        case OSError():
-            return _Lost(error.strerror or str(error))
-        case _:
-            return _Lost("the connection was lost")
-
-
 def _leaf(group: BaseException) -> BaseException:
     while isinstance(group, BaseExceptionGroup):
         group = group.exceptions[0]
     return group
 
 
-def _closed(reason: trio_websocket.CloseReason | None, advice_s: float | None) -> Exception:
+def _has_sent_close(socket: trio_websocket.WebSocketConnection) -> bool:
+    """Whether the peer has sent a close frame.
+
+    A reason is given for any end, made up if need be. Only a close frame takes wsproto's state
+    there: what it cannot parse, or what trio-websocket finds too long, leaves it open or closing.
+    """
+    return socket._wsproto.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED)
+
+
+def _closed(
+    reason: trio_websocket.CloseReason | None, by_server: bool, advice_s: float | None
+) -> Exception:
     code = CloseCode.ABNORMAL if reason is None else reason.code
     words = "" if reason is None or not reason.reason else f" {reason.reason!r}"
+    if not by_server:
+        return _Lost(f"the connection broke: {int(code)}{words}", advice_s)
     why = f"the server closed the connection: {int(code)}{words}"
     if may_reconnect(code):
         return _Lost(why, advice_s)
@@ -581,12 +625,13 @@ def _closed(reason: trio_websocket.CloseReason | None, advice_s: float | None) -
     return Refused(why, code)
 
 
-def _rejected(status: int) -> Exception:
+def _rejected(status: int, *, has_succeeded: bool) -> Exception:
+    why = f"the server, or a proxy in front of it, refused the handshake: HTTP {status}"
+    if has_succeeded or status not in _NOTHING_HERE:
+        return _Lost(why)
     if status in (401, 403):
-        return AuthenticationError(f"the server refused the handshake: HTTP {status}")
-    if status == 429 or status >= 500:
-        return _Lost(f"the server refused the handshake: HTTP {status}")
-    return Refused(f"there is no WebSocket at this URL: HTTP {status}")
+        return AuthenticationError(why)
+    return Refused(f"there is no WebSocket at this URL: HTTP {status}; check its host and its path")
 
 
 @asynccontextmanager
@@ -597,8 +642,9 @@ async def open_client(
 
     Args:
         url: Where the server is, `ws://` or `wss://`.
-        token: The token, or a function that gives one for each connection (sync or async), so that
-            one that has expired can be replaced.
+        token: The token, or a function that gives one for each connection (sync or async). What it
+            raises is answered with another try after the back-off; `Refused` or
+            `AuthenticationError` ends the client.
         channels: What to subscribe.
         attempts: How many tries the first connection has. Later ones are tried for ever.
 
