@@ -15,14 +15,14 @@ import pytest
 import trio
 import trustme
 from scripted_server import Peer, server
-from support import SECRET, hypercorn_serving
+from support import SECRET, hypercorn_serving, token, until
 from test_auth import signed
 
 from trading_push import JwtAuthenticator, Principal, open_push_service
 from trading_push import client as client_module
 from trading_push.client import Push, Refused, Unreachable, open_client
 from trading_push.errors import AuthenticationError, ConfigurationError
-from trading_push.settings import Auth, Settings
+from trading_push.settings import Auth, Limits, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +242,102 @@ async def test_a_function_that_refuses_a_token_ends_it(error: Exception) -> None
     async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
         with pytest.raises(type(error), match="signed out"):
             await anext(client)
+
+
+async def test_a_token_is_renewed_on_the_living_connection() -> None:
+    seen: list[str] = []
+
+    async def script(peer: Peer, number: int) -> None:
+        assert number == 0
+        await peer.open()
+        await peer.push(1)
+        await peer.send(op="notice", code="token_expires", expires_in=29)
+        # Not yet: the same again. Refused for good: the session is as it was.
+        seen.append(await peer.refuse("bad_token", retryable=True))
+        seen.append(await peer.refuse("bad_token"))
+        await peer.push(2, 1)
+        await peer.send(op="notice", code="token_expires", expires_in=9)
+        seen.append(await peer.authenticate())
+        await peer.push(3, 2)
+        await peer.until_closed()
+
+    answers: list[Any] = ["a", LookupError("none now"), "b", "c", LookupError("none now"), "d"]
+
+    async def next_token() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        assert [push.seq for push in await take(client, 3)] == [1, 2, 3]
+        assert client.is_connected
+    assert seen == ["b", "c", "d"]
+
+
+async def test_a_function_that_takes_its_time_holds_no_push_up() -> None:
+    asked = trio.Event()
+    answers = iter(["a"])
+
+    async def script(peer: Peer, number: int) -> None:
+        await peer.open()
+        await peer.send(op="notice", code="token_expires", expires_in=29)
+        await asked.wait()
+        await peer.push(1)
+        await peer.until_closed()
+
+    async def next_token() -> str:
+        for answer in answers:
+            return answer
+        asked.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        assert (await anext(client)).seq == 1
+
+
+async def test_a_function_that_refuses_a_renewal_ends_it() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        assert number == 0
+        await peer.open()
+        await peer.send(op="notice", code="token_expires", expires_in=29)
+        await peer.until_closed()
+
+    answers = iter(["a"])
+
+    def next_token() -> str:
+        for answer in answers:
+            return answer
+        raise Refused("signed out")
+
+    async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
+        with pytest.raises(Refused, match="signed out"):
+            await anext(client)
+
+
+async def test_one_connection_outlives_its_tokens() -> None:
+    limits = Limits(expiry_notice_s=2)
+    given: list[str] = []
+
+    def next_token() -> str:
+        given.append(token(ttl_s=3))
+        return given[-1]
+
+    async with (
+        open_push_service(
+            settings=Settings(limits=limits, auth=Auth(leeway_s=0)),
+            authenticate=JwtAuthenticator(Auth(leeway_s=0), SECRET),
+        ) as service,
+        hypercorn_serving(service) as port,
+        open_client(f"ws://127.0.0.1:{port}/ws", next_token) as client,
+    ):
+        [connection] = service.hub.connections
+        until_s = time.time() + 5
+        await until(lambda: time.time() > until_s)  # two tokens have expired by then
+        assert list(service.hub.connections) == [connection]
+        assert client.is_connected
+    assert 3 <= len(given) <= 20  # and nobody was pestered
 
 
 async def test_the_back_off_begins_anew_after_a_connection_that_lasted(

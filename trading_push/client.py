@@ -26,10 +26,11 @@ counts:
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import attrs
 import h11
@@ -61,6 +62,8 @@ REPLY_TIMEOUT_S: Final = 10.0
 CONNECT_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 1.0
 MESSAGE_BYTES: Final = 16 * 2**20
+_AUTH_ID: Final = 0
+"""The `id` of each `auth`; those of other requests are above it."""
 BUFFERED_PUSHES: Final = 64
 
 Token = str | Callable[[], str | Awaitable[str]]
@@ -127,6 +130,7 @@ class _Message(msgspec.Struct):
     """Whatever a server of this protocol may send."""
 
     op: str | None = None
+    code: str | None = None
     id: int | str | None = None
     ok: bool = True
     error: _Error | None = None
@@ -260,6 +264,8 @@ class Client:
         self._advice_s: float | None = None
         # Since when the present connection is of use, on trio's clock.
         self._ready_at: float | None = None
+        # Set while a newer token is due on the present connection.
+        self._expiring = trio.Event()
         self.user: str | None = None
         self.is_connected = False
         self.trouble: str | None = None
@@ -332,6 +338,7 @@ class Client:
         for subscription in self._subscriptions.values():
             subscription.request = None
         self._asked.clear()
+        self._expiring = trio.Event()
         stream: _Stream | None = None
         socket: trio_websocket.WebSocketConnection | None = None
         try:
@@ -388,10 +395,22 @@ class Client:
     ) -> None:
         """Authenticate, subscribe, and pass the pushes on."""
         heartbeat_s = await self._authenticate(socket, token)
-        if self._subscriptions:
-            await self._subscribe(socket, list(self._subscriptions))
-        else:
-            self._is_ready()
+        async with trio.open_nursery() as nursery:
+            if not isinstance(self._token, str):
+                nursery.start_soon(self._renew, socket)
+            if self._subscriptions:
+                await self._subscribe(socket, list(self._subscriptions))
+            else:
+                self._is_ready()
+            await self._read(socket, stream, heartbeat_s)
+
+    async def _read(
+        self,
+        socket: trio_websocket.WebSocketConnection,
+        stream: _Stream,
+        heartbeat_s: float,
+    ) -> NoReturn:
+        """Take what the server sends, until it falls silent."""
         while True:
             text: str | bytes | None = None
             if any(asked.deadline < trio.current_time() for asked in self._asked.values()):
@@ -409,12 +428,14 @@ class Client:
 
     async def _authenticate(self, socket: trio_websocket.WebSocketConnection, token: str) -> float:
         """Authenticate by the first message; returns the server's heartbeat in seconds."""
-        await self._send(socket, {"op": "auth", "id": 0, "token": token})
+        await self._send(socket, {"op": "auth", "id": _AUTH_ID, "token": token})
         with trio.fail_after(REPLY_TIMEOUT_S):
             while True:
                 message = _parsed(await socket.get_message())
                 self._note(message)
-                if message.op == "auth" or (message.op == "error" and message.id in (0, None)):
+                if message.op == "auth" or (
+                    message.op == "error" and message.id in (_AUTH_ID, None)
+                ):
                     break
         error = message.error
         if message.op == "auth" and error is None and message.ok:
@@ -432,6 +453,25 @@ class Client:
         if error.code == ErrorCode.BAD_TOKEN:
             raise AuthenticationError(error.message)
         raise Refused(error.message)
+
+    async def _renew(self, socket: trio_websocket.WebSocketConnection) -> NoReturn:
+        """Authenticate again on the living connection whenever its token is about to expire."""
+        tries = 0
+        tried_at = -math.inf
+        while True:
+            await self._expiring.wait()
+            # A token that expires soon is due again at once: the pauses grow then, too.
+            tries = tries + 1 if trio.current_time() - tried_at < LASTING_S else 0
+            if tries:
+                await trio.sleep(_back_off(tries))
+            tried_at = trio.current_time()
+            self._expiring = trio.Event()
+            try:
+                token = await self._next_token()
+            except _Lost:  # there is none now, and the connection is none the worse for it
+                self._expiring.set()
+            else:
+                await self._send(socket, {"op": "auth", "id": _AUTH_ID, "token": token})
 
     async def _subscribe(
         self,
@@ -463,6 +503,11 @@ class Client:
         if message.id in self._asked:
             self._take_reply(message)
             return
+        if message.id == _AUTH_ID:
+            # A renewal that is refused leaves the session as it was, until its token expires.
+            if message.error is not None and message.error.retryable:
+                self._expiring.set()
+            return
         subscription = self._subscriptions.get(message.channel or "")
         if message.op is not None or subscription is None or subscription.request is not None:
             return
@@ -483,8 +528,12 @@ class Client:
         await self._pushes_in.send(_push(message, text))
 
     def _note(self, message: _Message) -> None:
-        if message.op == "notice" and message.reconnect_after_ms is not None:
+        if message.op != "notice":
+            return
+        if message.reconnect_after_ms is not None:
             self._advice_s = min(max(message.reconnect_after_ms / 1000, 0), NOTICE_MOST_S)
+        if message.code == "token_expires":
+            self._expiring.set()
 
     def _take_reply(self, message: _Message) -> None:
         names = self._asked.pop(message.id).names
@@ -642,9 +691,9 @@ async def open_client(
 
     Args:
         url: Where the server is, `ws://` or `wss://`.
-        token: The token, or a function that gives one for each connection (sync or async). What it
-            raises is answered with another try after the back-off; `Refused` or
-            `AuthenticationError` ends the client.
+        token: The token, or a function that gives one (sync or async): for each connection, and
+            when the server says that the present one is about to expire. What it raises is answered
+            with another try after the back-off; `Refused` or `AuthenticationError` ends the client.
         channels: What to subscribe.
         attempts: How many tries the first connection has. Later ones are tried for ever.
 
