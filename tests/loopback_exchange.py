@@ -220,6 +220,8 @@ def _reply(exchange: LoopbackExchange, target: str, key: str) -> tuple[int, byte
             exchange.go_on.wait(20)
         case "a little slow":
             time.sleep(0.05)
+        case str(status) if status.startswith("status "):
+            return int(status.removeprefix("status ")), b"<html>Log in here</html>"
     if "signature" in parts.query or "timestamp" in query:
         signed, _, signature = parts.query.partition("&signature=")
         secret = KEYS.get(key)

@@ -34,7 +34,7 @@ from trading_push import (
 from trading_push.assembly import open_configured_service
 from trading_push.settings import Intervals, Limits, Settings
 from trading_push.sources.ccxt import credentials_of_file, credentials_of_json
-from trading_push.sources.ccxt_exchange import CcxtExchange
+from trading_push.sources.ccxt_exchange import CcxtExchange, RequestRefused
 
 CREDENTIALS = {
     user: {"apiKey": f"key-of-{user}", "secret": f"secret-of-{user}"} for user in ("4", "5")
@@ -571,7 +571,7 @@ async def test_a_symbol_that_is_refused_does_not_stop_the_others(
     async def call(method: str, *args: Any) -> Any:
         if method == "fetch_tickers" and "ETH/USDT" in args[0]:
             await trio.lowlevel.checkpoint()
-            raise SourceError("binance: BadRequest", retryable=False)
+            raise RequestRefused("binance: BadRequest", retryable=False)
         return await ask(method, *args)
 
     feed._exchange.call = call
@@ -585,3 +585,25 @@ async def test_a_symbol_that_is_refused_does_not_stop_the_others(
     assert set(sink.tickers) == {"BTCUSDT"}
     assert sink.stales == [("refused", ["ETHUSDT"])]
     assert sum("ETHUSDT" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("status", [401, 407, 511])
+async def test_a_proxy_s_refusal_is_no_symbol_s(exchange: LoopbackExchange, status: int) -> None:
+    feed, sink = CcxtFeed(options(exchange), interval_s=0.05), Sink()
+    feed.watch("BTCUSDT")
+    with trio.fail_after(PATIENCE_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed.run, sink)
+            await until(lambda: sink.updates)
+            nursery.cancel_scope.cancel()
+        exchange.misbehaves["/api/v3/ticker/24hr"] = f"status {status}"
+        with pytest.raises(SourceError):
+            await feed.run(sink)
+        exchange.misbehaves.clear()
+        updates = sink.updates
+        async with trio.open_nursery() as nursery:  # as the service starts it again
+            nursery.start_soon(feed.run, sink)
+            await until(lambda: sink.updates > updates)
+            nursery.cancel_scope.cancel()
+    feed.close()
+    assert sink.stales == []

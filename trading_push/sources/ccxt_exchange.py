@@ -22,20 +22,19 @@ import trio
 
 from trading_push.errors import ConfigurationError, SourceError
 
-__all__ = ["CcxtExchange", "ExchangeOptions", "as_decimal"]
+__all__ = ["CcxtExchange", "ExchangeOptions", "RequestRefused", "as_decimal"]
 
 # The number that most exchanges give an error: a part of what they say that holds no secret.
 _CODE = re.compile(r'"(?:code|retCode|ret_code|sCode)"\s*:\s*"?(-?\d{1,9})\b')
 
-# The classes whose errors the same call would meet again.
-_FINAL = (
-    "AuthenticationError",
-    "ArgumentsRequired",
-    "BadRequest",
-    "ManualInteractionNeeded",
-    "NotSupported",
-    "RestrictedLocation",
-)
+# The classes whose errors the same call would meet again, because of what it asks for ...
+_OF_THE_REQUEST = ("ArgumentsRequired", "BadRequest", "NotSupported")
+# ... or of who asks, and where: ccxt takes the 401, 407 or 511 of a proxy for these as well.
+_OF_THE_CALLER = ("AuthenticationError", "ManualInteractionNeeded", "RestrictedLocation")
+
+
+class RequestRefused(SourceError):
+    """The exchange does not have what was asked for; anything else it would answer."""
 
 
 @attrs.frozen
@@ -150,11 +149,13 @@ class CcxtExchange:
         if not isinstance(error, self._ccxt.BaseError):
             return SourceError(f"{self.name} gave what ccxt cannot read ({kind})")
         code = _CODE.search(str(error))
-        final = tuple(getattr(self._ccxt, name) for name in _FINAL)
-        return SourceError(
-            f"{self.name}: {kind}" + (f", code {code[1]}" if code else ""),
-            retryable=not isinstance(error, final),
-        )
+        text = f"{self.name}: {kind}" + (f", code {code[1]}" if code else "")
+        if self._is_one(error, _OF_THE_REQUEST):
+            return RequestRefused(text, retryable=False)
+        return SourceError(text, retryable=not self._is_one(error, _OF_THE_CALLER))
+
+    def _is_one(self, error: Exception, names: tuple[str, ...]) -> bool:
+        return isinstance(error, tuple(getattr(self._ccxt, name) for name in names))
 
 
 def as_decimal(number: object) -> Decimal | None:

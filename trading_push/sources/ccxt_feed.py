@@ -12,7 +12,12 @@ from trading_push.errors import SourceError
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
 from trading_push.sources.ccxt import short_symbol
-from trading_push.sources.ccxt_exchange import CcxtExchange, ExchangeOptions, as_decimal
+from trading_push.sources.ccxt_exchange import (
+    CcxtExchange,
+    ExchangeOptions,
+    RequestRefused,
+    as_decimal,
+)
 
 __all__ = ["CcxtFeed"]
 
@@ -100,9 +105,7 @@ class CcxtFeed:
             kind, asked = questions.pop()
             try:
                 answer = await self._ask(asked)
-            except SourceError as error:
-                if error.retryable:
-                    raise
+            except RequestRefused as error:
                 # It is one of the symbols that it refuses: halves find which.
                 half = len(asked) // 2
                 if half:
