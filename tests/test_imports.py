@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,21 +107,24 @@ def test_there_is_no_circle():
         visit(module, ())
 
 
+def packages(module: str) -> set[str]:
+    """What a module imports from anywhere, by its first name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
 @pytest.mark.parametrize("module", ["protocol", "session"])
 def test_sans_io_never_imports_trio(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    names = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    assert "trio" not in names
+    assert "trio" not in packages(module)
+
+
+def test_no_library_has_a_switch_over_what_is_kept_running():
+    assert packages("supervision") - sys.stdlib_module_names == {"trio"}
 
 
 def test_the_client_imports_only_what_it_needs():

@@ -210,3 +210,23 @@ def test_a_trace_cannot_carry_control_characters():
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert text.startswith("Traceback")
+
+
+def test_no_other_library_s_logger_is_changed():
+    def states() -> dict[str, tuple[object, ...]]:
+        others = {
+            name: each
+            for name, each in logging.Logger.manager.loggerDict.items()
+            if isinstance(each, logging.Logger)
+            and name.split(".")[0] not in ("trading_push", "hypercorn")
+        }
+        return {
+            name: (each.disabled, each.level, each.propagate, *each.handlers)
+            for name, each in others.items()
+        }
+
+    logging.getLogger("stamina")
+    before = states()
+    with logs.attached():
+        assert states() == before
+    assert states() == before

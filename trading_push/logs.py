@@ -720,9 +720,6 @@ def attached(
         places.append((descriptor, plain if json else stamped))
     outputs = [_Output(descriptor, formatter, queue_lines) for descriptor, formatter in places]
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
-    # Says in words of its own what a line of ours says of each retry.
-    retries = logging.getLogger("stamina")
-    retries.disabled = True
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         for output in outputs:
@@ -735,7 +732,6 @@ def attached(
         yield
     finally:
         _outputs.clear()
-        retries.disabled = False
         for logger, old_level, propagate in kept:
             for output in outputs:
                 logger.removeHandler(output)

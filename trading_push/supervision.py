@@ -1,4 +1,9 @@
-"""Keeps a part of the service running: what raises is told of, and started again after a pause."""
+"""Keeps a part of the service running: what raises is told of, and started again after a pause.
+
+A loop of its own, without a library: one that retries has a switch for the whole process, which an
+application's tests turn off, and then the first error would be the end of the part, and with it of
+the service.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,6 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-import stamina
 import trio
 
 __all__ = ["keep_running"]
@@ -40,29 +44,18 @@ async def keep_running(
         jitter_s: How much longer, at random, a pause is at most, so that many do not come back at
             the same moment.
     """
+    next_s = first_s
     while True:
-        async for attempt in stamina.retry_context(
-            on=on,
-            attempts=None,
-            timeout=None,
-            wait_initial=first_s,
-            wait_max=last_s,
-            wait_jitter=jitter_s,
-        ):
-            began = trio.current_time()
-            anew = False
-            with attempt:
-                try:
-                    await _run(run, on, failed)
-                    return
-                except on as error:
-                    anew = trio.current_time() - began > last_s
-                    failed(error, first_s if anew else attempt.next_wait)
-                    if not anew:
-                        raise
-            if anew:
-                await trio.sleep(first_s + random.uniform(0, jitter_s))
-                break
+        began = trio.current_time()
+        try:
+            await _run(run, on, failed)
+            return
+        except on as error:
+            pause_s, next_s = next_s, min(2 * next_s, last_s)
+            if trio.current_time() - began > last_s:
+                pause_s = next_s = first_s
+            failed(error, pause_s)
+        await trio.sleep(pause_s + random.uniform(0, jitter_s))
 
 
 async def _run(
