@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import logging.config
 import os
 import select
 import string
@@ -210,6 +213,170 @@ def test_a_trace_cannot_carry_control_characters():
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert text.startswith("Traceback")
+
+
+FORGED = "\n✅ 用户4认证成功\r\x85\u2028   🚪 退出房间: pnl_4"
+
+
+class Hostile(Exception):
+    def __str__(self) -> str:
+        return FORGED
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    error.add_note(f"a note{FORGED}")
+    error.__context__ = KeyError(FORGED)
+    if cause is not None:
+        error.__cause__ = cause
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def faults() -> list[BaseException]:
+    try:
+        compile(f"'{FORGED}", f"{FORGED}.py", "exec")
+    except SyntaxError as error:
+        syntax = error
+    return [
+        raised(ValueError(FORGED)),
+        raised(Hostile()),
+        raised(Unspeakable(), cause=OSError(5, FORGED, f"/{FORGED}")),
+        raised(ExceptionGroup(FORGED, [ValueError(FORGED), ExceptionGroup("2", [Hostile()])])),
+        raised(UnicodeDecodeError("utf-8", b"x", 0, 1, FORGED)),
+        raised(syntax),
+        raised(ValueError(f"\ud800{FORGED}")),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "file", "the application's"])
+@pytest.mark.parametrize("error", faults(), ids=lambda error: type(error).__name__)
+def test_nothing_that_an_exception_says_begins_a_line_of_the_log(kind, error, tmp_path, capfd):
+    path = tmp_path / "log"
+    heard = logging.StreamHandler()  # with a formatter that knows nothing of peers
+    package = logging.getLogger("trading_push")
+    said = logs.line("internal_error", address="1.2.3.4", error=error)._replace(exception=error)
+    if kind == "the application's":
+        package.addHandler(heard)
+        logs.emit(said)
+        package.removeHandler(heard)
+    else:
+        with logs.attached(json=kind == "json", file=path if kind == "file" else None):
+            logs.emit(said)
+    written = path.read_text() if kind == "file" else capfd.readouterr().err
+    if kind == "json":
+        [written] = written.splitlines()
+        entry = json.loads(written)
+        written = f"{entry['message']}\n{entry['trace']}"
+    assert written.count("Traceback") >= 1
+    first, *trace = written.splitlines()
+    assert "连接处理出错 - 来自: 1.2.3.4" in first
+    assert not [each for each in trace if each.lstrip(" |").startswith(("✅", "🚪", "用户"))], trace
+    assert type(error).__name__ in written
+
+
+def test_a_trace_names_every_exception_once_and_in_its_order():
+    cause = raised(ValueError("the cause"))
+    error = raised(RuntimeError("the end"), cause=cause)
+    error.__cause__.__context__.__context__ = error  # a circle
+    text = logs.SafeFormatter().formatException((type(error), error, error.__traceback__))
+    places = [text.index(each) for each in ("KeyError: ", "ValueError: the cause", "direct cause")]
+    assert places == sorted(places)
+    assert text.count("RuntimeError: the end") == 1
+    assert "in raised" in text
+    for _ in range(10_000):
+        error = ExceptionGroup("deeper", [error])
+    assert len(logs.SafeFormatter().formatException((None, error, None)).splitlines()) < 10_000
+
+
+def test_what_other_libraries_log_is_one_line(capfd):
+    other = logging.getLogger("hypercorn.error")
+    with logs.attached():
+        other.error(f"peer %s{FORGED}", FORGED)
+        try:
+            raise ValueError(FORGED)
+        except ValueError:
+            # Another handler has formatted it before, and left its trace in the record.
+            before = logging.StreamHandler(io.StringIO())
+            other.handlers.insert(0, before)
+            other.exception("failed")
+            other.removeHandler(before)
+        other.error("%d", "is no number")
+    written = capfd.readouterr().err
+    first, *rest, last = written.splitlines()
+    assert first.startswith("peer \\x0a✅")
+    assert rest[:2] == ["failed", "Traceback (most recent call last):"]
+    assert not [each for each in rest if each.lstrip().startswith(("✅", "🚪"))]
+    assert last == "cannot be formatted: hypercorn.error"
+
+
+def test_a_token_in_an_exception_is_not_logged(capfd):
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiI0In0.c2lnbmF0dXJl-_9"
+    error = raised(ValueError(f"cannot use {token}"), cause=KeyError(token))
+    with logs.attached():
+        said = logs.line("internal_error", address="-", error=error)
+        logs.emit(said._replace(exception=error))
+    written = capfd.readouterr().err
+    assert "cannot use (token)" in written
+    assert "c2ln" not in written
+    assert "eyJ" not in written
+
+
+@pytest.mark.parametrize("value", [[FORGED], {FORGED: 1}, FORGED.encode(), Hostile], ids=type)
+def test_a_field_of_any_type_stays_in_its_line(value):
+    class Odd(str):
+        def __str__(self) -> str:
+            return FORGED
+
+    for each in (value, Odd("4"), type("Odd", (), {"__str__": lambda self: FORGED})()):
+        text = logs.line("authenticated", user=each).fields["user"]
+        assert len(text) <= logs.FIELD_LENGTH
+        assert len(f"{text}.".splitlines()) == 1
+
+
+def test_what_an_application_adds_to_logging_ends_nobody():
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("a bug of the application's")
+
+    package, broken = logging.getLogger("trading_push"), Broken()
+    factory = logging.getLogRecordFactory()
+    package.addHandler(broken)
+    try:
+        logs.emit(logs.line("shutting_down", connections=1))
+        logs.emit(*2 * [logs.line("service_failed", error="bad")])
+        logging.setLogRecordFactory(lambda *args: 1 / 0)
+        logs.emit(logs.line("service_failed", error="bad"))
+    finally:
+        logging.setLogRecordFactory(factory)
+        package.removeHandler(broken)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_application_s_configuration_of_logging_does_not_end_the_lines(when, capfd):
+    def configure() -> None:  # on import, as Flask's documentation shows
+        logging.config.dictConfig({"version": 1})
+
+    loggers = logging.Logger.manager.loggerDict.values()
+    was = {each: each.disabled for each in loggers if isinstance(each, logging.Logger)}
+    try:
+        if when == "before":
+            configure()
+        with logs.attached():
+            if when == "after":
+                configure()
+            logs.emit(logs.line("shutting_down", connections=1))
+            logs.emit(logs.line("left_room", room="a"), logs.line("left_room", room="b"))
+    finally:
+        for each, disabled in was.items():
+            each.disabled = disabled
+    assert [each[-1] for each in capfd.readouterr().err.splitlines()] == ["接", "a", "b"]
 
 
 def test_no_other_library_s_logger_is_changed():

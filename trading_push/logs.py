@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import select
 import threading
 import time
+import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -40,6 +42,8 @@ __all__ = [
 
 FIELD_LENGTH: Final = 64
 ERROR_LENGTH: Final = 300
+TRACE_LENGTH: Final = 1000
+"""How long a text may be in a stack trace."""
 
 # event: (logger below trading_push, Chinese, English). The first character decides the level.
 CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
@@ -377,18 +381,21 @@ def _escape_character(character: str) -> str:
     )
 
 
-_TEXTS: Final = (str, Path)
+def _one_line(text: str, limit: int) -> str:
+    # As `escape`, for what no quote surrounds.
+    return escape(text, limit).replace("\\'", "'")
 
 
 def line(event: str, **fields: Any) -> Line:
-    """A line of the catalogue; text in its fields is escaped, a number prints at its shortest."""
+    """A line of the catalogue; a number prints at its shortest, the text of all else is escaped."""
     for name, value in fields.items():
-        if isinstance(value, _TEXTS):
-            fields[name] = escape(str(value), ERROR_LENGTH if name in ("error", "path") else 64)
-        elif isinstance(value, BaseException):
+        if isinstance(value, BaseException):
             fields[name] = failure(value)
         elif isinstance(value, float):
             fields[name] = float(f"{value:g}") if value % 1 else int(value)
+        elif not isinstance(value, int):
+            limit = ERROR_LENGTH if name in ("error", "path") else FIELD_LENGTH
+            fields[name] = escape(_text_of(value), limit)
     return Line(event, fields)
 
 
@@ -402,15 +409,67 @@ def innermost(error: BaseException) -> BaseException:
 def failure(error: BaseException) -> str:
     """An exception in one escaped line: its kind (unless it is ours) and its text's first line."""
     kind = type(error).__name__
-    try:
-        text = str(error).strip().split("\n", 1)[0]
-    except Exception:  # a foreign exception's __str__ must not end whoever reports it
-        text = ""
+    text = _without_tokens(_text_of(error).strip().split("\n", 1)[0], ERROR_LENGTH)
     if not text:
         text = kind
     elif not isinstance(error, TradingPushError):
         text = f"{kind}: {text}"
     return escape(text, ERROR_LENGTH)
+
+
+def _text_of(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # a foreign object's __str__ must not end whoever reports it
+        return ""
+
+
+_TOKEN: Final = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
+
+
+def _without_tokens(text: str, limit: int) -> str:
+    # An application's `authenticate` may raise with the token in its text: whoever reads the log
+    # could use it. Of one that the cut goes through, the signature is missing.
+    return _TOKEN.sub("(token)", text[:limit])
+
+
+def _told(text: str) -> str:
+    return _one_line(_without_tokens(text, TRACE_LENGTH), TRACE_LENGTH)
+
+
+_CAUSE: Final = "The above exception was the direct cause of the following exception:"
+_CONTEXT: Final = "During handling of the above exception, another exception occurred:"
+_EXCEPTIONS: Final = 50
+
+
+def _trace(error: BaseException, told: set[int]) -> Iterator[str]:
+    """The lines of a stack trace, as Python prints it, for at most so many exceptions.
+
+    What an exception says may be a peer's text: it is one line, escaped and cut, for a line feed in
+    it could begin a line that reads like one of the catalogue.
+    """
+    told.add(id(error))
+    earlier, why = error.__cause__, _CAUSE
+    if earlier is None and not error.__suppress_context__:
+        earlier, why = error.__context__, _CONTEXT
+    if earlier is not None and id(earlier) not in told and len(told) < _EXCEPTIONS:
+        yield from _trace(earlier, told)
+        yield from ("", why, "")
+    yield "Traceback (most recent call last):"
+    for frame in traceback.format_tb(error.__traceback__):
+        for text in frame.splitlines():
+            yield _one_line(text, TRACE_LENGTH)
+    kind = type(error)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    said = _text_of(error)
+    yield _told(f"{name}: {said}" if said else name)
+    notes = getattr(error, "__notes__", ())
+    for note in notes if isinstance(notes, list) else ():
+        yield _told(f"note: {_text_of(note)}")
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            if id(each) not in told and len(told) < _EXCEPTIONS:
+                yield from (f"  | {text}" for text in _trace(each, told))
 
 
 def close_line(code: int, reason: str, *, ours: bool) -> Line:
@@ -491,14 +550,23 @@ def _texts(lines: Sequence[Line]) -> list[str] | None:
 def _emit(each: Line) -> None:
     event, fields, exception = each
     logger, level = _LOGGERS[event], _LEVELS[event]
+    if logger.disabled and any(isinstance(handler, _Output) for handler in _PACKAGE.handlers):
+        # By `logging.config`, which an application's module calls on import: it disables every
+        # logger that it does not name. The lines of a program are not the module's to end.
+        logger.disabled = False
     if not logger.isEnabledFor(level):
         return
     text = CATALOGUE[event][1 + _language].format_map(fields)
     info = None if exception is None else (type(exception), exception, exception.__traceback__)
-    record = logging.getLogRecordFactory()(logger.name, level, "", 0, text, None, info)
-    record.event = event
-    record.fields = fields
-    logger.handle(record)
+    # A factory, filter or handler of the application may raise, also where the registry speaks: a
+    # line is no reason to end the service.
+    with suppress(Exception):
+        record = logging.getLogRecordFactory()(logger.name, level, "", 0, text, None, info)
+        record.event = event
+        record.fields = fields
+        if exception is not None:  # whoever formats it takes this for the trace
+            record.exc_text = "\n".join(_trace(exception, set()))
+        logger.handle(record)
 
 
 _PACKAGE: Final = logging.getLogger("trading_push")
@@ -537,14 +605,21 @@ def _unbroken(logger: logging.Logger | None) -> Iterator[None]:
 
 
 class SafeFormatter(logging.Formatter):
-    """A formatter whose stack traces cannot carry control characters of a peer's making."""
+    """A formatter of one line for each record, and below it the stack trace: see `_trace`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record; its trace is not the one that another handler's formatter has left in it."""
+        if record.exc_info:
+            record.exc_text = None
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The record's line; also of another library's text, it is one."""
+        return _one_line(super().formatMessage(record), TRACE_LENGTH)
 
     def formatException(self, ei: Any) -> str:
-        """The trace, each line of it escaped."""
-        return "\n".join(
-            escape(text, 2000).replace("\\'", "'")
-            for text in super().formatException(ei).split("\n")
-        )
+        """The trace."""
+        return "" if ei[1] is None else "\n".join(_trace(ei[1], set()))
 
 
 class JsonFormatter(SafeFormatter):
@@ -557,7 +632,7 @@ class JsonFormatter(SafeFormatter):
             "level": record.levelname,
             "logger": record.name,
             "event": getattr(record, "event", None),
-            "message": record.getMessage(),
+            "message": _one_line(record.getMessage(), TRACE_LENGTH),
             "fields": getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -620,7 +695,10 @@ class _Output(logging.Handler):
         try:
             return self.format(record)
         except Exception:  # of a foreign record; its own is no reason to fail
-            return escape(f"{record.levelname} {record.msg!r}", ERROR_LENGTH)
+            record = logging.LogRecord(
+                record.name, record.levelno, "", 0, f"cannot be formatted: {record.name}", (), None
+            )
+            return self.format(record)
 
     def _gap(self) -> logging.LogRecord:
         text = CATALOGUE["lines_dropped"][1 + _language].format(dropped=self._dropped)
@@ -725,6 +803,7 @@ def attached(
         for output in outputs:
             logger.addHandler(output)
         logger.propagate = False
+        logger.disabled = False
         logger.setLevel(level)
     if file is None and not json:
         _outputs[:] = outputs
