@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import trio
-from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, process, token, trio_client
+import trio.testing
+from starlette.requests import Request
+from support import (
+    PATIENCE_S,
+    SECRET,
+    TrioClient,
+    hypercorn_serving,
+    process,
+    token,
+    trio_client,
+    until,
+)
 from test_auth import signed
 from test_poller import Table
 from test_readme import block
@@ -29,7 +40,9 @@ from trading_push import (
     issue_token,
     open_push_service,
 )
-from trading_push.settings import Intervals, Limits, Settings
+from trading_push.errors import PayloadError, ServiceClosed
+from trading_push.settings import Auth, Intervals, Limits, Settings
+from trading_push.web.publish import Publisher
 
 
 def publisher(claim: Any = True, user: str = "back end") -> str:
@@ -58,6 +71,7 @@ class BackEnd:
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
         self._connection.request(method, path, sent, headers)
         response = self._connection.getresponse()
+        self.headers = response.headers
         answer = response.read()
         if response.headers.get_content_type() == "application/json":
             return response.status, json.loads(answer)
@@ -69,9 +83,14 @@ class BackEnd:
 
 @asynccontextmanager
 async def serving(
-    source: Any = None, **limits: Any
+    source: Any = None, *, leeway_s: float = 5, **limits: Any
 ) -> AsyncIterator[tuple[PushService, int, BackEnd]]:
-    settings = Settings(jwt_secret=SECRET, intervals=Intervals(*4 * [0.1]), limits=Limits(**limits))
+    settings = Settings(
+        jwt_secret=SECRET,
+        auth=Auth(leeway_s=leeway_s),
+        intervals=Intervals(*4 * [0.1]),
+        limits=Limits(**limits),
+    )
     channels = [Channel("alerts", "events"), Channel("news", per_user=False)]
     async with (
         open_push_service(source, settings=settings, channels=channels) as service,
@@ -240,17 +259,128 @@ async def test_a_repeated_key_is_delivered_once() -> None:
             assert (await post(first, key=bad))[0] == 400
 
 
-async def test_keys_are_forgotten_in_time_and_bounded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_no_key_is_thrown_out_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trading_push.web.publish.KEYS", 2)
     value = {"channel": "alerts", "user": "4", "data": 1}
     async with serving() as (service, _, post):
-        for key in ("a", "b", "c", "a"):
+
+        def published() -> int:
+            return service._broker.snapshot(service._topic("alerts", "4")).seq
+
+        for key in ("a", "b"):
             assert (await post(value, key=key))[0] == 200
-        epoch = json.loads(bytes(service.latest("alerts", "4").data))
-        assert epoch == 1
-        assert service._broker.snapshot(service._topic("alerts", "4")).seq == 4
+        # Neither by the keys of other publishers ...
+        for number in range(3):
+            post.token = publisher(user=f"another back end {number}")
+            for key in ("a", "b"):
+                assert (await post(value, key=key))[0] == 200
+        assert published() == 8
+        # ... nor by more of its own, which must wait.
+        post.token = publisher()
+        status, answer = await post(value, key="c")
+        assert (status, answer["error"]["code"]) == (429, "rate_limited")
+        assert 590 <= int(post.headers["Retry-After"]) <= 600
+        for key in ("a", "b", "a"):
+            assert await post(value, key=key) == (200, {"ok": True, "published": 1})
+        assert published() == 8
+        assert (await post(value))[0] == 200  # without a key there is nothing to remember
+        assert published() == 9
+
+
+async def test_keys_and_publishers_are_forgotten_in_time(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trading_push.web.publish.KEYS", 2)
+    published: list[object] = []
+
+    async def check(token: str) -> Principal:
+        return Principal(token, None, {"publish": True})
+
+    async def publish(values: Any) -> None:
+        published.append(list(values))
+
+    endpoint = Publisher(check, publish, 1000, 1, 0)
+
+    async def post(user: str, key: str) -> tuple[int, str | None]:
+        response = await endpoint.answer(request_of(user, key, b"[]"))
+        return response.status_code, response.headers.get("retry-after")
+
+    assert await post("1", "a") == (200, None)
+    await trio.sleep(400)
+    assert await post("1", "b") == (200, None)
+    assert await post("1", "c") == (429, "200")
+    await trio.sleep(199.5)
+    assert await post("1", "c") == (429, "1")
+    assert await post("1", "a") == (200, None)
+    assert len(published) == 2
+    await trio.sleep(1)
+    assert await post("1", "a") == (200, None)  # forgotten: another request
+    assert await post("1", "b") == (200, None)
+    assert await post("1", "c") == (429, "400")
+    assert len(published) == 3
+    for number in range(1000):
+        assert await post(f"once {number}", "a") == (200, None)
+    await trio.sleep(601)
+    assert await post("1", "a") == (200, None)
+    assert len(endpoint._keys) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), PayloadError("bad"), ServiceClosed()])
+async def test_a_key_is_free_where_nothing_was_published(error: Exception) -> None:
+    fails = [error]
+
+    async def check(token: str) -> Principal:
+        return Principal(token, None, {"publish": True})
+
+    async def publish(values: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        if fails:
+            raise fails.pop()
+
+    endpoint = Publisher(check, publish, 1000, 1, 0)
+    with contextlib.suppress(RuntimeError):
+        assert (await endpoint.answer(request_of("1", "a", b"[]"))).status_code in (400, 503)
+    other = b'{"channel":"news","data":1}'
+    assert (await endpoint.answer(request_of("1", "a", other))).status_code == 200
+
+
+async def test_a_bug_at_a_route_is_one_trace_of_our_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def publish(self: object, values: object) -> None:
+        raise RuntimeError("a bug\n✅ 用户4认证成功")
+
+    monkeypatch.setattr(PushService, "publish_many", publish)
+    async with serving() as (_, _, post):
+        assert (await post({"channel": "news", "data": 1}))[0] == 500
+        await until(lambda: any(record.exc_info for record in caplog.records))
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert record.name == "trading_push.connection"
+    assert "\n✅" not in caplog.text
+
+
+async def test_a_token_that_ends_while_the_body_comes_publishes_nothing() -> None:
+    value = b'{"channel":"alerts","user":"4","data":1}'
+    async with serving(leeway_s=0) as (service, port, _):
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        ends = issue_token(SECRET, "x", 2, {"publish": True})
+        head = f"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ends}\r\n"
+        await stream.send_all(head.encode() + b"Content-Length: %d\r\n\r\n" % len(value))
+        await trio.sleep(3)
+        await stream.send_all(value)
+        with trio.fail_after(PATIENCE_S):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 401")
+        await stream.aclose()
+        assert service.latest("alerts", "4") is None
+
+
+def request_of(user: str, key: str, body: bytes) -> Request:
+    headers = [(b"authorization", f"Bearer {user}".encode()), (b"idempotency-key", key.encode())]
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request({"type": "http", "method": "POST", "headers": headers}, receive)
 
 
 async def test_what_is_too_long_and_what_is_not_there() -> None:

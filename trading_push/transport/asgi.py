@@ -208,7 +208,11 @@ class AsgiDoor:
         elif not self._hub.accepting:
             await _answer(send, "http.response", Refused(503, "shutting down"))
         elif self._http is not None:
-            await self._http(scope, receive, send)
+            try:
+                await self._http(scope, receive, send)
+            except Exception as error:  # Starlette has answered 500; a server's own log is not ours
+                line = logs.line("internal_error", address=_peer(scope), error=error)
+                logs.emit(line._replace(exception=error))
         else:
             await _answer(send, "http.response", Refused(404, "there is nothing here"))
 

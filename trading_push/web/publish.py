@@ -7,11 +7,13 @@ its answer was lost repeats its key, and is given the first answer again.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from typing import Any, Final
 
+import attrs
 import cachetools
 import msgspec
 import trio
@@ -32,6 +34,7 @@ from trading_push.errors import (
 __all__ = ["Publish", "Publisher"]
 
 KEYS: Final = 10_000
+"""How many keys of one publisher are remembered: with more, new ones must wait."""
 KEY_TTL_S: Final = 600.0
 KEY_CHARACTERS: Final = 255
 SKIP_S: Final = 1.0
@@ -55,10 +58,25 @@ _validate = msgspec.json.Decoder().decode
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, code: ErrorCode, message: str) -> None:
+    def __init__(
+        self, status: int, code: ErrorCode, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers
+
+
+@attrs.frozen
+class _Done:
+    """What a key has published, and when."""
+
+    digest: bytes
+    count: int
+    at: float
+
+
+_Keys = cachetools.TTLCache[str, _Done]
 
 
 class Publisher:
@@ -67,7 +85,8 @@ class Publisher:
     Args:
         check: Whom a token stands for; raises AuthenticationError to refuse, SourceError where it
             cannot tell.
-        publish: Publishes a batch, all or nothing; raises ValueError or PayloadError.
+        publish: Publishes a batch, all or nothing: where it raises (ValueError, PayloadError),
+            nothing; cancelled, all.
         limit_bytes: How long a request's body may be.
         check_timeout_s: How long `check` may take.
         leeway_s: By how much the clocks may differ.
@@ -86,9 +105,10 @@ class Publisher:
         self._limit_bytes = limit_bytes
         self._check_timeout_s = check_timeout_s
         self._leeway_s = leeway_s
-        # The body's hash and how much was published, by who and their key.
-        self._done: cachetools.TTLCache[tuple[str, str], tuple[bytes, int]] = cachetools.TTLCache(
-            KEYS, KEY_TTL_S, trio.current_time
+        # The keys of each publisher of the last ten minutes, oldest first; nobody's are thrown out
+        # for another's. Put in anew with each new key, a publisher goes with the last of them.
+        self._keys: cachetools.TTLCache[str, _Keys] = cachetools.TTLCache(
+            math.inf, KEY_TTL_S, trio.current_time
         )
 
     async def answer(self, request: Request) -> Response:
@@ -97,8 +117,7 @@ class Publisher:
             published = await self._take(request)
         except _Refused as refused:
             error = {"code": refused.code, "message": str(refused)}
-            headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
-            return _json({"ok": False, "error": error}, refused.status, headers)
+            return _json({"ok": False, "error": error}, refused.status, refused.headers)
         return _json({"ok": True, "published": published})
 
     async def _take(self, request: Request) -> int:
@@ -125,43 +144,49 @@ class Publisher:
                     403, ErrorCode.FORBIDDEN, f"the token does not allow {value.channel!r}"
                 )
         key = request.headers.get("idempotency-key")
+        if key is not None and not 0 < len(key) <= KEY_CHARACTERS:
+            raise _bad_request(f"give an Idempotency-Key of 1 to {KEY_CHARACTERS} characters")
+        # Nothing awaits from here to the publication: what is so now is so when it is published,
+        # and no two requests with one key are under way. The body may have taken its time.
+        self._refuse_ended(principal)
+        keys = self._keys.get(principal.user)
+        if keys is None:
+            keys = cachetools.TTLCache(math.inf, KEY_TTL_S, trio.current_time)
         if key is not None:
-            if not 0 < len(key) <= KEY_CHARACTERS:
-                raise _bad_request(f"give an Idempotency-Key of 1 to {KEY_CHARACTERS} characters")
-            before = self._done.get((principal.user, key))
+            before = keys.get(key)
             if before is not None:
-                if before[0] != digest:
-                    raise _Refused(
-                        422,
-                        ErrorCode.BAD_REQUEST,
-                        "this Idempotency-Key has been used for another request",
-                    )
-                return before[1]
-            # Nothing awaits between the look and here, so that no two with one key are under way.
-            self._done[principal.user, key] = (digest, len(values))
+                if before.digest != digest:
+                    message = "this Idempotency-Key has been used for another request"
+                    raise _Refused(422, ErrorCode.BAD_REQUEST, message)
+                return before.count
+            _refuse_too_many(keys)
+            keys[key] = _Done(digest, len(values), trio.current_time())
+            self._keys[principal.user] = keys
         try:
             await self._publish(
                 (value.channel, value.data, None if value.user is None else str(value.user))
                 for value in values
             )
-        except (ValueError, PayloadError, ServiceClosed) as error:
+        except Exception as error:
             if key is not None:
-                self._done.pop((principal.user, key), None)
+                keys.pop(key, None)
             if isinstance(error, ServiceClosed):
                 raise _Refused(503, ErrorCode.INTERNAL, "shutting down") from None
-            raise _bad_request(str(error)) from None
+            if isinstance(error, ValueError | PayloadError):
+                raise _bad_request(str(error)) from None
+            raise
         return len(values)
 
     async def _principal(self, request: Request) -> Principal:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             message = "send Authorization: Bearer with a token that may publish"
-            raise _Refused(401, ErrorCode.NOT_AUTHENTICATED, message)
+            raise _unauthorized(ErrorCode.NOT_AUTHENTICATED, message)
         try:
             with trio.fail_after(self._check_timeout_s):
                 principal = await self._check(token.strip())
         except AuthenticationError as error:
-            raise _Refused(401, error.code, error.message) from None
+            raise _unauthorized(error.code, error.message) from None
         except (SourceError, trio.TooSlowError):
             message = "the token cannot be checked now"
             raise _Refused(503, ErrorCode.INTERNAL, message) from None
@@ -171,10 +196,13 @@ class Publisher:
             logs.emit(line._replace(exception=error))
             message = "an error of ours; try again later"
             raise _Refused(500, ErrorCode.INTERNAL, message) from None
+        self._refuse_ended(principal)
+        return principal
+
+    def _refuse_ended(self, principal: Principal) -> None:
         expires_at = principal.expires_at
         if expires_at is not None and expires_at + self._leeway_s < time.time():
-            raise _Refused(401, ErrorCode.TOKEN_EXPIRED, "the token has expired")
-        return principal
+            raise _unauthorized(ErrorCode.TOKEN_EXPIRED, "the token has expired")
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
@@ -217,6 +245,19 @@ def _values(body: bytes) -> list[_Value]:
     if len(values) > VALUES:
         raise _Refused(413, ErrorCode.BAD_REQUEST, f"send at most {VALUES} values at once")
     return values
+
+
+def _refuse_too_many(keys: _Keys) -> None:
+    with keys.timer as now:
+        if len(keys) >= KEYS:
+            oldest = keys[next(iter(keys))]
+            message = f"more than {KEYS} keys within {KEY_TTL_S:g} s: send more values at once"
+            wait = {"Retry-After": str(math.ceil(oldest.at + KEY_TTL_S - now) or 1)}
+            raise _Refused(429, ErrorCode.RATE_LIMITED, message, wait)
+
+
+def _unauthorized(code: ErrorCode, message: str) -> _Refused:
+    return _Refused(401, code, message, {"WWW-Authenticate": "Bearer"})
 
 
 def _bad_request(message: str) -> _Refused:
