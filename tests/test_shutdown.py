@@ -68,6 +68,18 @@ def test_plain_hypercorn_tells_everyone(tmp_path, workers):
         assert server.traces() == []
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_hypercorn_s_graceful_timeout_does_not_cut_the_farewell(tmp_path, workers):
+    with plain_hypercorn(tmp_path, "-w", workers, "--graceful-timeout", "0") as server:
+        asyncio.run(told(server, lambda: os.killpg(server.popen.pid, signal.SIGTERM)))
+        assert server.popen.wait(10) == 0
+        server.stop()
+        assert f"🔌 服务正在关闭 - 通知{CLIENTS}个连接" in server.err
+        assert sum("连接关闭: code=1012" in line for line in server.err) == CLIENTS
+        assert server.traces() == []
+        assert not [line for line in server.err if "❌" in line]
+
+
 def stalled(url: str) -> socket.socket:
     """A client that subscribes and never reads."""
     sock = raw(url)
@@ -83,6 +95,15 @@ def stalled(url: str) -> socket.socket:
 
 def test_a_peer_that_never_reads_does_not_hold_serve(tmp_path):
     with serving(tmp_path) as server, stalled(server.url):
+        server.wait_for_line("用户4订阅orders数据")
+        began = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 5
+        assert any("连接关闭: code=1012" in line for line in server.err)
+
+
+def test_a_peer_that_never_reads_does_not_hold_hypercorn(tmp_path):
+    with plain_hypercorn(tmp_path, "--graceful-timeout", "0") as server, stalled(server.url):
         server.wait_for_line("用户4订阅orders数据")
         began = time.monotonic()
         assert server.stop(signal.SIGTERM) == 0

@@ -6,7 +6,6 @@ names. Importing this module guards every Hypercorn server of the process (`hype
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import threading
@@ -18,15 +17,11 @@ from trading_push.assembly import authenticator, open_configured_service
 from trading_push.configuration import load_settings
 from trading_push.errors import ConfigurationError, LinkError
 from trading_push.server import tune
-from trading_push.service import PushService
 from trading_push.settings import Settings
 from trading_push.transport import hypercorn_link
 from trading_push.transport.asgi import AsgiDoor, Receive, Scope, Send
 
 __all__ = ["app"]
-
-# The drain has to be over before Hypercorn's graceful timeout cuts what is left.
-_BEFORE_CUT_S = 0.5
 
 
 class _Application:
@@ -75,23 +70,16 @@ class _Application:
             trio.open_nursery() as nursery,
         ):
             self._door = service.asgi_app
-            nursery.start_soon(_drain_when_terminated, service)
+            context = hypercorn_link.worker()
+            if context is not None:
+                # Hypercorn tells an application of its end only after it has cut every connection.
+                context.farewell = service.drain
             if threading.current_thread() is threading.main_thread():
                 nursery.start_soon(_terminate_at_sigterm)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             nursery.cancel_scope.cancel()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-async def _drain_when_terminated(service: PushService) -> None:
-    # Hypercorn tells an application of its end only after it has cut every connection.
-    context = hypercorn_link.worker()
-    if context is None:
-        return
-    await context.terminated.wait()
-    limit = hypercorn_link.guard.graceful_timeout_s - _BEFORE_CUT_S
-    await service.drain(None if limit == math.inf else min(limit, service.limits.drain_timeout_s))
 
 
 async def _terminate_at_sigterm() -> None:

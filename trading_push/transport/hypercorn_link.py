@@ -7,7 +7,7 @@ that a send is stuck. `install` puts subclasses of three of its classes where it
 - TCPServer: a firewall and a cancel scope round each connection, over a PushStream; what a handler
   leaves behind is reaped, and connections over the limit are refused before the handshake.
 - WSStream: no permessage-deflate, the true close code and reason, an oversize message is the end.
-- WorkerContext: makes `terminate` and `terminated` known to the application.
+- WorkerContext: the application can end the worker, and say good-bye before Hypercorn cuts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -76,12 +76,11 @@ class Guard:
     refused: int = 0
     stopped: int = 0
     reaped: int = 0
-    graceful_timeout_s: float = math.inf
 
 
 guard = Guard()
 _server: ContextVar[GuardedTCPServer | None] = ContextVar("guarded_tcp_server", default=None)
-_worker: ContextVar[WorkerContext | None] = ContextVar("guarded_worker", default=None)
+_worker: ContextVar[KnownWorkerContext | None] = ContextVar("guarded_worker", default=None)
 
 
 class GuardedTCPServer(TCPServer):
@@ -102,7 +101,6 @@ class GuardedTCPServer(TCPServer):
         self._waiting = 0
         self._reap_at = math.inf
         self._idle_until = math.inf
-        guard.graceful_timeout_s = config.graceful_timeout
 
     async def run(self) -> None:
         """Serve the connection; no exception of its making gets out."""
@@ -450,16 +448,18 @@ class _Idle:
 
 
 class _Terminated(EventWrapper):
-    """The server's end, which idle connections do not wait for."""
+    """The server's end: idle connections do not wait for it, and it waits for the farewell."""
 
-    def __init__(self, idle: set[GuardedTCPServer]) -> None:
+    def __init__(self, context: KnownWorkerContext) -> None:
         super().__init__()
-        self._idle = idle
+        self._context = context
 
     async def set(self) -> None:
         await super().set()
-        for server in self._idle:
+        for server in self._context.idle:
             server.cancel()
+        # Hypercorn's graceful timeout, which may be 0, begins when this returns.
+        await self._context.farewell()
 
 
 class KnownWorkerContext(WorkerContext):
@@ -468,11 +468,13 @@ class KnownWorkerContext(WorkerContext):
     def __init__(self, max_requests: int | None) -> None:
         super().__init__(max_requests)
         self.idle: set[GuardedTCPServer] = set()
-        self.terminated = _Terminated(self.idle)
+        self.terminated = _Terminated(self)
+        self.farewell: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Awaited when nobody is accepted any more, before connections are cut; never raises."""
         _worker.set(self)
 
 
-def worker() -> WorkerContext | None:
+def worker() -> KnownWorkerContext | None:
     """The worker that the current task runs in; None outside a guarded Hypercorn."""
     return _worker.get()
 
