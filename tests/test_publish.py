@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import logging
+import math
 import shlex
 import time
 import tracemalloc
@@ -41,6 +42,7 @@ from trading_push import (
     open_push_service,
 )
 from trading_push.errors import PayloadError, ServiceClosed
+from trading_push.revocation import RevokedTokens
 from trading_push.settings import Auth, Intervals, Limits, Settings
 from trading_push.web.publish import Publisher
 
@@ -299,7 +301,7 @@ async def test_keys_and_publishers_are_forgotten_in_time(
     async def publish(values: Any) -> None:
         published.append(list(values))
 
-    endpoint = Publisher(check, publish, 1000, 1, 0)
+    endpoint = Publisher(check, publish, 1000, RevokedTokens(0), 1, 0)
 
     async def post(user: str, key: str) -> tuple[int, str | None]:
         response = await endpoint.answer(request_of(user, key, b"[]"))
@@ -337,7 +339,7 @@ async def test_a_key_is_free_where_nothing_was_published(error: Exception) -> No
         if fails:
             raise fails.pop()
 
-    endpoint = Publisher(check, publish, 1000, 1, 0)
+    endpoint = Publisher(check, publish, 1000, RevokedTokens(0), 1, 0)
     with contextlib.suppress(RuntimeError):
         assert (await endpoint.answer(request_of("1", "a", b"[]"))).status_code in (400, 503)
     other = b'{"channel":"news","data":1}'
@@ -536,3 +538,36 @@ async def test_the_command_makes_a_token_that_may_publish(demo: str) -> None:
         assert (await post({"channel": "news", "data": 1}))[0] == 200
         post.token = token("4")
         assert (await post({"channel": "news", "data": 1}))[0] == 403
+
+
+async def test_a_token_that_is_revoked_while_the_body_comes_publishes_nothing() -> None:
+    value = b'{"channel":"alerts","user":"4","data":1}'
+    asked = trio.Event()
+    revoked = RevokedTokens(0)
+    published: list[object] = []
+
+    async def check(token: str) -> Principal:
+        return Principal(token, None, {"publish": True}, token_id="mine")
+
+    async def publish(values: Any) -> None:
+        published.append(list(values))
+
+    async def receive() -> dict[str, Any]:
+        asked.set()
+        await trio.testing.wait_all_tasks_blocked()
+        return {"type": "http.request", "body": value, "more_body": False}
+
+    endpoint = Publisher(check, publish, 1000, revoked, 1, 0)
+    request = request_of("1", "a", value)
+    request._receive = receive
+
+    async def revoke() -> None:
+        await asked.wait()
+        revoked.add("mine", math.inf)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(revoke)
+        response = await endpoint.answer(request)
+    assert response.status_code == 401
+    assert b"revoked" in response.body
+    assert published == []

@@ -205,6 +205,7 @@ class PushService:
             self.hub.check,
             self.publish_many,
             limits.publish_bytes,
+            self.hub.revoked,
             limits.authentication_timeout_s,
             settings.auth.leeway_s,
         )

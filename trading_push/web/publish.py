@@ -30,6 +30,7 @@ from trading_push.errors import (
     ServiceClosed,
     SourceError,
 )
+from trading_push.revocation import RevokedTokens
 
 __all__ = ["Publish", "Publisher"]
 
@@ -88,6 +89,7 @@ class Publisher:
         publish: Publishes a batch, all or nothing: where it raises (ValueError, PayloadError),
             nothing; cancelled, all.
         limit_bytes: How long a request's body may be.
+        revoked: The tokens that are refused although they are good otherwise.
         check_timeout_s: How long `check` may take.
         leeway_s: By how much the clocks may differ.
     """
@@ -97,12 +99,14 @@ class Publisher:
         check: Callable[[str], Awaitable[Principal]],
         publish: Publish,
         limit_bytes: int,
+        revoked: RevokedTokens,
         check_timeout_s: float,
         leeway_s: float,
     ) -> None:
         self._check = check
         self._publish = publish
         self._limit_bytes = limit_bytes
+        self._revoked = revoked
         self._check_timeout_s = check_timeout_s
         self._leeway_s = leeway_s
         # The keys of each publisher of the last ten minutes, oldest first; nobody's are thrown out
@@ -203,6 +207,10 @@ class Publisher:
         expires_at = principal.expires_at
         if expires_at is not None and expires_at + self._leeway_s < time.time():
             raise _unauthorized(ErrorCode.TOKEN_EXPIRED, "the token has expired")
+        try:
+            self._revoked.check(principal)
+        except AuthenticationError as error:
+            raise _unauthorized(error.code, error.message) from None
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
