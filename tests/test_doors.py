@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import ssl
@@ -19,7 +20,7 @@ import trio
 import trio.testing
 import trio_websocket
 import trustme
-from support import SECRET, TrioClient, hypercorn_serving, token
+from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, token
 from test_firewall import KILLERS, attack, handshake
 
 from trading_push import (
@@ -333,15 +334,17 @@ async def test_a_bug_in_a_handler_is_one_trace_and_nobody_elses(kind, certificat
         assert push["data"] == 1
 
 
+@pytest.mark.parametrize("timeout_s", [None, 0, -1, math.nan])
 @every_door
-async def test_the_drain_tells_everyone(kind, certificates):
+async def test_the_drain_tells_everyone(kind, certificates, timeout_s):
     async with (
         open_door(kind, certificates) as door,
         door.connect(4, "ticker.A") as client,
         door.connect() as nobody,
     ):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(door.service.drain)
+            nursery.cancel_scope.deadline = trio.current_time() + PATIENCE_S
+            nursery.start_soon(door.service.drain, timeout_s)
             for each in (client, nobody):
                 while "op" not in (notice := await each.receive()):
                     pass
@@ -349,6 +352,7 @@ async def test_the_drain_tells_everyone(kind, certificates):
                 with pytest.raises(trio_websocket.ConnectionClosed) as closed:
                     await each.receive()
                 assert closed.value.reason.code == 1012
+        assert not nursery.cancel_scope.cancelled_caught
         if kind != "memory":
             assert await status_of(door, handshake(), certificates) == 503
 

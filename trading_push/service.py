@@ -49,6 +49,7 @@ __all__ = ["Latest", "PushService", "Statistics", "open_push_service"]
 
 _BACKLOG = 4096
 _FORGET_EVERY_S = 10
+_LEAST_DRAIN_S = 0.5
 
 
 @attrs.frozen
@@ -462,7 +463,8 @@ class PushService:
         """Refuse new connections, send everyone the notice and close 1012, wait for their ends.
 
         Args:
-            timeout_s: What is left by then is aborted; None takes `limits.drain_timeout_s`.
+            timeout_s: What is left by then is aborted; None takes `limits.drain_timeout_s`. With
+                none left (0, or less) there is still a moment, for a notice to go out.
 
         Cancelled, it aborts what is left at once.
         """
@@ -474,9 +476,9 @@ class PushService:
         for connection in list(connections):
             connection.dismiss()
         try:
-            with trio.move_on_after(
-                self.limits.drain_timeout_s if timeout_s is None else timeout_s
-            ):
+            if timeout_s is None:
+                timeout_s = self.limits.drain_timeout_s
+            with trio.move_on_after(max(_LEAST_DRAIN_S, timeout_s)):
                 await self.hub.wait_empty()
         finally:
             for connection in list(connections):

@@ -121,7 +121,7 @@ class Limits:
     expiry_notice_s: float = attrs.field(default=30, validator=number(0))
     send_timeout_s: float = attrs.field(default=10, validator=number(0.1))
     drain_timeout_s: float = attrs.field(default=4, validator=number(0))
-    close_timeout_s: float = attrs.field(default=1, validator=number(0))
+    close_timeout_s: float = attrs.field(default=1, validator=number(0.1))
     """How long a polite close may take before the stream is aborted."""
     reap_after_s: float = attrs.field(default=5, validator=number(0.1))
     """How long a handler may go on after its peer's end of file."""
