@@ -422,3 +422,23 @@ async def test_a_shared_stream_that_takes_long_to_end_leaves_no_live_value(autoj
             "snapshot",
             "stale",
         ]
+
+
+@pytest.mark.parametrize("end", ["leave", "unsubscribe"])
+async def test_the_last_subscriber_may_go_when_the_registry_has_closed(autojump_clock, caplog, end):
+    numbers = Numbers()
+    async with serving(None) as (service, join):
+        service.add_stream("numbers", numbers, shared=True)
+        peer = await join("4", "numbers")
+        await numbers.send(1)
+        await peer.next()
+        [connection] = service.hub.connections
+        if end == "leave":
+            peer.leave()
+        else:
+            member = connection._member
+            service._registry.unsubscribe(member, list(member.subscriptions.values()))
+        service._registry.close()
+        await trio.testing.wait_all_tasks_blocked()
+    assert service.statistics().failures == {}
+    assert not [line for line in lines(caplog) if line.startswith("❌") or "处理出错" in line]

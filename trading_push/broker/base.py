@@ -61,7 +61,11 @@ class Broker(Protocol):
         ...
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
-        """Set the status of some topics; only changes are handed on."""
+        """Set the status of some topics; only changes are handed on.
+
+        Raises nothing where the service runs no more, unlike `publish` (ServiceClosed): whoever
+        ends a topic then has nobody to tell.
+        """
         ...
 
     def snapshot(self, topic: Topic) -> Publication | None:

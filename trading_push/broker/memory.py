@@ -6,8 +6,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from trading_push.broker.base import Message, Publication, State, Status, StatusChange
+from trading_push.errors import ServiceClosed
 from trading_push.topics import Channels, Kind, Topic, symbol_of
 
 __all__ = ["MemoryBroker"]
@@ -90,7 +92,10 @@ class MemoryBroker:
             if changed:
                 changes.append(StatusChange(topic, status, now))
         if changes:
-            self._deliver(changes)
+            # The registry works through its inbox when it takes nothing more: who leaves then ends
+            # topics, too, and there is nobody left to tell.
+            with suppress(ServiceClosed):
+                self._deliver(changes)
 
     def snapshot(self, topic: Topic) -> Publication | None:
         """The last value of a topic; None where there is none."""
