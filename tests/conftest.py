@@ -23,11 +23,11 @@ class Embedded:
         self.ports = {"linked": self.port, "native": self.native_port}
         self.url = f"ws://127.0.0.1:{self.port}/ws"
 
-    def look(self) -> dict[str, Any]:
-        """What the server sees inside itself now."""
+    def look(self, command: str = "") -> dict[str, Any]:
+        """What the server sees inside itself now, after a command that its program knows."""
         seen = len(self.process.out)
         assert self.process.popen.stdin is not None
-        self.process.popen.stdin.write("\n")
+        self.process.popen.stdin.write(f"{command}\n")
         self.process.wait_for(lambda: len(self.process.out) > seen, "answer")
         return json.loads(self.process.out[seen])
 
