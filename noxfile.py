@@ -68,13 +68,16 @@ def http(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """What takes minutes, with its figures: crowds, 20 minutes of faults, half a million inputs."""
+    """What takes minutes: crowds, 20 minutes of faults, half a million inputs, a random client."""
     project = nox.project.load_toml("pyproject.toml")
     session.install(".", *nox.project.dependency_groups(project, "test"))
     session.chdir("tests")
     counts = {"TESTS_ABORTS": "20000", "TESTS_STORM": "5000", "TESTS_FUZZ": "500000"}
     counts["TESTS_FLASK"] = "100000"
-    files = session.posargs or ["test_load.py", "test_fuzz.py", "test_soak.py", "test_flask.py"]
+    files = session.posargs or [
+        *("test_load.py", "test_fuzz.py", "test_soak.py", "test_flask.py"),
+        "test_random_client.py",
+    ]
     session.run("pytest", "-s", "-m", "", *map(_from_root, files), env=counts)
 
 

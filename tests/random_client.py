@@ -201,7 +201,7 @@ class Held:
     told: str | None = "live"
     """The last state told; None while any may be told."""
     believed: str | None = "live"
-    """The state as a client takes it: what a status says, and `live` with each value."""
+    """The state as its client knows it, also from before it came back."""
     pushes: int = 0
     data_at: float = -math.inf
     paced_at: float = -math.inf
@@ -421,7 +421,7 @@ class Model:
             case 4002:
                 return now - self.heard_at >= 2 * rules.heartbeat_s - late
             case 4003:
-                return self.user is not None and now >= self.limit - late
+                return self.user is not None and now >= self.limit - self.longest_stall_s - late
             case 4501:
                 since = now - rules.window_s - self.longest_stall_s - late
                 window = sum(at >= since for at in self._limited)
@@ -610,7 +610,7 @@ class Model:
             self.limit = max(now + token.ttl_s + self.rules.leeway_s, old if renewed else 0)
         left = None if self.limit == math.inf else self.limit - now - self.rules.leeway_s
         told = message["expires_in"]
-        slack = 1.5 if self.rules.exact else 5
+        slack = self.longest_stall_s + (1.5 if self.rules.exact else 5)
         if (told is None) is not (left is None) or (left is not None and abs(told - left) > slack):
             raise self._broken("another expiry", f"{told}, not {left}")
         if message["heartbeat_s"] != self.rules.heartbeat_s:
@@ -713,7 +713,8 @@ class Model:
             case "token_expires":
                 self._keys(message, {"op", "code", "expires_in"}, set())
                 due = self.limit - self.rules.leeway_s - self.rules.expiry_notice_s
-                if self._told_expiry or now < due - rules_late(self.rules):
+                late = self.longest_stall_s + rules_late(self.rules)
+                if self._told_expiry or now < due - late:
                     raise self._broken("a notice without need", f"{message}, due at {due:.2f}")
                 self._told_expiry = True
             case _:
@@ -750,7 +751,6 @@ class Model:
         self._value(held, message, data)
         self._pace(held, now)
         held.epoch, held.seq, held.data = message["epoch"], message["seq"], message["data"]
-        held.believed = "live"
         held.data_at = now
 
     def _status(self, held: Held, message: dict[str, Any]) -> None:
