@@ -224,6 +224,8 @@ class _Pending:
     """The code that it is refused with for its form."""
     token: Token | None = None
     text: str = ""
+    cost: int = 1
+    """How many messages it counts as."""
 
 
 class Model:
@@ -268,7 +270,8 @@ class Model:
         self.notice: dict[str, Any] | None = None
         self._pending: deque[_Pending] = deque()
         self._bad_in_a_row = self._bad_but_for_limits = 0
-        self._served: deque[float] = deque(maxlen=4 * rules.burst)
+        # When messages were served, and what they cost; an answer that weighs much may cost more.
+        self._served: deque[tuple[float, int, int]] = deque(maxlen=4 * rules.burst)
         self._limited: deque[float] = deque(maxlen=4 * rules.burst)
         self._last_reply_at = now
         self._waits_since = math.inf
@@ -300,6 +303,7 @@ class Model:
             now,
             lambda reply, at: self._judge_subscribe(items, reply, at),
             fields={"args": [item.json for item in items]},
+            cost=1 + len(items) // 20,
         )
 
     def unsubscribe(self, items: Sequence[Item], id_: Any, now: float) -> str:
@@ -310,6 +314,7 @@ class Model:
             now,
             lambda reply, at: self._judge_unsubscribe(items, reply),
             fields={"args": [item.json for item in items]},
+            cost=1 + len(items) // 20,
         )
 
     def list(self, id_: Any, now: float) -> str:
@@ -335,11 +340,12 @@ class Model:
         *,
         token: Token | None = None,
         fields: dict[str, Any] | None = None,
+        cost: int = 1,
     ) -> str:
         request = {"op": op, **({} if id_ is ABSENT else {"id": id_}), **(fields or {})}
         text = json.dumps(request)
         self._note(now, "->", text)
-        self._queue(_Pending(op, id_, now, judge, token=token, text=text[:80]))
+        self._queue(_Pending(op, id_, now, judge, token=token, text=text[:80], cost=cost))
         return text
 
     def _queue(self, pending: _Pending) -> None:
@@ -502,10 +508,10 @@ class Model:
             raise self._broken("another id", f"{message} to {pending.text}")
         error = message.get("error") if message.get("op") == "error" else None
         if error is not None and error.get("code") == "rate_limited":
-            self._limit(message, before, now)
+            self._limit(pending.cost, message, before, now)
             return
         if pending.op != "greeting":
-            self._count_served(now)
+            self._count_served(pending, now)
         if pending.refusal is not None:
             self._refused(message, {pending.refusal})
             self._bad_in_a_row += 1
@@ -520,7 +526,7 @@ class Model:
             return
         pending.judge(message, now)
 
-    def _limit(self, message: dict[str, Any], before: float, now: float) -> None:
+    def _limit(self, cost: int, message: dict[str, Any], before: float, now: float) -> None:
         self._refused(message, {"rate_limited"})
         self._bad_in_a_row = 0
         self._limited.append(now)
@@ -528,18 +534,26 @@ class Model:
         # A message is taken when the reply before it has been written, or later; what is written
         # may have waited for the client to read.
         since = before - self.rules.window_s - self.longest_stall_s - rules_late(self.rules)
-        served = sum(at >= since for at in self._served)
-        if served < self.rules.burst:
+        served = sum(most for at, _, most in self._served if at >= since)
+        # What an answer weighs is paid by the window after it, too.
+        served += sum(
+            most - least
+            for at, least, most in self._served
+            if since - self.rules.window_s <= at < since
+        )
+        if served + cost <= self.rules.burst:
             raise self._broken(
                 "rate_limited too early", f"after {served} in {self.rules.window_s} s"
             )
 
-    def _count_served(self, now: float) -> None:
-        self._served.append(now)
+    def _count_served(self, pending: _Pending, now: float) -> None:
+        # One answer has at most the missed events of a connection, and some small values.
+        heavy = 2 if pending.op == "subscribe" else 0
+        self._served.append((now, pending.cost, pending.cost + heavy))
         window_s = self.rules.window_s
         if not self.rules.exact or self.reading_since > now - window_s:
             return
-        served = sum(at > now - window_s for at in self._served)
+        served = sum(least for at, least, _ in self._served if at > now - window_s)
         if served > 2 * self.rules.burst:
             raise self._broken("the rate is not kept", f"{served} served in {window_s} s")
 

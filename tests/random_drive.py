@@ -65,7 +65,8 @@ class MemoryWire:
         principal = None
         if greeted is not None:
             principal = Principal(greeted.user, token_id=greeted.name)
-        self._connection = Connection(service.hub, self.transport, principal)
+        self._seat = service.hub.seats.take()
+        self._connection = Connection(service.hub, self.transport, self._seat, principal)
         self._alive = True
         self._rude = False
 
@@ -73,7 +74,10 @@ class MemoryWire:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, model)
             nursery.start_soon(self._answer_pings)
-            await self._connection.run()
+            try:
+                await self._connection.run()
+            finally:
+                self._seat.leave()
             nursery.cancel_scope.cancel()
         while self.transport.sent:
             [message] = await self.transport.next()

@@ -399,12 +399,14 @@ class Connection:
             return False
         if first and not self._take_seat(principal.user):
             return False
+        before = self._session.principal
         actions = self._session.authenticated(request_id, principal)
         if first:
             self._hub.registry.authenticate(self._member, principal.user)
         assert self._session.principal is not None
-        self._told_expiry = False
         expires_at = self._session.principal.expires_at
+        if before is None or before.expires_at != expires_at:
+            self._told_expiry = False
         if expires_at is None:
             self._limit_to(math.inf)
         else:

@@ -192,7 +192,7 @@ class Poller:
         self._wake.set()
         async with trio.open_nursery() as nursery:
             while True:
-                with trio.move_on_at(self._next_due()):
+                with trio.move_on_at(min(self._next_due(), self._next_useless())):
                     await self._wake.wait()
                 self._wake = trio.Event()
                 self._prune()
@@ -232,6 +232,10 @@ class Poller:
                 self._stale.add(user)
                 self._broker.mark([self._topic(user)], Status("stale", "source_timeout"))
                 logs.emit(logs.line("data_stale", user=user, data_type=self.data_type))
+
+    def _next_useless(self) -> float:
+        """When what is known of the first of those who have gone is of no use any more."""
+        return next(iter(self._left.values()), math.inf) + REPEAT_S
 
     def _prune(self) -> None:
         # What is known of users who have gone, once it is of no use any more.

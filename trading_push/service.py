@@ -487,8 +487,6 @@ class PushService:
                 await self.hub.wait_empty()
 
     def _watched(self, topic: Topic, watched: bool) -> None:
-        if self._workers is None:  # the service ends: nothing is begun upstream, nor marked
-            return
         shared = self.hub.streams.shared.get(topic.channel)
         if shared is not None:
             shared.watched(watched)
