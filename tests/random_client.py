@@ -848,8 +848,8 @@ class Model:
 
     def _pace(self, held: Held, now: float) -> None:
         # What was under way while the client did not read comes at once, and so does what it had
-        # missed: that comes with the reply.
-        if held.max_hz is None or not self.rules.exact or now == held.began:
+        # missed: that comes with the reply. Nor is called back what was under way at a change.
+        if held.max_hz is None or not self.rules.exact or now in (held.began, held.paced_at):
             return
         if held.data_at <= self.reading_since:
             return
