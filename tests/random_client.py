@@ -447,7 +447,7 @@ class Model:
         rules, patience = self.rules, self.rules.patience_s
         if self.ended or self.stalls or now - self.reading_since < patience:
             return
-        pending_auth = any(each.token is not None for each in self._pending)
+        pending_auth = self.asks_for_token
         if self.must_end_by + rules.close_timeout_s + patience < now and not pending_auth:
             raise self._broken("it should have ended", self.doomed or str(self.may_close))
         if self.leaving is not None:
@@ -869,6 +869,11 @@ class Model:
             f"{now:9.3f} {arrow} {(said if isinstance(said, str) else json.dumps(said))[:260]}"
             for now, arrow, said in self._trace
         ]
+
+    @property
+    def asks_for_token(self) -> bool:
+        """Whether it has said an `auth` whose reply has not come."""
+        return any(each.token is not None for each in self._pending)
 
     def client_user(self) -> str | None:
         """Whom it is, or wants to be."""

@@ -115,7 +115,8 @@ async def meddle(service: PushService, world: World, drive: Drive) -> None:
             case 2 if model.tokens:
                 token = rng.choice(model.tokens)
                 token.revoked = True
-                model.condemn(4503, now, surely=model.token is token)
+                sure = model.token is token and not model.asks_for_token
+                model.condemn(4503, now, surely=sure)
                 service.revoke(token.name)
 
 
