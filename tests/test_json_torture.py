@@ -99,7 +99,7 @@ BAD_REQUESTS = {
             "-0.5",
             '"' + "x" * 65 + '"',
         ]
-        if value not in ("1",)
+        if value not in ("1", "null")
     },
 }
 UNKNOWN_OPS = {
@@ -122,6 +122,7 @@ REFUSED = {
 # What reads oddly and is good, with the id of its reply.
 GOOD: dict[str, tuple[str, Any]] = {
     "no id": ('{"op":"ping"}', None),
+    "an id of null": ('{"op":"ping","id":null}', None),
     "null bytes escaped in the id": ('{"op":"ping","id":"a\\u0000"}', "a\x00"),
     "escapes in keys and values": ('{"\\u006fp":"\\u0070ing","\\u0069d":1}', 1),
     "a pair of surrogates": ('{"op":"ping","id":"\\ud83d\\ude00"}', "😀"),
@@ -140,12 +141,20 @@ ITEMS: list[tuple[str, str | None]] = [
     *((f'{{"channel":{value}}}', "bad_request") for value in WRONG),
     *(
         (f'{{"channel":"balance","max_hz":{value}}}', "bad_request")
-        for value in ["null", "true", '"2"', "0", "-1", "1e999", "1001", BIG, "[]", "{}", "1e-999"]
+        for value in ["true", '"2"', "0", "-1", "1e999", "1001", BIG, "[]", "{}", "1e-999"]
     ),
     *(
         (f'{{"channel":"balance","since":{value}}}', "bad_request")
         for value in [
-            *("null", "1", "[]", "{}", '{"epoch":"e"}', '{"seq":1}', '{"epoch":1,"seq":1}'),
+            *(
+                "1",
+                "[]",
+                "{}",
+                '{"epoch":null,"seq":1}',
+                '{"epoch":"e"}',
+                '{"seq":1}',
+                '{"epoch":1,"seq":1}',
+            ),
             *('{"epoch":"e","seq":-1}', '{"epoch":"e","seq":1.5}', '{"epoch":"e","seq":"1"}'),
             f'{{"epoch":"e","seq":{2**53 + 1}}}',
             f'{{"epoch":"e","seq":{BIG}}}',
@@ -164,6 +173,7 @@ ITEMS: list[tuple[str, str | None]] = [
     ('"' + "x" * 5_000 + '"', "unknown_channel"),
     ('{"channel":"nope","channel":"balance"}', None),
     ('{"channel":"pnl","max_hz":1e3}', None),
+    ('{"channel":"orders","max_hz":null,"since":null}', None),
 ]
 
 

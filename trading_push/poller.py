@@ -225,12 +225,13 @@ class Poller:
         return due
 
     def _find_stale(self, due: Iterable[str]) -> None:
-        """Who is due and still waits for an answer, with a value that is too old."""
+        """Mark the values that are too old of who is due and still waits for an answer."""
         too_old = trio.current_time() - max(self._limits.stale_after_s, 2 * self.interval_s)
         for user in self._busy.intersection(due) - self._stale - self._failures.keys():
-            if self._answered_at.get(user, math.inf) <= too_old:
+            topic = self._topic(user)
+            if self._answered_at.get(user, math.inf) <= too_old and self._broker.snapshot(topic):
                 self._stale.add(user)
-                self._broker.mark([self._topic(user)], Status("stale", "source_timeout"))
+                self._broker.mark([topic], Status("stale", "source_timeout"))
                 logs.emit(logs.line("data_stale", user=user, data_type=self.data_type))
 
     def _next_useless(self) -> float:
@@ -239,8 +240,10 @@ class Poller:
 
     def _prune(self) -> None:
         # What is known of users who have gone, once it is of no use any more.
-        long_ago = trio.current_time() - REPEAT_S
-        for user in list(itertools.takewhile(lambda u: self._left[u] <= long_ago, self._left)):
+        now = trio.current_time()
+        for user in list(
+            itertools.takewhile(lambda user: self._left[user] + REPEAT_S <= now, self._left)
+        ):
             del self._left[user]
             self._failures.pop(user, None)
             self._answered_at.pop(user, None)

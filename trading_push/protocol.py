@@ -2,7 +2,7 @@
 
 Version 1 of the protocol. A request is decoded in two steps, so that a bad one can be answered with
 its `id`: first an envelope (`op`, `id`, everything else skipped), then, by its `op`, the whole
-message strictly.
+message strictly. A member that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class SubscribeItem(Struct, forbid_unknown_fields=True):
     """What one item of a subscribe request asks for."""
 
     channel: str
-    max_hz: int | float | UnsetType = UNSET
-    since: Since | UnsetType = UNSET
+    max_hz: int | float | None = None
+    since: Since | None = None
 
 
 class SubscribeRequest(_Strict, kw_only=True):
@@ -166,7 +166,7 @@ def decode_request(text: str | bytes) -> tuple[Id, Request]:
 
 
 def _request_id(raw: Raw) -> Id:
-    if not bytes(raw):
+    if bytes(raw) in (b"", b"null"):
         return None
     try:
         value = _decode_id(raw)
@@ -199,7 +199,7 @@ def decode_item(raw: Raw) -> SubscribeItem:
         raise RequestError(ErrorCode.BAD_REQUEST, _explain(error)) from None
     if isinstance(item, str):
         return SubscribeItem(item)
-    if item.max_hz is not UNSET and not 0 < item.max_hz <= 1000:
+    if item.max_hz is not None and not 0 < item.max_hz <= 1000:
         raise RequestError(ErrorCode.BAD_REQUEST, "`max_hz` is above 0 and at most 1000")
     return item
 

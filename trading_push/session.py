@@ -282,8 +282,9 @@ class Session:
             try:
                 item = protocol.decode_item(raw)
                 topic = self._resolve(item.channel, user)
-                result = ItemResult(topic.channel, True, max_hz=item.max_hz)
-                max_hz = None if item.max_hz is UNSET else float(item.max_hz)
+                max_hz = None if item.max_hz is None else float(item.max_hz)
+                told_hz = UNSET if item.max_hz is None else item.max_hz
+                result = ItemResult(topic.channel, True, max_hz=told_hz)
                 if topic in self.topics:
                     if max_hz is not None:
                         throttled.append((topic, max_hz))
@@ -294,8 +295,7 @@ class Session:
                     )
                 else:
                     self.topics[topic] = None
-                    since = None if item.since is UNSET else item.since
-                    wanted.append(Wanted(topic, max_hz, since, result))
+                    wanted.append(Wanted(topic, max_hz, item.since, result))
                 results.append(result)
             except RequestError as error:
                 results.append(_failed(name, error))
