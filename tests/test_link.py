@@ -20,7 +20,7 @@ import hypercorn.trio
 import pytest
 import trio
 import trustme
-from support import SECRET, hypercorn_serving, token, trio_client, until
+from support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_client, until
 from test_close_codes import raw
 
 from trading_push import JwtAuthenticator, open_push_service
@@ -209,6 +209,50 @@ async def test_between_requests_a_connection_is_kept_for_a_while():
                 answer += part
             assert answer.startswith(b"HTTP/1.1 404")
         with trio.fail_after(5):
+            while await stream.receive_some():
+                pass
+        await until(lambda: not guard.connections)
+        assert guard.reaped == reaped
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_the_first_request_has_the_handshake_s_time(secure, tmp_path):
+    authority, files, trust = trustme.CA(), {}, ssl.create_default_context()
+    if secure:
+        pem = tmp_path / "chain.pem"
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(pem))
+        authority.configure_trust(trust)
+        files = {"certfile": str(pem), "keyfile": str(pem)}
+    async with (
+        limited(handshake_timeout_s=20) as service,
+        hypercorn_serving(service, keep_alive_timeout=0.1, **files) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as plain,
+    ):
+        reaped = guard.reaped
+        stream: Any = trio.SSLStream(plain, trust, server_hostname="localhost") if secure else plain
+        for part in (b"", b"GET /other HTTP/1.1\r\n", b"Host: x\r\n\r\n"):
+            await trio.sleep(0.3)
+            if part:
+                await stream.send_all(part)
+            elif secure:
+                await stream.do_handshake()
+        with trio.fail_after(PATIENCE_S):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 404")
+            with suppress(trio.BrokenResourceError):
+                while await stream.receive_some():  # the next one has that to keep alive
+                    pass
+        await until(lambda: not guard.connections)
+        assert guard.reaped == reaped
+
+
+async def test_a_request_that_does_not_come_ends_its_connection_and_is_no_handler_s_fault():
+    async with (
+        limited(handshake_timeout_s=0.1) as service,
+        hypercorn_serving(service) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        reaped = guard.reaped
+        with trio.fail_after(PATIENCE_S), suppress(trio.BrokenResourceError):
             while await stream.receive_some():
                 pass
         await until(lambda: not guard.connections)

@@ -121,7 +121,8 @@ class GuardedTCPServer(TCPServer):
                     await super().run()
                 else:
                     await self._run_plain()
-            if self._scope.cancelled_caught and self._idle_until == math.inf:
+            late = min(self._handler_until, self._reap_at) <= trio.current_time()
+            if self._scope.cancelled_caught and late:
                 guard.reaped += 1
         except* Exception as errors:
             guard.stopped += 1
@@ -208,11 +209,21 @@ class GuardedTCPServer(TCPServer):
         if not self.config.read_timeout:  # every byte is to begin that anew
             self.push_stream.skip_pongs(decoder_of(connection))
 
+    async def _idle_timeout(self) -> None:
+        # Hypercorn's own, over TLS: as `set_idle`.
+        if self._handshake_until < math.inf:
+            await self.context.terminated.wait()
+        await super()._idle_timeout()
+
     def set_idle(self, idle: bool) -> None:
-        """Between requests: the connection ends after the keep-alive time, or with the server."""
+        """Between requests: the connection ends after the keep-alive time, or with the server.
+
+        Before the first one, too, but that may take as long as a handshake.
+        """
         self._idle_until = math.inf
         if idle:
-            self._idle_until = trio.current_time() + self.config.keep_alive_timeout
+            if self._handshake_until == math.inf:
+                self._idle_until = trio.current_time() + self.config.keep_alive_timeout
             if self.context.terminated.is_set():
                 self.cancel()
         if isinstance(self.context, KnownWorkerContext):
@@ -494,6 +505,7 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (TCPServer, "run", "self"),
     (TCPServer, "protocol_send", "self event"),
     (TCPServer, "_read_data", "self"),
+    (TCPServer, "_idle_timeout", "self"),
     (TCPServer, "_close", "self"),
     (TrioSingleTask, "restart", "self task_group action"),
     (TrioSingleTask, "stop", "self"),
