@@ -445,6 +445,20 @@ async def test_no_input_ends_the_native_door(kind, certificates):
         assert door.service.statistics().connections_stopped > 0
 
 
+@pytest.mark.parametrize("kind", ["linked", "plain", "native"])
+async def test_frames_that_come_with_the_handshake_do_not_vanish_but_end_it(kind, certificates):
+    async with open_door(kind, certificates) as door:
+        stopped = door.service.statistics().connections_stopped
+        async with await trio.open_tcp_stream("127.0.0.1", door.port) as stream:
+            ping = b'{"op":"ping"}'
+            frame = bytes((0x81, 0x80 | len(ping))) + b"\x00" * 4 + ping
+            await stream.send_all(handshake() + frame)
+            with trio.fail_after(PATIENCE_S):
+                while await stream.receive_some():
+                    pass
+        assert door.service.statistics().connections_stopped == stopped + 1
+
+
 @pytest.mark.parametrize("kind", ["native", "native-tls", "linked"])
 async def test_a_handshake_that_is_not_finished_is_given_up(kind, certificates):
     async with open_door(kind, certificates, limits=Limits(handshake_timeout_s=0.3)) as door:

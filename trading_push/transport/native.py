@@ -146,6 +146,11 @@ def _past_handshake(
 ) -> None:
     connection = getattr(socket, "_wsproto", None)
     if isinstance(connection, wsproto.WSConnection):
+        # RFC 6455 section 4.1: a client waits for the answer. What it does not wait with, h11 has
+        # taken for the body of a request, and no frame of it would ever be read.
+        early, _ = connection.handshake._h11_connection.trailing_data
+        if early:
+            raise wsproto.utilities.RemoteProtocolError("bytes before the handshake was answered")
         # The request and h11's connection are a tenth of what a connection takes, for nobody.
         connection.handshake = _DONE  # type: ignore[assignment]
         stream.skip_pongs(decoder_of(connection.connection))
