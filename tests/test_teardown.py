@@ -422,6 +422,36 @@ async def test_a_renewal_that_came_in_time_is_not_cut_while_it_is_checked(
         assert transport.closed_with == (4003, "token expired")
 
 
+@pytest.mark.parametrize("error", [AuthenticationError(), SourceError("no keys")])
+async def test_a_renewal_that_fails_while_the_notice_is_due_does_not_lose_it(
+    autojump_clock, monkeypatch, error
+):
+    began = trio.current_time()
+    monkeypatch.setattr("time.time", lambda: 1000 + trio.current_time() - began)
+
+    async def slowly(token: str) -> Principal:
+        if token == "renewal":
+            await trio.sleep(4)
+            raise error
+        return Principal("4", expires_at=float(token))
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(authenticate=slowly) as service,
+    ):
+        transport, _ = Room(service, nursery).join()  # one that cannot be pinged, as over HTTP/2
+        transport.say("auth", token="1100")
+        await transport.next()
+        await trio.sleep(68)
+        assert (await transport.request("auth", token="renewal"))["op"] == "error"
+        with trio.fail_after(1):
+            [notice] = await transport.next()
+        assert (notice["op"], notice["code"]) == ("notice", "token_expires")
+        assert 27 <= notice["expires_in"] <= 28
+        await trio.sleep(34)
+        assert transport.closed_with == (4003, "token expired")
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_leaving_the_service_loses_no_unit(autojump_clock, caplog, cancelled):
     count = 200

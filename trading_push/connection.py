@@ -372,6 +372,8 @@ class Connection:
             if await self._authenticate(request_id, principal):
                 return
         self._limit_to(limit)
+        # Whoever came to tell of the token's end meanwhile found none, and comes no more.
+        self._hub.timetable.enter(self, self._tell_expiry_at())
 
     async def _principal_of(self, token: str) -> Principal:
         if self._session.principal is None:
