@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from support import token, until
+from support import PATIENCE_S, token, until
 from test_doors import Door
 from test_firewall import handshake
 
@@ -176,7 +176,7 @@ class RawPeer:
     async def rest(self) -> bytes:
         """Everything until the server closes."""
         answer = b""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while data := await self.some():
                 answer += data
         return answer
@@ -184,7 +184,7 @@ class RawPeer:
     async def until(self, what: Any) -> bytes:
         """What has come when `what` is true of its frames."""
         answer = b""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while not what(list(frames_of(answer))):
                 data = await self.some()
                 assert data, answer

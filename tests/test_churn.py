@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import statistics
+from collections.abc import Iterator
 
+import pytest
+from conftest import Embedded, embed
 from support import SIX, client
 from websockets.exceptions import ConnectionClosed
 
@@ -35,6 +39,14 @@ async def visit(url: str, rng: random.Random, user: int) -> None:
                 case 3:
                     each.socket.transport.write(b"\x81\x85\x00")  # half a frame, then gone
                     each.socket.transport.abort()
+
+
+@pytest.fixture
+def embedded() -> Iterator[Embedded]:
+    # All of them are of one address, and how many have not authenticated yet at the same moment
+    # hangs on the machine's pace.
+    with embed("--limits", json.dumps({"unauthenticated_per_address": 2 * CLIENTS})) as running:
+        yield running
 
 
 def test_nothing_stays_behind(embedded):
