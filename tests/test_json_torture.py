@@ -241,7 +241,7 @@ async def test_items_fail_one_by_one(kind, certificates):
             for (text, should), is_ in zip(ITEMS, found, strict=True)
             if is_ != should
         ]
-        assert (await client.request("list"))["channels"] == ["balance", "pnl"]
+        assert (await client.request("list"))["channels"] == ["balance", "orders", "pnl"]
         for text, code in ITEMS:
             await client.socket.send_message(f'{{"op":"unsubscribe","id":1,"args":[{text}]}}')
             [result] = (await client_reply(client))["results"]
