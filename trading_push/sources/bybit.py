@@ -26,7 +26,7 @@ import msgspec
 
 from trading_push.models import Ticker
 from trading_push.sources.exchange_stream import ExchangeFeed, Merged, News, Reply, Terms
-from trading_push.sources.ticks import number, percentage
+from trading_push.sources.ticks import DECIMALS, number, percentage
 
 __all__ = ["BybitFeed"]
 
@@ -96,6 +96,9 @@ class _Change(NamedTuple):
     amounts: dict[str, Decimal | None]
 
 
+_HUNDRED = Decimal(100)
+
+
 @attrs.define
 class _Symbol:
     """One symbol: its last snapshot and the deltas since."""
@@ -124,7 +127,7 @@ class _Symbol:
         """What is known now."""
         amounts = self.amounts or {}
         last, open_ = amounts.get("last"), amounts.get("open")
-        change = None if last is None or open_ is None else last - open_
+        change = None if last is None or open_ is None else DECIMALS.subtract(last, open_)
         return Ticker(self.symbol, **amounts, change=change, source_ts=self.ts)
 
 
@@ -174,5 +177,5 @@ def _news(said: _Message) -> News:
             amounts[name] = number(text) if text else None
     if data.change_share is not None:
         share = data.change_share
-        amounts["change_pct"] = percentage(share) * 100 if share else None
+        amounts["change_pct"] = DECIMALS.multiply(percentage(share), _HUNDRED) if share else None
     return News(data.symbol, _Change(said.type == "snapshot", said.cs, said.ts, amounts))

@@ -10,13 +10,14 @@ import math
 import random
 import time
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 import attrs
 import trio
 
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
+from trading_push.sources.ticks import DECIMALS
 
 __all__ = ["SimulatedMarket"]
 
@@ -54,25 +55,29 @@ class _Symbol:
 
     def begin(self, price: Decimal) -> None:
         """Open the window at `price`, which becomes the mean."""
-        ticks = max(2, round(price / self.tick))
-        self.mean, self.away, self.volume = float(ticks), 0.0, _ZERO
-        self.last = self.open = self.high = self.low = self.bid = ticks * self.tick
-        self.ask = self.bid + self.tick
+        with localcontext(DECIMALS):
+            ticks = max(2, round(price / self.tick))
+            self.mean, self.away, self.volume = float(ticks), 0.0, _ZERO
+            self.last = self.open = self.high = self.low = self.bid = ticks * self.tick
+            self.ask = self.bid + self.tick
 
     def move(self, rng: random.Random) -> None:
         """One move of the price, with the trade that made it."""
         away = self.away * (1 - PULL) + rng.gauss(0, SIGMA)
         self.away = max(-FURTHEST, min(FURTHEST, away))
         bid = max(1, round(self.mean * math.exp(self.away)))
-        self.bid = bid * self.tick
-        self.ask = (bid + rng.choice((1, 1, 1, 2, 3))) * self.tick
-        self.last = rng.choice((self.bid, self.ask))
-        self.high = max(self.high, self.last)
-        self.low = min(self.low, self.last)
-        self.volume += max(1, round(rng.expovariate(1 / self.typical_lots))) * self.lot
+        with localcontext(DECIMALS):
+            self.bid = bid * self.tick
+            self.ask = (bid + rng.choice((1, 1, 1, 2, 3))) * self.tick
+            self.last = rng.choice((self.bid, self.ask))
+            self.high = max(self.high, self.last)
+            self.low = min(self.low, self.last)
+            self.volume += max(1, round(rng.expovariate(1 / self.typical_lots))) * self.lot
 
     def ticker(self, now_ms: int) -> Ticker:
-        change = self.last - self.open
+        with localcontext(DECIMALS):
+            change = self.last - self.open
+            change_pct = (change * 100 / self.open).quantize(_PERCENT)
         return Ticker(
             symbol=self.name,
             last=self.last,
@@ -83,7 +88,7 @@ class _Symbol:
             low=self.low,
             volume=self.volume,
             change=change,
-            change_pct=(change * 100 / self.open).quantize(_PERCENT),
+            change_pct=change_pct,
             source_ts=now_ms,
         )
 

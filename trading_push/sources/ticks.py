@@ -6,7 +6,14 @@ here: what is no amount of any market is a ValueError, from whatever source it c
 
 from __future__ import annotations
 
-from decimal import Context, Decimal, InvalidOperation
+from decimal import (
+    ROUND_HALF_EVEN,
+    Context,
+    Decimal,
+    DivisionByZero,
+    InvalidOperation,
+    Overflow,
+)
 from typing import Literal, NamedTuple
 
 import attrs
@@ -17,6 +24,7 @@ from trading_push.models import Ticker
 from trading_push.topics import Channels, symbol_of
 
 __all__ = [
+    "DECIMALS",
     "UNUSABLE",
     "Event",
     "Kind",
@@ -73,7 +81,7 @@ class Market:
             assert quantity is not None
             self._trade(price, price, price, price)
             if not self.rolling:
-                self.volume = quantity if self.volume is None else self.volume + quantity
+                self.volume = quantity if self.volume is None else _add(self.volume, quantity)
         elif event.kind == "kline":
             open_, high, low, close, volume = values
             assert open_ is not None
@@ -82,7 +90,7 @@ class Market:
             assert close is not None
             assert volume is not None
             self._trade(open_, high, low, close)
-            self.volume = volume if self.volume is None else self.volume + volume
+            self.volume = volume if self.volume is None else _add(self.volume, volume)
         else:
             last, open_, high, low, volume, pct, bid, ask = values
             self.last = last
@@ -106,9 +114,10 @@ class Market:
         """What is known now."""
         change = pct = None
         if self.last is not None and self.open is not None:
-            change = self.last - self.open
+            change = DECIMALS.subtract(self.last, self.open)
             if self.open:
-                pct = _WIDE.quantize(_WIDE.divide(change * 100, self.open), _PERCENT)
+                share = DECIMALS.divide(DECIMALS.multiply(change, _HUNDRED), self.open)
+                pct = DECIMALS.quantize(share, _PERCENT)
         return Ticker(
             symbol=self.symbol,
             last=self.last,
@@ -125,7 +134,20 @@ class Market:
 
 
 _PERCENT = Decimal("0.0001")
-_WIDE = Context(prec=60)
+_HUNDRED = Decimal(100)
+
+DECIMALS = Context(
+    60,
+    ROUND_HALF_EVEN,
+    Emin=-999_999,
+    Emax=999_999,
+    capitals=1,
+    clamp=0,
+    traps=[DivisionByZero, InvalidOperation, Overflow],
+)
+"""How a source reckons: the context of the thread is the application's own."""
+
+_add = DECIMALS.add
 
 UNUSABLE = (msgspec.MsgspecError, ValueError, ArithmeticError, RecursionError, IndexError)
 """What decoding a line or frame, and reading its amounts, may raise."""

@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
 from trading_push.sources.paper.traders import SYMBOLS, Traders
+from trading_push.sources.ticks import DECIMALS
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 
@@ -54,8 +55,9 @@ class Trading:
         # An exchange may say 0 of what has never traded; there is nothing to trade at.
         moved = [ticker for ticker in moved if ticker.last is None or ticker.last > 0]
         self.markets |= {ticker.symbol: ticker for ticker in moved}
-        self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
-        self.ledger.save(self.book, moved, now)
+        with localcontext(DECIMALS):
+            self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
+            self.ledger.save(self.book, moved, now)
 
 
 class PaperExchange:
