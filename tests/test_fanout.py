@@ -9,7 +9,7 @@ import pytest
 
 from trading_push import fanout
 from trading_push.broker.base import Publication
-from trading_push.subscription import Backlog, Subscription
+from trading_push.subscription import Siblings, Subscription
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic, ticker_topic
 
@@ -39,7 +39,7 @@ def subscribed(transport: MemoryTransport, *symbols: str, sent: int = 0) -> list
     """Subscriptions that have been sent the publication `sent`, as if their senders were idle."""
     made = []
     for symbol in symbols:
-        each = Subscription(ticker_topic(symbol), "state", transport, Backlog(1000))
+        each = Subscription(ticker_topic(symbol), "state", transport, Siblings(1000))
         each.direct, each.epoch, each.sent = True, "e", sent
         made.append(each)
     return made
@@ -82,30 +82,37 @@ async def test_who_leaves_while_others_are_served_is_sent_nothing(monkeypatch, s
     assert [len(each.sent) for each in transports] == [len(symbols)] * 199 + [0]
 
 
-async def test_who_is_sent_something_else_meanwhile_keeps_its_chain(monkeypatch):
+async def test_whose_pace_changes_meanwhile_is_left_to_its_sender_tasks(monkeypatch):
     transport = Peer()
-    first, second, third = subscribed(transport, *SYMBOLS)
+    mine = subscribed(transport, *SYMBOLS)
+    for each in mine[1:]:
+        each.siblings = mine[0].siblings
     others = [subscribed(Peer(), *SYMBOLS) for _ in range(3)]
+    throttled: list[bool] = []
 
-    def moved_on() -> None:  # as its sender task does, which has taken another value
-        first.epoch, first.sent, first.direct = "later", 7, True
+    def throttle() -> None:
+        if not throttled:
+            throttled.append(mine[0].direct)
+            mine[0].throttle(1)
 
     await in_slices(
         monkeypatch,
         batch(1, *SYMBOLS),
-        table(first, second, third, *(each for group in others for each in group)),
-        moved_on,
+        table(*mine, *(each for group in others for each in group)),
+        throttle,
     )
-    assert [message["channel"] for message in transport.sent] == ["ticker.S1", "ticker.S2"]
-    assert (first.epoch, first.sent) == ("later", 7)
-    assert [each.data for each in first._pending] == [b'"S0 1"']
+    assert throttled == [True]
+    assert transport.sent == []
+    assert [each.sent for each in mine] == [0, 0, 0]
+    assert [[pending.seq for pending in each._pending] for each in mine] == [[1], [1], [1]]
+    assert all(len(group[0].transport.sent) == 3 for group in others)
 
 
 async def test_of_what_is_not_taken_nothing_is_lost_and_nothing_doubled(monkeypatch):
     transport = Peer()
     transport.takes = False
-    events = Subscription(Topic("x"), "events", transport, Backlog(1000))
-    state = Subscription(Topic("y"), "state", transport, Backlog(1000))
+    events = Subscription(Topic("x"), "events", transport, Siblings(1000))
+    state = Subscription(Topic("y"), "state", transport, Siblings(1000))
     for each in (events, state):
         each.direct, each.epoch, each.sent = True, "e", 0
     messages = [

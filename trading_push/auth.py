@@ -70,7 +70,9 @@ class Principal:
     """
 
     user: str
-    expires_at: float | None = None
+    expires_at: float | None = attrs.field(
+        default=None, converter=lambda at: None if at == math.inf else at
+    )
     claims: Mapping[str, Any] = attrs.field(default=_NO_CLAIMS, repr=False)
     token_id: str | None = None
 

@@ -40,7 +40,7 @@ from trading_push.session import (
     Unsubscribe,
     Wanted,
 )
-from trading_push.subscription import Backlog, Subscription
+from trading_push.subscription import Siblings, Subscription
 from trading_push.topics import Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
@@ -64,7 +64,6 @@ class Connection:
     """
 
     __slots__ = (
-        "_backlog",
         "_close",
         "_end_by",
         "_farewell",
@@ -78,6 +77,7 @@ class Connection:
         "_principal",
         "_seat",
         "_session",
+        "_siblings",
         "_streams",
         "_subscriptions",
         "_told_expiry",
@@ -95,7 +95,7 @@ class Connection:
         self._principal = principal
         self._subscriptions: dict[Topic, Subscription] = {}
         self._streams: dict[Topic, trio.CancelScope] | None = None
-        self._backlog = Backlog(hub.limits.pending_bytes)
+        self._siblings = Siblings(hub.limits.pending_bytes)
         self._member: Member
         self._session: Session
         self._nursery: trio.Nursery | None = None
@@ -439,7 +439,7 @@ class Connection:
                 wanted.topic,
                 hub.channels.kind_of(wanted.topic),
                 self._transport,
-                self._backlog,
+                self._siblings,
                 wanted.max_hz,
             )
             self._subscriptions[wanted.topic] = subscription
@@ -451,7 +451,7 @@ class Connection:
         frames: list[bytes] = []
         ready: list[Subscription] = []
         pushed: list[Topic] = []
-        room = hub.limits.pending_bytes - self._backlog.bytes
+        room = hub.limits.pending_bytes - self._siblings.bytes
         for subscription, wanted in zip(begun, action.wanted, strict=True):
             first = self._first(subscription, wanted, room)
             if first is None:

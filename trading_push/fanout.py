@@ -2,9 +2,9 @@
 
 Rules, each learnt where it was broken:
 
-1. Whether a frame may go to a subscription is decided in the same step in which it is written: the
-   fan-out lets other tasks run between two connections only, never between the two. In the
-   meantime a subscription may have ended, or been sent something else.
+1. The fan-out lets other tasks run between what it does for two connections. What was decided for a
+   connection before that is written only if none of its subscriptions has changed since: it may
+   have ended, or keep another pace. Otherwise the decision is taken back.
 2. A frame is the same bytes for every subscriber that was sent the publication before it: it is
    built once. A subscriber that merged, joined or resumed gets a frame of its own (its `prev`
    differs), by its sender task.
@@ -14,12 +14,12 @@ Rules, each learnt where it was broken:
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from trading_push import logs, protocol
 from trading_push.broker.base import Message, Publication, StatusChange
-from trading_push.subscription import Subscription
+from trading_push.subscription import Siblings, Subscription
 from trading_push.topics import Topic
 from trading_push.transport.base import Transport, try_write
 
@@ -74,7 +74,7 @@ def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
     channel = batch[0].topic.channel
     # Nobody watches two topics of one channel: there is nothing to join, and it costs less so.
     alone = all(message.topic.channel == channel for message in batch)
-    by_connection: dict[Transport, tuple[list[Subscription], list[_Shared]]] = {}
+    groups: dict[Transport, _Group] = {}
     for message in batch:
         subscribers = table.get(message.topic)
         if not subscribers:
@@ -87,21 +87,17 @@ def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
         shared = _Shared(message, next(iter(subscribers)).head)
         if alone:
             yield from _to_each(list(subscribers), shared)
-            continue
-        for subscription in subscribers:
-            group = by_connection.get(subscription.transport)
-            if group is None:
-                group = by_connection[subscription.transport] = ([], [])
-            group[0].append(subscription)
-            group[1].append(shared)
-        yield
+        else:
+            _decide(subscribers, shared, groups)
+            yield
     # Who watches the same gets the same bytes: they are joined once.
     last: list[_Shared] = []
     joined = b""
-    for transport, (subscriptions, publications) in by_connection.items():
-        if publications != last:
-            last, joined = publications, _join(publications)
-        _to_one(transport, subscriptions, publications, joined)
+    for group in groups.values():
+        if group.publications != last:
+            last = group.publications
+            joined = b"".join([each.frame for each in last])
+        group.write(joined)
         yield
 
 
@@ -133,43 +129,56 @@ def _to_each(subscribers: Sequence[Subscription], shared: _Shared) -> Iterator[N
         yield
 
 
-def _to_one(
-    transport: Transport,
-    subscriptions: Sequence[Subscription],
-    publications: Sequence[_Shared],
-    joined: bytes,
-) -> None:
-    """Hand one connection all that the batch has for it, in one write where it takes that."""
-    late: list[_Shared] = []
-    for subscription, shared in zip(subscriptions, publications, strict=True):
-        if (
-            subscription.direct
-            and subscription.sent == shared.prev
-            and subscription.epoch == shared.epoch
-        ):
-            subscription.sent = shared.seq
-        else:
-            late.append(shared)
-    if late:
-        joined = _join([each for each in publications if each not in late])
-    try:
-        written = not joined or try_write(transport.writer, joined)
-    except Exception as error:
-        written = False
-        _drop(transport, error)
-    if written and not late:
-        return
-    deliveries = list(zip(subscriptions, publications, strict=True))
-    if not written:
-        for subscription, shared in reversed(deliveries):
-            if shared not in late:
+class _Group:
+    """What a batch has for one connection, to go out in one write."""
+
+    __slots__ = ("_changes", "_siblings", "late", "publications", "subscriptions")
+
+    def __init__(self, siblings: Siblings) -> None:
+        self.publications: list[_Shared] = []
+        self.subscriptions: list[Subscription] = []
+        """Which of the connection's each of them is for."""
+        self.late: list[tuple[Subscription, Publication]] = []
+        """What came behind these for a subscription that waits for its sender task."""
+        self._siblings = siblings
+        self._changes = siblings.changes
+
+    def write(self, joined: bytes) -> None:
+        """Write the joined frames now, or leave all of it to the sender tasks."""
+        transport, written = self.subscriptions[0].transport, False
+        try:
+            if self._siblings.changes == self._changes:
+                written = try_write(transport.writer, joined)
+        except Exception as error:
+            _drop(transport, error)
+        if not written:
+            deliveries = list(zip(self.subscriptions, self.publications, strict=True))
+            for subscription, shared in reversed(deliveries):
                 subscription.sent = shared.prev
-    for subscription, shared in deliveries:
-        subscription.offer(shared.message)  # where that was written, it is no news
+            for subscription, shared in deliveries:
+                subscription.offer(shared.message)
+        for subscription, message in self.late:
+            subscription.offer(message)
 
 
-def _join(publications: Iterable[_Shared]) -> bytes:
-    return b"".join([each.frame for each in publications])
+def _decide(
+    subscribers: Collection[Subscription], shared: _Shared, groups: dict[Transport, _Group]
+) -> None:
+    """Put one publication into the groups of those who can be sent the shared frame."""
+    seq, epoch, prev = shared.seq, shared.epoch, shared.prev
+    for subscription in subscribers:
+        group = groups.get(subscription.transport)
+        if subscription.direct and subscription.sent == prev and subscription.epoch == epoch:
+            if group is None:
+                group = groups[subscription.transport] = _Group(subscription.siblings)
+            group.publications.append(shared)
+            group.subscriptions.append(subscription)
+            # Taken back where it is not written: nobody else sends to this one meanwhile.
+            subscription.sent = seq
+        elif group is None:
+            subscription.offer(shared.message)
+        else:
+            group.late.append((subscription, shared.message))
 
 
 def _drop(transport: Transport, error: Exception) -> None:

@@ -21,15 +21,22 @@ from trading_push.topics import Kind, Topic
 if TYPE_CHECKING:
     from trading_push.transport.base import Transport, Writer
 
-__all__ = ["Backlog", "Subscription"]
+__all__ = ["Siblings", "Subscription"]
 
 
 @attrs.define
-class Backlog:
-    """How many bytes of events wait for one connection, and how many may."""
+class Siblings:
+    """What the subscriptions of one connection have in common.
+
+    Args:
+        limit: How many bytes of events may wait for the connection.
+        bytes: How many do.
+        changes: How often one of them could be written to past its sender task, and no longer can.
+    """
 
     limit: int
     bytes: int = 0
+    changes: int = 0
 
 
 class Owner(Protocol):
@@ -82,13 +89,12 @@ class Subscription(_AtEachDelivery):
         topic: What is subscribed.
         kind: Whether publications may be merged.
         transport: Where they go.
-        backlog: The connection's; events that would exceed it are dropped, and the peer is
+        siblings: The connection's; events over their limit are dropped, and the peer is
             resynchronised.
         max_hz: At most so many pushes a second; None for as many as there are.
     """
 
     __slots__ = (
-        "_backlog",
         "_bytes",
         "_drained",
         "_dropped",
@@ -104,6 +110,7 @@ class Subscription(_AtEachDelivery):
         "kind",
         "settled",
         "shut",
+        "siblings",
         "status",
         "topic",
         "transport",
@@ -114,7 +121,7 @@ class Subscription(_AtEachDelivery):
         topic: Topic,
         kind: Kind,
         transport: Transport,
-        backlog: Backlog,
+        siblings: Siblings,
         max_hz: float | None = None,
     ) -> None:
         self.topic = topic
@@ -138,7 +145,7 @@ class Subscription(_AtEachDelivery):
         # Mostly empty, and then one for all: a list or deque of its own is up to 0.7 KB of memory.
         self._pending: list[Publication] = _NOTHING
         self._taken: list[bytes] = _NO_FRAMES
-        self._backlog = backlog
+        self.siblings = siblings
         self._bytes = 0
         self._dropped = 0
         self._drained: trio.Event | None = None
@@ -147,7 +154,10 @@ class Subscription(_AtEachDelivery):
 
     def _aim(self) -> None:
         # Asked for at every delivery, changed seldom.
-        self.direct = self._parked is not None and self._opened and not self._period
+        direct = self._parked is not None and self._opened and not self._period
+        if self.direct and not direct:
+            self.siblings.changes += 1
+        self.direct = direct
 
     def throttle(self, max_hz: float) -> None:
         """Push at most so many times a second, from the last push on."""
@@ -243,7 +253,7 @@ class Subscription(_AtEachDelivery):
         self._pending = pending
         if self.kind == "events":
             size = sum(len(each.data) for each in pending)
-            self._backlog.bytes += size - self._bytes
+            self.siblings.bytes += size - self._bytes
             self._bytes = size
 
     def offer(self, message: Message) -> None:
@@ -258,14 +268,14 @@ class Subscription(_AtEachDelivery):
             self._pending = [message]
         else:
             size = len(message.data)
-            if self._pending and self._backlog.bytes + size > self._backlog.limit:
+            if self._pending and self.siblings.bytes + size > self.siblings.limit:
                 # The peer cannot follow: it gets the latest as a snapshot, and the number it lost.
                 self._dropped += len(self._pending)
                 self._hold([message])
             elif self._pending:
                 self._pending.append(message)
                 self._bytes += size
-                self._backlog.bytes += size
+                self.siblings.bytes += size
             else:
                 self._hold([message])
         self._wake()
@@ -279,7 +289,7 @@ class Subscription(_AtEachDelivery):
         if self._parked is not None:
             trio.lowlevel.reschedule(self._parked)
             self._parked = None
-            self.direct = False
+            self._aim()
 
     def frame_of(self, publication: Publication) -> bytes:
         """The frame of a publication for this peer alone, which has then been sent it."""
@@ -376,5 +386,5 @@ class Subscription(_AtEachDelivery):
 
     def _unpark(self, raise_cancel: object) -> trio.lowlevel.Abort:
         self._parked = None
-        self.direct = False
+        self._aim()
         return trio.lowlevel.Abort.SUCCEEDED
