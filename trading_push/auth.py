@@ -58,6 +58,10 @@ PublicKey = (
 _NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
 
 
+def _none_for_ever(at: float | None) -> float | None:
+    return None if at == math.inf else at
+
+
 @attrs.frozen
 class Principal:
     """Who a token stands for.
@@ -70,9 +74,7 @@ class Principal:
     """
 
     user: str
-    expires_at: float | None = attrs.field(
-        default=None, converter=lambda at: None if at == math.inf else at
-    )
+    expires_at: float | None = attrs.field(default=None, converter=_none_for_ever)
     claims: Mapping[str, Any] = attrs.field(default=_NO_CLAIMS, repr=False)
     token_id: str | None = None
 
