@@ -17,9 +17,9 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
-        "address",
-        "origin",
-        "proxies",
+        "transport.outbound",
+        "transport.origin",
+        "transport.proxies",
         "named",
         "checks",
         "settings",
@@ -110,7 +110,7 @@ def test_there_is_no_circle():
 def packages(module: str) -> set[str]:
     """What a module imports from anywhere, by its first name."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -128,7 +128,7 @@ def test_no_library_has_a_switch_over_what_is_kept_running():
 
 
 def test_the_client_imports_only_what_it_needs():
-    assert imported(PACKAGE / "client.py") <= {"address", "errors", "topics", "protocol"}
+    assert imported(modules()["client"]) <= {"transport.outbound", "errors", "topics", "protocol"}
 
 
 def test_only_the_link_knows_hypercorn():

@@ -8,8 +8,8 @@ from test_doors import certificates, open_door, status_of
 from test_teardown import lines
 
 from trading_push import ConfigurationError, load_settings
-from trading_push.origin import is_allowed
 from trading_push.settings import Server
+from trading_push.transport.origin import is_allowed
 
 __all__ = ["certificates"]
 

@@ -11,8 +11,8 @@ import attrs
 import msgspec
 
 from trading_push.errors import ConfigurationError
-from trading_push.origin import is_origin
-from trading_push.proxies import networks as parsed_networks
+from trading_push.transport.origin import is_origin
+from trading_push.transport.proxies import networks as parsed_networks
 
 __all__ = [
     "DOT_SEGMENT",

@@ -40,7 +40,6 @@ import trio_websocket
 import wsproto.utilities
 from wsproto.connection import ConnectionState
 
-from trading_push.address import Address
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -49,6 +48,7 @@ from trading_push.errors import (
     may_reconnect,
 )
 from trading_push.protocol import SUBPROTOCOL
+from trading_push.transport.outbound import Address
 
 __all__ = ["Client", "Push", "Refused", "Unreachable", "open_client"]
 

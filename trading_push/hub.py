@@ -15,13 +15,13 @@ from trading_push.auth import Authenticate, Principal
 from trading_push.broker.base import Broker
 from trading_push.errors import SourceError
 from trading_push.heartbeat import Timetable, Watched
-from trading_push.proxies import Network
 from trading_push.registry import Registry
 from trading_push.revocation import RevokedTokens
 from trading_push.seats import Seats
 from trading_push.settings import Limits
 from trading_push.streams import Streams
 from trading_push.topics import Channels, Topic
+from trading_push.transport.proxies import Network
 
 __all__ = ["Hub", "Peer"]
 

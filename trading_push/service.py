@@ -25,7 +25,6 @@ from trading_push.errors import CloseCode, PayloadError, ServiceClosed
 from trading_push.feed import MarketFeed
 from trading_push.hub import Hub
 from trading_push.poller import FetchContext, Poller
-from trading_push.proxies import networks
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
@@ -42,6 +41,7 @@ from trading_push.topics import (
 from trading_push.transport import native
 from trading_push.transport.asgi import AsgiDoor
 from trading_push.transport.hypercorn_link import guard
+from trading_push.transport.proxies import networks
 from trading_push.web.publish import Publisher
 from trading_push.web.routes import routes
 

@@ -27,13 +27,13 @@ import trio
 import trio_websocket
 
 from trading_push import logs
-from trading_push.address import Address
 from trading_push.errors import SourceError
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
 from trading_push.sources.lost import LOST, explained
 from trading_push.sources.ticks import UNUSABLE, reason_of
 from trading_push.supervision import keep_running
+from trading_push.transport.outbound import Address
 
 __all__ = ["ExchangeFeed", "FrameCounts", "Merged", "News", "Reply", "Terms"]
 

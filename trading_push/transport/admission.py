@@ -11,8 +11,8 @@ from trading_push import logs
 from trading_push.auth import Principal
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
 from trading_push.hub import Hub
-from trading_push.origin import is_allowed
 from trading_push.seats import NoSeat, Seat
+from trading_push.transport.origin import is_allowed
 from trading_push.transport.push_stream import PushStream
 
 __all__ = ["Refused", "admit", "refuse_unread"]

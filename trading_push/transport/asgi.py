@@ -17,11 +17,11 @@ from trading_push import logs, protocol
 from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.hub import Hub
-from trading_push.proxies import client_address
 from trading_push.seats import NoSeat
 from trading_push.transport import hypercorn_link
 from trading_push.transport.admission import Refused, admit
 from trading_push.transport.base import Close, Writer
+from trading_push.transport.proxies import client_address
 
 __all__ = ["AsgiDoor", "AsgiTransport"]
 

@@ -21,10 +21,10 @@ from trading_push import logs, protocol
 from trading_push.connection import Connection
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.hub import Hub
-from trading_push.proxies import client_address
 from trading_push.seats import NoSeat, Seat
 from trading_push.transport.admission import Refused, admit, refuse_unread
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
+from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream"]
