@@ -37,9 +37,9 @@ from trading_push import (
     MarketSink,
     PushService,
     Ticker,
-    logs,
     open_push_service,
 )
+from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings import Auth, Intervals, Limits, Settings
 from trading_push.transport import hypercorn_link

@@ -35,10 +35,10 @@ from trading_push import (
     SourceError,
     Ticker,
     fanout,
-    logs,
     open_push_service,
 )
 from trading_push.broker.base import Publication
+from trading_push.logs import emitter as logs
 from trading_push.registry import Registry
 from trading_push.server import tune
 from trading_push.settings import Auth, Intervals, Limits, Market, Settings

@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import DATA, free_port, until
 
-from trading_push import logs
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.errors import ConfigurationError
 from trading_push.feed import MarketFeed
+from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.protocol import encode_data
 from trading_push.sources import binance, bybit

@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "logs.emitter",
         "transport.outbound",
         "transport.origin",
         "transport.proxies",
@@ -26,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "configuration",
         "models",
         "topics",
-        "logs",
+        "logs.emitter",
     ),
     ("protocol", "auth", "rate", "supervision", "revocation", "seats"),
     ("transport.base", "sources.base", "broker.base"),

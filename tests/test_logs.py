@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import PATIENCE_S
 
-from trading_push import SourceError, logs
+from trading_push import SourceError
+from trading_push.logs import emitter as logs
 
 
 def fields(template: str) -> set[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import trio
 
-from trading_push import logs, protocol
+from trading_push import protocol
 from trading_push.auth import Principal
 from trading_push.broker.base import Publication, StatusChange
 from trading_push.errors import (
@@ -27,6 +27,7 @@ from trading_push.errors import (
     TransportClosed,
 )
 from trading_push.hub import Hub
+from trading_push.logs import emitter as logs
 from trading_push.rate import MessageRate
 from trading_push.registry import Departure, Member
 from trading_push.seats import NoSeat, Seat

@@ -16,10 +16,10 @@ import hypercorn.config
 import hypercorn.trio
 import trio
 
-from trading_push import logs
 from trading_push.assembly import open_configured_service
 from trading_push.auth import Authenticate
 from trading_push.errors import ConfigurationError
+from trading_push.logs import emitter as logs
 from trading_push.service import PushService
 from trading_push.settings import Settings
 from trading_push.transport import hypercorn_link

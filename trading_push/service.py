@@ -15,7 +15,7 @@ import attrs
 import msgspec
 import trio
 
-from trading_push import logs, protocol
+from trading_push import protocol
 from trading_push.answers import Answers
 from trading_push.auth import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
@@ -24,6 +24,7 @@ from trading_push.demand import Demand, Session
 from trading_push.errors import CloseCode, PayloadError, ServiceClosed
 from trading_push.feed import MarketFeed
 from trading_push.hub import Hub
+from trading_push.logs import emitter as logs
 from trading_push.poller import FetchContext, Poller
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings import Limits, Settings

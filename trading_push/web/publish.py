@@ -21,7 +21,6 @@ from msgspec import Raw, Struct
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from trading_push import logs
 from trading_push.auth import Principal
 from trading_push.errors import (
     AuthenticationError,
@@ -30,6 +29,7 @@ from trading_push.errors import (
     ServiceClosed,
     SourceError,
 )
+from trading_push.logs import emitter as logs
 from trading_push.revocation import RevokedTokens
 
 __all__ = ["Publish", "Publisher"]

@@ -1,0 +1,1 @@
+"""The log lines: their texts, their formats, and where they are written."""
