@@ -41,7 +41,7 @@ from trading_push import (
 )
 from trading_push.logs import emitter as logs
 from trading_push.server import tune
-from trading_push.settings import Auth, Intervals, Limits, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.transport import hypercorn_link
 
 SECRET = "a secret of at least thirty-two bytes"

@@ -41,7 +41,7 @@ from trading_push.broker.base import Publication
 from trading_push.logs import emitter as logs
 from trading_push.registry import Registry
 from trading_push.server import tune
-from trading_push.settings import Auth, Intervals, Limits, Market, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Market, Settings
 from trading_push.sources.function import FunctionSource
 
 POLLED = ("balance", "positions", "pnl", "orders")

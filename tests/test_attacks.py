@@ -35,7 +35,7 @@ from test_close_codes import raw
 from test_doors import RAW, Door, certificates, open_door
 from test_firewall import handshake, healthy_while
 
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 
 __all__ = ["certificates"]
 

@@ -39,7 +39,7 @@ from trading_push.errors import (
     ErrorCode,
     SourceError,
 )
-from trading_push.settings import Auth
+from trading_push.settings.schema import Auth
 
 SECRET = "0123456789abcdef0123456789abcdef"
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)

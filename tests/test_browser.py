@@ -12,7 +12,7 @@ from support import SECRET, free_port, hypercorn_serving, process, until
 from test_teardown import lines
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
-from trading_push.settings import Auth, Server, Settings
+from trading_push.settings.schema import Auth, Server, Settings
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

@@ -32,7 +32,7 @@ from trading_push import (
     load_settings,
 )
 from trading_push.assembly import open_configured_service
-from trading_push.settings import Intervals, Limits, Settings
+from trading_push.settings.schema import Intervals, Limits, Settings
 from trading_push.sources.ccxt import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt_exchange import CcxtExchange, RequestRefused
 

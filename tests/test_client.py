@@ -22,7 +22,7 @@ from trading_push import JwtAuthenticator, Principal, open_push_service
 from trading_push import client as client_module
 from trading_push.client import Push, Refused, Unreachable, open_client
 from trading_push.errors import AuthenticationError, ConfigurationError
-from trading_push.settings import Auth, Limits, Settings
+from trading_push.settings.schema import Auth, Limits, Settings
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from test_teardown import lines
 
 from trading_push.connection import Connection
 from trading_push.models import Ticker
-from trading_push.settings import Intervals, Limits, Market, Settings
+from trading_push.settings.schema import Intervals, Limits, Market, Settings
 from trading_push.sources.base import ChangeSink, MarketSink
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic

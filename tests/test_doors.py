@@ -31,7 +31,7 @@ from trading_push import (
     open_push_service,
 )
 from trading_push.service import PushService
-from trading_push.settings import Auth, Limits, Server, Settings
+from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.testing import MemoryTransport, peer
 from trading_push.transport.hypercorn_link import guard
 

@@ -19,7 +19,7 @@ from test_teardown import Order, lines
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.errors import CloseCode
-from trading_push.settings import Auth, Settings
+from trading_push.settings.schema import Auth, Settings
 from trading_push.transport.asgi import AsgiTransport
 from trading_push.transport.native import NativeTransport
 

@@ -14,7 +14,7 @@ from test_paper import Trader, fast  # noqa: F401 - a fixture
 from test_poller import Table, serving
 
 from trading_push import assembly
-from trading_push.settings import Database, Limits, Settings
+from trading_push.settings.schema import Database, Limits, Settings
 from trading_push.sources.paper import ledger
 
 USER = "1"

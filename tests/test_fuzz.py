@@ -32,7 +32,7 @@ from test_json_torture import GOOD, ITEMS, every_case
 from test_session import answer, make
 
 from trading_push.errors import ErrorCode
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 
 __all__ = ["certificates"]
 

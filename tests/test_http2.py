@@ -20,7 +20,7 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Message, TextMessage
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
-from trading_push.settings import Auth, Limits, Settings
+from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.transport.hypercorn_link import guard
 
 STREAM = 1

@@ -12,7 +12,7 @@ from support import token
 from test_doors import certificates, open_door
 from test_session import answer, make
 
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 
 __all__ = ["certificates"]
 

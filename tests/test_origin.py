@@ -8,7 +8,7 @@ from test_doors import certificates, open_door, status_of
 from test_teardown import lines
 
 from trading_push import ConfigurationError, load_settings
-from trading_push.settings import Server
+from trading_push.settings.schema import Server
 from trading_push.transport.origin import is_allowed
 
 __all__ = ["certificates"]

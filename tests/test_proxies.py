@@ -8,7 +8,7 @@ from test_doors import certificates, open_door, status_of
 from test_teardown import lines
 
 from trading_push import ConfigurationError, load_settings
-from trading_push.settings import Limits, Server
+from trading_push.settings.schema import Limits, Server
 from trading_push.transport.proxies import client_address, networks
 
 __all__ = ["certificates"]

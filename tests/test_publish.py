@@ -43,7 +43,7 @@ from trading_push import (
 )
 from trading_push.errors import PayloadError, ServiceClosed
 from trading_push.revocation import RevokedTokens
-from trading_push.settings import Auth, Intervals, Limits, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.web.publish import Publisher
 
 

@@ -57,7 +57,7 @@ from random_world import (
 from support import PATIENCE_S, TESTS, process
 
 from trading_push import Channel, Principal, PushService, open_push_service
-from trading_push.settings import Limits, Settings
+from trading_push.settings.schema import Limits, Settings
 from trading_push.testing import peer
 
 SECONDS = float(os.environ.get("TESTS_RANDOM_S", "50"))

@@ -13,7 +13,7 @@ from support import until
 from test_doors import KINDS, certificates, open_door
 from test_teardown import room
 
-from trading_push.settings import Limits, Settings
+from trading_push.settings.schema import Limits, Settings
 
 __all__ = ["certificates"]
 

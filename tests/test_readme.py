@@ -43,7 +43,7 @@ from trading_push import (
     open_push_service,
 )
 from trading_push.assembly import open_configured_service
-from trading_push.settings import Settings
+from trading_push.settings.schema import Settings
 from trading_push.sources import binance
 from trading_push.testing import peer
 

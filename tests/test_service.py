@@ -27,7 +27,7 @@ from trading_push import (
     open_push_service,
 )
 from trading_push.protocol import encode_data
-from trading_push.settings import Auth, Limits, Settings
+from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic
 

@@ -13,7 +13,7 @@ from trading_push import AuthenticationError, Channel, ErrorCode, Principal, pro
 from trading_push.errors import CloseCode
 from trading_push.rate import MessageRate
 from trading_push.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 from trading_push.topics import BUILTIN_CHANNELS, Channels
 
 CHANNELS = Channels([*map(Channel, BUILTIN_CHANNELS), Channel("news", "events", per_user=False)])

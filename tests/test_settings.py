@@ -16,9 +16,18 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trading_push.configuration import load_settings
 from trading_push.errors import ConfigurationError
-from trading_push.settings import Auth, Database, Intervals, Limits, Log, Query, Server, Settings
+from trading_push.settings.loading import load_settings
+from trading_push.settings.schema import (
+    Auth,
+    Database,
+    Intervals,
+    Limits,
+    Log,
+    Query,
+    Server,
+    Settings,
+)
 
 SECRET = "0123456789abcdef0123456789abcdef"
 HTTP = "http://host/{user_id}/{data_type}"

@@ -33,7 +33,7 @@ from trading_push import (
     SourceError,
     SqlSource,
 )
-from trading_push.settings import Intervals, Limits, Query, Settings
+from trading_push.settings.schema import Intervals, Limits, Query, Settings
 from trading_push.sources.ccxt_exchange import CcxtExchange
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"

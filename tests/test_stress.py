@@ -28,7 +28,7 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
 from trading_push import Channel, JwtAuthenticator, PushService, open_push_service
-from trading_push.settings import Auth
+from trading_push.settings.schema import Auth
 from trading_push.transport import hypercorn_link
 from trading_push.transport.push_stream import PushStream
 

@@ -24,7 +24,7 @@ from trading_push import (
 from trading_push.connection import Connection
 from trading_push.errors import CloseCode
 from trading_push.registry import Departure, Member, Registry
-from trading_push.settings import Limits, Settings
+from trading_push.settings.schema import Limits, Settings
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Channels
 from trading_push.transport.base import Close

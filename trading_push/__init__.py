@@ -8,7 +8,6 @@
 
 from trading_push.auth import Authenticate, JwtAuthenticator, Principal, issue_token
 from trading_push.client import Push, open_client
-from trading_push.configuration import load_settings
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -26,7 +25,8 @@ from trading_push.errors import (
 from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
 from trading_push.server import serve
 from trading_push.service import Latest, PushService, Statistics, open_push_service
-from trading_push.settings import Settings
+from trading_push.settings.loading import load_settings
+from trading_push.settings.schema import Settings
 from trading_push.sources.base import (
     BatchSource,
     ChangeSink,

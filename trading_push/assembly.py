@@ -7,11 +7,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from trading_push import named
 from trading_push.auth import Authenticate, JwtAuthenticator, data_dir, demo_secret
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
-from trading_push.settings import Auth, Ccxt, Database, Function, Http, Settings
+from trading_push.settings import import_string as named
+from trading_push.settings.schema import Auth, Ccxt, Database, Function, Http, Settings
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed

@@ -24,9 +24,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from trading_push.checks import SECRET_BYTES
 from trading_push.errors import AuthenticationError, ConfigurationError, SourceError
-from trading_push.settings import Auth
+from trading_push.settings.schema import Auth
+from trading_push.settings.validators import SECRET_BYTES
 
 __all__ = [
     "Authenticate",

@@ -21,9 +21,9 @@ import trio
 
 from trading_push.auth import JwtAuthenticator, data_dir, demo_secret, issue_token
 from trading_push.client import Refused, Unreachable
-from trading_push.configuration import load_settings
 from trading_push.errors import AuthenticationError, ConfigurationError, TradingPushError
-from trading_push.settings import Settings
+from trading_push.settings.loading import load_settings
+from trading_push.settings.schema import Settings
 from trading_push.topics import BUILTIN_CHANNELS, TICKER_PREFIX
 
 __all__ = ["main"]

@@ -18,7 +18,7 @@ from trading_push.logs import emitter as logs
 from trading_push.registry import Registry
 from trading_push.revocation import RevokedTokens
 from trading_push.seats import Seats
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 from trading_push.streams import Streams
 from trading_push.topics import Channels, Topic
 from trading_push.transport.proxies import Network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 
 __all__ = ["MessageRate"]
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import attrs
 
 from trading_push.errors import CloseCode, TradingPushError
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 
 __all__ = ["NoSeat", "Seat", "Seated", "Seats"]
 

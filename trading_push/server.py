@@ -21,7 +21,7 @@ from trading_push.auth import Authenticate
 from trading_push.errors import ConfigurationError
 from trading_push.logs import emitter as logs
 from trading_push.service import PushService
-from trading_push.settings import Settings
+from trading_push.settings.schema import Settings
 from trading_push.transport import hypercorn_link
 
 __all__ = ["run_server", "serve", "tune"]

@@ -27,7 +27,7 @@ from trading_push.hub import Hub
 from trading_push.logs import emitter as logs
 from trading_push.poller import FetchContext, Poller
 from trading_push.registry import Ledger, Member, Registry
-from trading_push.settings import Limits, Settings
+from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
 from trading_push.streams import SharedStream, Stream
 from trading_push.supervision import keep_running

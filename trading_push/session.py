@@ -21,7 +21,7 @@ from trading_push.auth import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
 from trading_push.protocol import Id, ItemResult, Since
 from trading_push.rate import MessageRate
-from trading_push.settings import Limits
+from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic, symbol_of
 
 __all__ = [

@@ -18,7 +18,7 @@ import trio
 from trading_push import JwtAuthenticator, PushService, open_push_service, protocol
 from trading_push.errors import TransportClosed
 from trading_push.logs import emitter as logs
-from trading_push.settings import Auth, Limits, Server, Settings
+from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.transport import asgi, hypercorn_link, native
 from trading_push.transport.base import Transport
 

@@ -32,9 +32,9 @@ import trio
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
-from trading_push.checks import DOT_SEGMENT
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.settings import Http
+from trading_push.settings.schema import Http
+from trading_push.settings.validators import DOT_SEGMENT
 from trading_push.sources.pointer import parse_pointer, resolve_pointer
 
 try:

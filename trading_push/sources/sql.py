@@ -49,7 +49,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.settings import Query
+from trading_push.settings.schema import Query
 from trading_push.sources import sqlite_json
 
 __all__ = ["SqlSource", "parse"]

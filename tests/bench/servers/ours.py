@@ -27,7 +27,7 @@ from common import SIZE, TOPICS, collect, each_command, say, ticker
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.logs import emitter as logs
 from trading_push.server import tune
-from trading_push.settings import Auth, Limits, Settings
+from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.transport import hypercorn_link
 
 BACKLOG = 4096

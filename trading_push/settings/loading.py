@@ -17,7 +17,7 @@ from typed_settings.loaders import EnvLoader, Loader, TomlFormat
 from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionList, SettingsDict
 
 from trading_push.errors import ConfigurationError
-from trading_push.settings import Intervals, Query, Settings
+from trading_push.settings.schema import Intervals, Query, Settings
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings"]
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import attrs
 
-from trading_push.checks import (
+from trading_push.settings.validators import (
     columns,
     file_path,
     headers,
