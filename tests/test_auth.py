@@ -31,8 +31,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trading_push import auth
-from trading_push.auth import JwtAuthenticator, data_dir, demo_secret, issue_token
+from trading_push.auth import tokens as auth
+from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
 from trading_push.errors import (
     AuthenticationError,
     ConfigurationError,

@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "auth.tokens",
         "settings.schema",
         "logs.emitter",
         "transport.outbound",
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "topics",
         "logs.emitter",
     ),
-    ("protocol", "auth", "rate", "supervision", "revocation", "seats"),
+    ("protocol", "auth.tokens", "rate", "supervision", "auth.revocation", "seats"),
     ("transport.base", "sources.base", "broker.base"),
     ("session", "subscription", "fanout"),
     ("registry", "heartbeat", "streams"),

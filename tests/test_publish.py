@@ -41,8 +41,8 @@ from trading_push import (
     issue_token,
     open_push_service,
 )
+from trading_push.auth.revocation import RevokedTokens
 from trading_push.errors import PayloadError, ServiceClosed
-from trading_push.revocation import RevokedTokens
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.web.publish import Publisher
 

@@ -6,7 +6,7 @@
         await serve(service, hypercorn.Config())
 """
 
-from trading_push.auth import Authenticate, JwtAuthenticator, Principal, issue_token
+from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
 from trading_push.client import Push, open_client
 from trading_push.errors import (
     AuthenticationError,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import trio
 
 from trading_push import protocol
-from trading_push.auth import Principal
+from trading_push.auth.tokens import Principal
 from trading_push.broker.base import Publication, StatusChange
 from trading_push.errors import (
     AuthenticationError,

@@ -17,7 +17,7 @@ import hypercorn.trio
 import trio
 
 from trading_push.assembly import open_configured_service
-from trading_push.auth import Authenticate
+from trading_push.auth.tokens import Authenticate
 from trading_push.errors import ConfigurationError
 from trading_push.logs import emitter as logs
 from trading_push.service import PushService

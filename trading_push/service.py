@@ -17,7 +17,7 @@ import trio
 
 from trading_push import protocol
 from trading_push.answers import Answers
-from trading_push.auth import Authenticate, JwtAuthenticator
+from trading_push.auth.tokens import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.demand import Demand, Session

@@ -17,7 +17,7 @@ import attrs
 from msgspec import UNSET, Raw
 
 from trading_push import protocol
-from trading_push.auth import Principal
+from trading_push.auth.tokens import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
 from trading_push.protocol import Id, ItemResult, Since
 from trading_push.rate import MessageRate

@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from trading_push.auth import Principal
+from trading_push.auth.tokens import Principal
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
 from trading_push.hub import Hub
 from trading_push.logs import emitter as logs

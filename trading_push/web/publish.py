@@ -21,7 +21,8 @@ from msgspec import Raw, Struct
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from trading_push.auth import Principal
+from trading_push.auth.revocation import RevokedTokens
+from trading_push.auth.tokens import Principal
 from trading_push.errors import (
     AuthenticationError,
     ErrorCode,
@@ -30,7 +31,6 @@ from trading_push.errors import (
     SourceError,
 )
 from trading_push.logs import emitter as logs
-from trading_push.revocation import RevokedTokens
 
 __all__ = ["Publish", "Publisher"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trading_push.auth import Principal
+from trading_push.auth.tokens import Principal
 from trading_push.errors import AuthenticationError
 
 __all__ = ["RevokedTokens"]

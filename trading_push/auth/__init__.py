@@ -1,0 +1,1 @@
+"""Who a connection is: tokens, their keys, and those that are revoked."""
