@@ -44,7 +44,7 @@ from trading_push.sources.paper.exchange import Trading
 from trading_push.sources.paper.file import open_file
 from trading_push.sources.paper.ledger import plain
 from trading_push.sources.paper.traders import Traders
-from trading_push.sources.sql import SqlSource
+from trading_push.sources.sql.source import SqlSource
 
 D = Decimal
 

@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.schema import Query
 from trading_push.sources.base import BatchSource
-from trading_push.sources.sql import SqlSource
+from trading_push.sources.sql.source import SqlSource
 
 ORDERS = Query(
     "SELECT symbol, user_id, price, quantity FROM orders WHERE user_id IN :user_ids ORDER BY id"

@@ -44,8 +44,8 @@ from trading_push.sources.ccxt_exchange import ExchangeOptions
 from trading_push.sources.ccxt_feed import CcxtFeed
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
-from trading_push.sources.postgres import PostgresSource
-from trading_push.sources.sql import SqlSource
+from trading_push.sources.sql.postgres import PostgresSource
+from trading_push.sources.sql.source import SqlSource
 from trading_push.topics import Channel
 from trading_push.transport.hypercorn_link import install as guard_hypercorn
 

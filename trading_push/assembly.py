@@ -22,8 +22,8 @@ from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
 from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PaperSource, open_paper_exchange
-from trading_push.sources.postgres import PostgresSource
-from trading_push.sources.sql import SqlSource
+from trading_push.sources.sql.postgres import PostgresSource
+from trading_push.sources.sql.source import SqlSource
 from trading_push.sources.tape import Tape
 
 __all__ = ["authenticator", "open_configured_service"]

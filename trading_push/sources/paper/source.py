@@ -16,7 +16,7 @@ from trading_push.settings.schema import Query
 from trading_push.sources.base import ChangeSink
 from trading_push.sources.paper.file import connect
 from trading_push.sources.paper.schema import PAPER_QUERIES
-from trading_push.sources.sql import SqlSource
+from trading_push.sources.sql.source import SqlSource
 
 __all__ = ["PaperSource"]
 

@@ -23,7 +23,7 @@ from trading_push.errors import ConfigurationError, SourceError
 from trading_push.logs import emitter as logs
 from trading_push.settings.schema import Query
 from trading_push.sources.base import ChangeSink
-from trading_push.sources.sql import SqlSource, parse
+from trading_push.sources.sql.source import SqlSource, parse
 
 if TYPE_CHECKING:
     from psycopg import Connection

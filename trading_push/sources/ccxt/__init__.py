@@ -1,0 +1,1 @@
+"""Accounts and tickers of any exchange, by ccxt."""

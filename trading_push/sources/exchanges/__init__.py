@@ -1,0 +1,1 @@
+"""Market data: live from an exchange, from a tape, or simulated."""

@@ -1,0 +1,1 @@
+"""Accounts from any SQL database, and PostgreSQL's word that they have changed."""
