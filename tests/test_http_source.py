@@ -28,8 +28,8 @@ from trading_push.sources.base import BatchSource
 
 pytest.importorskip("asks", reason="asks is installed by the session `http` alone")
 
-from trading_push.sources import http
-from trading_push.sources.http import HttpBatchSource, HttpSource
+from trading_push.sources.http import source as http
+from trading_push.sources.http.source import HttpBatchSource, HttpSource
 
 TOKEN = "t0p-secret.token"
 BALANCE = b'[{"asset": "USDT", "free": 0.10, "total": 12345678901234567890.1234567890}]'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from trading_push.sources.pointer import parse_pointer, resolve_pointer
+from trading_push.sources.http.pointer import parse_pointer, resolve_pointer
 
 # RFC 6901, section 5.
 DOCUMENT = rb"""

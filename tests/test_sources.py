@@ -201,7 +201,7 @@ async def http(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
     pytest.importorskip("asks", reason="asks is not here; `nox -s http` tests with it")
     from test_http_source import Service
 
-    from trading_push.sources.http import HttpSource
+    from trading_push.sources.http.source import HttpSource
 
     service = Service()
     amounts: dict[str, str] = {}

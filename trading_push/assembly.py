@@ -129,7 +129,7 @@ async def _checked(source: SqlSource, opened: AsyncExitStack) -> SqlSource:
 
 def _http(url: str, http: Http, opened: AsyncExitStack) -> Source:
     # It needs a library that is not installed with this one.
-    from trading_push.sources.http import HttpBatchSource, HttpSource
+    from trading_push.sources.http.source import HttpBatchSource, HttpSource
 
     options: dict[str, Any] = {
         "headers": http.headers,

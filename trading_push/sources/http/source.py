@@ -35,7 +35,7 @@ from anyio.streams.tls import TLSAttribute
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.schema import Http
 from trading_push.settings.validators import DOT_SEGMENT
-from trading_push.sources.pointer import parse_pointer, resolve_pointer
+from trading_push.sources.http.pointer import parse_pointer, resolve_pointer
 
 try:
     import asks
