@@ -33,8 +33,8 @@ from trading_push import (
 )
 from trading_push.assembly import open_configured_service
 from trading_push.settings.schema import Intervals, Limits, Settings
-from trading_push.sources.ccxt import credentials_of_file, credentials_of_json
-from trading_push.sources.ccxt_exchange import CcxtExchange, RequestRefused
+from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
+from trading_push.sources.ccxt.source import credentials_of_file, credentials_of_json
 
 CREDENTIALS = {
     user: {"apiKey": f"key-of-{user}", "secret": f"secret-of-{user}"} for user in ("4", "5")

@@ -34,7 +34,7 @@ from trading_push import (
     SqlSource,
 )
 from trading_push.settings.schema import Intervals, Limits, Query, Settings
-from trading_push.sources.ccxt_exchange import CcxtExchange
+from trading_push.sources.ccxt.exchange import CcxtExchange
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"
 BALANCE = Query("SELECT user_id, asset, free FROM balances WHERE user_id IN :user_ids")

@@ -15,9 +15,9 @@ from trading_push.settings.schema import Auth, Ccxt, Database, Function, Http, S
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.binance import BinanceFeed
 from trading_push.sources.bybit import BybitFeed
-from trading_push.sources.ccxt import CcxtSource, credentials_of_file, credentials_of_json
-from trading_push.sources.ccxt_exchange import ExchangeOptions
-from trading_push.sources.ccxt_feed import CcxtFeed
+from trading_push.sources.ccxt.exchange import ExchangeOptions
+from trading_push.sources.ccxt.feed import CcxtFeed
+from trading_push.sources.ccxt.source import CcxtSource, credentials_of_file, credentials_of_json
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
 from trading_push.sources.market import SimulatedMarket

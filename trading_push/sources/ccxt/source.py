@@ -25,7 +25,7 @@ import trio
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.logs import emitter as logs
 from trading_push.sources.base import ChangeSink
-from trading_push.sources.ccxt_exchange import CcxtExchange, ExchangeOptions, as_decimal
+from trading_push.sources.ccxt.exchange import CcxtExchange, ExchangeOptions, as_decimal
 
 __all__ = ["CcxtSource", "credentials_of_file", "credentials_of_json", "short_symbol"]
 

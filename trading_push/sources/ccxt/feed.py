@@ -11,13 +11,13 @@ from trading_push.errors import SourceError
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
-from trading_push.sources.ccxt import short_symbol
-from trading_push.sources.ccxt_exchange import (
+from trading_push.sources.ccxt.exchange import (
     CcxtExchange,
     ExchangeOptions,
     RequestRefused,
     as_decimal,
 )
+from trading_push.sources.ccxt.source import short_symbol
 
 __all__ = ["CcxtFeed"]
 
