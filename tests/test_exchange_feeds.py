@@ -30,14 +30,14 @@ from trading_push.feed import MarketFeed
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.protocol import encode_data
-from trading_push.sources import binance, bybit
 from trading_push.sources.base import WatchedFeed
-from trading_push.sources.binance import BinanceFeed
-from trading_push.sources.bybit import BybitFeed
-from trading_push.sources.exchange_stream import ExchangeFeed, News, Reply
+from trading_push.sources.exchanges import binance, bybit
+from trading_push.sources.exchanges.binance import BinanceFeed
+from trading_push.sources.exchanges.bybit import BybitFeed
+from trading_push.sources.exchanges.stream import ExchangeFeed, News, Reply
+from trading_push.sources.exchanges.tape import Tape
+from trading_push.sources.exchanges.ticker_state import UNUSABLE, reason_of
 from trading_push.sources.paper import open_paper_exchange
-from trading_push.sources.tape import Tape
-from trading_push.sources.ticks import UNUSABLE, reason_of
 from trading_push.topics import Channels, ticker_topic
 
 QUICK: dict[str, float] = {

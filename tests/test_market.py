@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from trading_push.models import Ticker
-from trading_push.sources.market import STEP_S, SimulatedMarket
+from trading_push.sources.exchanges.simulated_market import STEP_S, SimulatedMarket
 
 
 class Recorder:

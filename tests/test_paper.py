@@ -25,8 +25,8 @@ from sqlalchemy import URL
 
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
-from trading_push.sources import market as market_module
-from trading_push.sources.market import SimulatedMarket
+from trading_push.sources.exchanges import simulated_market as market_module
+from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.paper import (
     PAPER_QUERIES,
     Account,
@@ -650,7 +650,7 @@ TRADER = """
 import sys
 from pathlib import Path
 import trio
-from trading_push.sources import market
+from trading_push.sources.exchanges import simulated_market as market
 from trading_push.sources.paper import exchange as paper
 
 paper.STEP_S = market.STEP_S = 0.002

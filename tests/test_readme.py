@@ -44,7 +44,7 @@ from trading_push import (
 )
 from trading_push.assembly import open_configured_service
 from trading_push.settings.schema import Settings
-from trading_push.sources import binance
+from trading_push.sources.exchanges import binance
 from trading_push.testing import peer
 
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")

@@ -37,11 +37,11 @@ from trading_push.sources.base import (
     WatchedFeed,
     WatchingSource,
 )
-from trading_push.sources.binance import BinanceFeed
-from trading_push.sources.bybit import BybitFeed
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
 from trading_push.sources.ccxt.source import CcxtSource
+from trading_push.sources.exchanges.binance import BinanceFeed
+from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
 from trading_push.sources.sql.postgres import PostgresSource

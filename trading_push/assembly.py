@@ -13,18 +13,18 @@ from trading_push.service import PushService, open_push_service
 from trading_push.settings import import_string as named
 from trading_push.settings.schema import Auth, Ccxt, Database, Function, Http, Settings
 from trading_push.sources.base import Source, TickerFeed
-from trading_push.sources.binance import BinanceFeed
-from trading_push.sources.bybit import BybitFeed
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
 from trading_push.sources.ccxt.source import CcxtSource, credentials_of_file, credentials_of_json
+from trading_push.sources.exchanges.binance import BinanceFeed
+from trading_push.sources.exchanges.bybit import BybitFeed
+from trading_push.sources.exchanges.simulated_market import SimulatedMarket
+from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.function import FunctionSource
-from trading_push.sources.market import SimulatedMarket
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.sql.postgres import PostgresSource
 from trading_push.sources.sql.source import SqlSource
-from trading_push.sources.tape import Tape
 
 __all__ = ["authenticator", "open_configured_service"]
 

@@ -17,11 +17,11 @@ from trading_push.errors import SourceError
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
+from trading_push.sources.exchanges.ticker_state import DECIMALS
 from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
 from trading_push.sources.paper.traders import SYMBOLS, Traders
-from trading_push.sources.ticks import DECIMALS
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 

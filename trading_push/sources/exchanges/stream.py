@@ -30,8 +30,8 @@ from trading_push.errors import SourceError
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
-from trading_push.sources.lost import LOST, explained
-from trading_push.sources.ticks import UNUSABLE, reason_of
+from trading_push.sources.exchanges.lost import LOST, explained
+from trading_push.sources.exchanges.ticker_state import UNUSABLE, reason_of
 from trading_push.supervision import keep_running
 from trading_push.transport.outbound import Address
 

@@ -25,8 +25,8 @@ import attrs
 import msgspec
 
 from trading_push.models import Ticker
-from trading_push.sources.exchange_stream import ExchangeFeed, Merged, News, Reply, Terms
-from trading_push.sources.ticks import DECIMALS, number, percentage
+from trading_push.sources.exchanges.stream import ExchangeFeed, Merged, News, Reply, Terms
+from trading_push.sources.exchanges.ticker_state import DECIMALS, number, percentage
 
 __all__ = ["BybitFeed"]
 

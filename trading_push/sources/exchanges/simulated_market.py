@@ -17,7 +17,7 @@ import trio
 
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
-from trading_push.sources.ticks import DECIMALS
+from trading_push.sources.exchanges.ticker_state import DECIMALS
 
 __all__ = ["SimulatedMarket"]
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import msgspec
 
-from trading_push.sources.ticks import Kind, number, percentage, price
+from trading_push.sources.exchanges.ticker_state import Kind, number, percentage, price
 
 __all__ = ["Frame", "Payload", "is_other_event", "values_of"]
 

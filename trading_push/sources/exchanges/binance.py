@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 import msgspec
 
 from trading_push.models import Ticker
-from trading_push.sources.binance_frames import Payload, is_other_event, values_of
-from trading_push.sources.exchange_stream import ExchangeFeed, Merged, News, Reply, Terms
-from trading_push.sources.ticks import Event, Market, epoch_ns
+from trading_push.sources.exchanges.binance_frames import Payload, is_other_event, values_of
+from trading_push.sources.exchanges.stream import ExchangeFeed, Merged, News, Reply, Terms
+from trading_push.sources.exchanges.ticker_state import Event, Market, epoch_ns
 
 __all__ = ["BinanceFeed"]
 
