@@ -29,7 +29,7 @@ from trading_push.errors import ConfigurationError
 from trading_push.feed import MarketFeed
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
-from trading_push.protocol import encode_data
+from trading_push.protocol.messages import encode_data
 from trading_push.sources.base import WatchedFeed
 from trading_push.sources.exchanges import binance, bybit
 from trading_push.sources.exchanges.binance import BinanceFeed

@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "protocol.messages",
         "auth.tokens",
         "settings.schema",
         "logs.emitter",
@@ -31,9 +32,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "topics",
         "logs.emitter",
     ),
-    ("protocol", "auth.tokens", "rate", "supervision", "auth.revocation", "seats"),
+    (
+        "protocol.messages",
+        "auth.tokens",
+        "protocol.rate_limit",
+        "supervision",
+        "auth.revocation",
+        "seats",
+    ),
     ("transport.base", "sources.base", "broker.base"),
-    ("session", "subscription", "fanout"),
+    ("protocol.session", "subscription", "fanout"),
     ("registry", "heartbeat", "streams"),
     ("hub", "answers", "poller", "feed", "demand"),
     ("connection",),
@@ -121,7 +129,7 @@ def packages(module: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["protocol", "session"])
+@pytest.mark.parametrize("module", ["protocol.messages", "protocol.session"])
 def test_sans_io_never_imports_trio(module):
     assert "trio" not in packages(module)
 
@@ -131,7 +139,12 @@ def test_no_library_has_a_switch_over_what_is_kept_running():
 
 
 def test_the_client_imports_only_what_it_needs():
-    assert imported(modules()["client"]) <= {"transport.outbound", "errors", "topics", "protocol"}
+    assert imported(modules()["client"]) <= {
+        "transport.outbound",
+        "errors",
+        "topics",
+        "protocol.messages",
+    }
 
 
 def test_only_the_link_knows_hypercorn():

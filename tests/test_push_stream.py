@@ -15,8 +15,8 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 from wsproto.frame_protocol import FrameProtocol
 
-from trading_push import protocol
 from trading_push.errors import SendTimeout, TransportClosed
+from trading_push.protocol import messages as protocol
 from trading_push.transport.base import try_write
 from trading_push.transport.push_stream import PushStream
 

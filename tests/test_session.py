@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trading_push import AuthenticationError, Channel, ErrorCode, Principal, protocol
+from trading_push import AuthenticationError, Channel, ErrorCode, Principal
 from trading_push.errors import CloseCode
-from trading_push.rate import MessageRate
-from trading_push.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
+from trading_push.protocol import messages as protocol
+from trading_push.protocol.rate_limit import MessageRate
+from trading_push.protocol.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
 from trading_push.settings.schema import Limits
 from trading_push.topics import BUILTIN_CHANNELS, Channels
 

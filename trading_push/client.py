@@ -47,7 +47,7 @@ from trading_push.errors import (
     TradingPushError,
     may_reconnect,
 )
-from trading_push.protocol import SUBPROTOCOL
+from trading_push.protocol.messages import SUBPROTOCOL
 from trading_push.transport.outbound import Address
 
 __all__ = ["Client", "Push", "Refused", "Unreachable", "open_client"]

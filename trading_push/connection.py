@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import trio
 
-from trading_push import protocol
 from trading_push.auth.tokens import Principal
 from trading_push.broker.base import Publication, StatusChange
 from trading_push.errors import (
@@ -28,10 +27,9 @@ from trading_push.errors import (
 )
 from trading_push.hub import Hub
 from trading_push.logs import emitter as logs
-from trading_push.rate import MessageRate
-from trading_push.registry import Departure, Member
-from trading_push.seats import NoSeat, Seat
-from trading_push.session import (
+from trading_push.protocol import messages as protocol
+from trading_push.protocol.rate_limit import MessageRate
+from trading_push.protocol.session import (
     Action,
     CheckToken,
     End,
@@ -41,6 +39,8 @@ from trading_push.session import (
     Unsubscribe,
     Wanted,
 )
+from trading_push.registry import Departure, Member
+from trading_push.seats import NoSeat, Seat
 from trading_push.subscription import Siblings, Subscription
 from trading_push.topics import Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write

@@ -27,7 +27,7 @@ from trading_push.answers import Answers
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
 from trading_push.logs import emitter as logs
-from trading_push.protocol import encode_data
+from trading_push.protocol.messages import encode_data
 from trading_push.settings.schema import Limits
 from trading_push.sources.base import Source
 from trading_push.topics import Topic

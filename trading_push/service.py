@@ -15,7 +15,6 @@ import attrs
 import msgspec
 import trio
 
-from trading_push import protocol
 from trading_push.answers import Answers
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
@@ -26,6 +25,7 @@ from trading_push.feed import MarketFeed
 from trading_push.hub import Hub
 from trading_push.logs import emitter as logs
 from trading_push.poller import FetchContext, Poller
+from trading_push.protocol import messages as protocol
 from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
-from trading_push import protocol
 from trading_push.broker.base import Message, Publication, State, StatusChange
 from trading_push.errors import TransportClosed
+from trading_push.protocol import messages as protocol
 from trading_push.topics import Kind, Topic
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable
 import attrs
 from msgspec import UNSET, Raw
 
-from trading_push import protocol
 from trading_push.auth.tokens import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
-from trading_push.protocol import Id, ItemResult, Since
-from trading_push.rate import MessageRate
+from trading_push.protocol import messages as protocol
+from trading_push.protocol.messages import Id, ItemResult, Since
+from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic, symbol_of
 
