@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trading_push.asgi import app
-from trading_push.registry import Registry
+from trading_push.connections.registry import Registry
 
 __all__ = ["app"]
 

@@ -16,7 +16,7 @@ from random_client import Broken, Journal, Leave, Model, RandomClient, Rules, Sa
 from test_firewall import handshake
 
 from trading_push import Principal, PushService
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.testing import MemoryTransport
 
 BUFFER = 4096

@@ -34,12 +34,12 @@ from trading_push import (
     PushService,
     SourceError,
     Ticker,
-    fanout,
     open_push_service,
 )
 from trading_push.broker.base import Publication
+from trading_push.connections import fanout
+from trading_push.connections.registry import Registry
 from trading_push.logs import emitter as logs
-from trading_push.registry import Registry
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Intervals, Limits, Market, Settings
 from trading_push.sources.function import FunctionSource

@@ -14,7 +14,7 @@ import trio.testing
 from test_poller import FAST, Table, serving
 from test_teardown import lines
 
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.models import Ticker
 from trading_push.settings.schema import Intervals, Limits, Market, Settings
 from trading_push.sources.base import ChangeSink, MarketSink

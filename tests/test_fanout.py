@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trading_push import fanout
 from trading_push.broker.base import Publication
-from trading_push.subscription import Siblings, Subscription
+from trading_push.connections import fanout
+from trading_push.connections.subscription import Siblings, Subscription
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic, ticker_topic
 

@@ -15,7 +15,7 @@ from test_firewall import handshake
 from test_teardown import room, unit
 from wsproto.frame_protocol import FrameDecoder
 
-from trading_push.heartbeat import Timetable
+from trading_push.connections.heartbeat import Timetable
 from trading_push.settings.schema import Limits
 
 __all__ = ["certificates"]

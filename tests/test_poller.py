@@ -18,7 +18,7 @@ from support import hypercorn_serving, trio_client, until
 from test_teardown import by_name, lines
 
 from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.protocol.messages import payload_of, split
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.testing import MemoryTransport

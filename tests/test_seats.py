@@ -17,7 +17,7 @@ from test_firewall import handshake
 from test_teardown import lines, room
 
 from trading_push import JwtAuthenticator, Principal, PushService, issue_token
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
 from trading_push.transport import admission, asgi, native

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from trading_push.broker.base import Publication, Status, StatusChange
-from trading_push.subscription import Siblings, Subscription
+from trading_push.connections.subscription import Siblings, Subscription
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Kind, Topic
 

@@ -11,7 +11,7 @@ from test_poller import FAST, Table
 from test_teardown import by_name, lines
 
 from trading_push import open_push_service
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.supervision import keep_running
 from trading_push.testing import MemoryTransport, peer
 

@@ -21,9 +21,9 @@ from trading_push import (
     SourceError,
     open_push_service,
 )
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
+from trading_push.connections.registry import Departure, Member, Registry
 from trading_push.errors import CloseCode
-from trading_push.registry import Departure, Member, Registry
 from trading_push.settings.schema import Limits, Settings
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Channels

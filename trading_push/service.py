@@ -19,17 +19,17 @@ from trading_push.answers import Answers
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
+from trading_push.connections.context import Hub
+from trading_push.connections.registry import Ledger, Member, Registry
+from trading_push.connections.streams import SharedStream, Stream
 from trading_push.demand import Demand, Session
 from trading_push.errors import CloseCode, PayloadError, ServiceClosed
 from trading_push.feed import MarketFeed
-from trading_push.hub import Hub
 from trading_push.logs import emitter as logs
 from trading_push.poller import FetchContext, Poller
 from trading_push.protocol import messages as protocol
-from trading_push.registry import Ledger, Member, Registry
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
-from trading_push.streams import SharedStream, Stream
 from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,

@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from trading_push.auth.tokens import Principal
-from trading_push.connection import Connection
+from trading_push.connections.connection import Connection
 from trading_push.errors import SendTimeout, TransportClosed
 from trading_push.protocol import messages as protocol
 from trading_push.service import PushService

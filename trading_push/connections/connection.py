@@ -15,6 +15,10 @@ import trio
 
 from trading_push.auth.tokens import Principal
 from trading_push.broker.base import Publication, StatusChange
+from trading_push.connections.context import Hub
+from trading_push.connections.registry import Departure, Member
+from trading_push.connections.seats import NoSeat, Seat
+from trading_push.connections.subscription import Siblings, Subscription
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -25,7 +29,6 @@ from trading_push.errors import (
     SourceError,
     TransportClosed,
 )
-from trading_push.hub import Hub
 from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.protocol.rate_limit import MessageRate
@@ -39,17 +42,14 @@ from trading_push.protocol.session import (
     Unsubscribe,
     Wanted,
 )
-from trading_push.registry import Departure, Member
-from trading_push.seats import NoSeat, Seat
-from trading_push.subscription import Siblings, Subscription
 from trading_push.topics import Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
 __all__ = ["Connection"]
 
 # Trio makes a name for each task anew where it is given none.
-_RECEIVER = "trading_push.connection.Connection._receive_loop"
-_SENDER = "trading_push.subscription.Subscription.run"
+_RECEIVER = "trading_push.connections.connection.Connection._receive_loop"
+_SENDER = "trading_push.connections.subscription.Subscription.run"
 _RECONNECT_AFTER_MS = (500, 3000)
 _RESTART = Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
 

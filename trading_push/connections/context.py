@@ -13,13 +13,13 @@ import trio
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.auth.tokens import Authenticate, Principal
 from trading_push.broker.base import Broker
+from trading_push.connections.heartbeat import Timetable, Watched
+from trading_push.connections.registry import Registry
+from trading_push.connections.seats import Seats
+from trading_push.connections.streams import Streams
 from trading_push.errors import SourceError
-from trading_push.heartbeat import Timetable, Watched
 from trading_push.logs import emitter as logs
-from trading_push.registry import Registry
-from trading_push.seats import Seats
 from trading_push.settings.schema import Limits
-from trading_push.streams import Streams
 from trading_push.topics import Channels, Topic
 from trading_push.transport.proxies import Network
 
