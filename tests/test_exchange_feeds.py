@@ -26,7 +26,6 @@ from support import DATA, free_port, until
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.errors import ConfigurationError
-from trading_push.feed import MarketFeed
 from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.protocol.messages import encode_data
@@ -39,6 +38,7 @@ from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.exchanges.ticker_state import UNUSABLE, reason_of
 from trading_push.sources.paper import open_paper_exchange
 from trading_push.topics import Channels, ticker_topic
+from trading_push.upstream.market_feed import MarketFeed
 
 QUICK: dict[str, float] = {
     "spacing_s": 0.002,

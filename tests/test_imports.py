@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "upstream",
         "connections",
         "protocol.messages",
         "auth.tokens",
@@ -44,7 +45,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport.base", "sources.base", "broker.base"),
     ("protocol.session", "connections.subscription", "connections.fanout"),
     ("connections.registry", "connections.heartbeat", "connections.streams"),
-    ("connections.context", "answers", "poller", "feed", "demand"),
+    (
+        "connections.context",
+        "upstream.batcher",
+        "upstream.poller",
+        "upstream.market_feed",
+        "upstream.interest",
+    ),
     ("connections.connection",),
     ("transport", "sources", "broker", "web"),
     ("service",),

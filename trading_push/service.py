@@ -15,18 +15,14 @@ import attrs
 import msgspec
 import trio
 
-from trading_push.answers import Answers
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connections.context import Hub
 from trading_push.connections.registry import Ledger, Member, Registry
 from trading_push.connections.streams import SharedStream, Stream
-from trading_push.demand import Demand, Session
 from trading_push.errors import CloseCode, PayloadError, ServiceClosed
-from trading_push.feed import MarketFeed
 from trading_push.logs import emitter as logs
-from trading_push.poller import FetchContext, Poller
 from trading_push.protocol import messages as protocol
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
@@ -43,6 +39,10 @@ from trading_push.transport import native
 from trading_push.transport.asgi import AsgiDoor
 from trading_push.transport.hypercorn_link import guard
 from trading_push.transport.proxies import networks
+from trading_push.upstream.batcher import Answers
+from trading_push.upstream.interest import Demand, Session
+from trading_push.upstream.market_feed import MarketFeed
+from trading_push.upstream.poller import FetchContext, Poller
 from trading_push.web.publish import Publisher
 from trading_push.web.routes import routes
 

@@ -23,7 +23,6 @@ from typing import Any
 import attrs
 import trio
 
-from trading_push.answers import Answers
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
 from trading_push.logs import emitter as logs
@@ -31,6 +30,7 @@ from trading_push.protocol.messages import encode_data
 from trading_push.settings.schema import Limits
 from trading_push.sources.base import Source
 from trading_push.topics import Topic
+from trading_push.upstream.batcher import Answers
 
 __all__ = ["FetchContext", "Poller"]
 

@@ -1,0 +1,1 @@
+"""From a source to the broker: who is asked for, when, and what becomes of the answers."""
