@@ -39,10 +39,10 @@ from trading_push import (
     Ticker,
     open_push_service,
 )
+from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
-from trading_push.transport import hypercorn_link
 
 SECRET = "a secret of at least thirty-two bytes"
 

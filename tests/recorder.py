@@ -8,8 +8,8 @@ from typing import Any
 
 import trio
 
+from trading_push.endpoints.hypercorn.link import GuardedWSStream
 from trading_push.errors import SendTimeout
-from trading_push.transport.hypercorn_link import GuardedWSStream
 from trading_push.transport.push_stream import PushStream
 
 violations: list[str] = []

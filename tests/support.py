@@ -24,8 +24,8 @@ import trio_websocket
 from websockets.asyncio.client import ClientConnection, connect
 
 from trading_push import PushService, issue_token
-from trading_push.transport import hypercorn_link
-from trading_push.transport.asgi import AsgiDoor
+from trading_push.endpoints.asgi import AsgiDoor
+from trading_push.endpoints.hypercorn import link as hypercorn_link
 
 SECRET = "a secret of at least thirty-two bytes"
 TESTS = Path(__file__).parent

@@ -30,10 +30,10 @@ from trading_push import (
     Principal,
     open_push_service,
 )
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.service import PushService
 from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.testing import MemoryTransport, peer
-from trading_push.transport.hypercorn_link import guard
 
 KINDS = ["linked", "plain", "native", "linked-tls", "native-tls"]
 EVERY = [*KINDS, "memory"]

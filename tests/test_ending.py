@@ -18,10 +18,10 @@ from test_firewall import handshake
 from test_teardown import Order, lines
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push.endpoints.asgi import AsgiTransport
+from trading_push.endpoints.native import NativeTransport
 from trading_push.errors import CloseCode
 from trading_push.settings.schema import Auth, Settings
-from trading_push.transport.asgi import AsgiTransport
-from trading_push.transport.native import NativeTransport
 
 CLIENTS = 200
 DOORS = ["linked", "native"]

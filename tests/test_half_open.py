@@ -21,8 +21,8 @@ from test_doors import certificates, open_door
 from test_teardown import lines
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
-from trading_push.transport.hypercorn_link import guard
 
 __all__ = ["certificates"]
 

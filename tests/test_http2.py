@@ -20,8 +20,8 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Message, TextMessage
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
-from trading_push.transport.hypercorn_link import guard
 
 STREAM = 1
 

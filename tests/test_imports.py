@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "endpoints",
         "upstream",
         "connections",
         "protocol.messages",
@@ -156,7 +157,7 @@ def test_the_client_imports_only_what_it_needs():
 
 
 def test_only_the_link_knows_hypercorn():
-    allowed = {"transport.hypercorn_link", "server"}
+    allowed = {"endpoints.hypercorn.link", "server"}
     for module, path in modules().items():
         if module not in allowed:
             text = path.read_text(encoding="utf-8")

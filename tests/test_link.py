@@ -24,10 +24,10 @@ from support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_client, u
 from test_close_codes import raw
 
 from trading_push import JwtAuthenticator, open_push_service
+from trading_push.endpoints.asgi import lifespan
+from trading_push.endpoints.hypercorn import link as hypercorn_link
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
-from trading_push.transport import hypercorn_link
-from trading_push.transport.asgi import lifespan
-from trading_push.transport.hypercorn_link import guard
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

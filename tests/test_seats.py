@@ -18,10 +18,10 @@ from test_teardown import lines, room
 
 from trading_push import JwtAuthenticator, Principal, PushService, issue_token
 from trading_push.connections.connection import Connection
+from trading_push.endpoints import admission, asgi, native
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
-from trading_push.transport import admission, asgi, native
-from trading_push.transport.hypercorn_link import guard
 
 __all__ = ["certificates"]
 

@@ -28,8 +28,8 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
 from trading_push import Channel, JwtAuthenticator, PushService, open_push_service
+from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.settings.schema import Auth
-from trading_push.transport import hypercorn_link
 from trading_push.transport.push_stream import PushStream
 
 CLIENTS = 40

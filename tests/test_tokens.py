@@ -27,9 +27,9 @@ from test_doors import answer_of, certificates, open_door, served, status_of
 from test_firewall import handshake
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.topics import BUILTIN_CHANNELS
-from trading_push.transport.hypercorn_link import guard
 
 __all__ = ["certificates"]
 

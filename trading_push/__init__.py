@@ -8,6 +8,7 @@
 
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
 from trading_push.client import Push, open_client
+from trading_push.endpoints.hypercorn.link import install as guard_hypercorn
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -47,7 +48,6 @@ from trading_push.sources.function import FunctionSource
 from trading_push.sources.sql.postgres import PostgresSource
 from trading_push.sources.sql.source import SqlSource
 from trading_push.topics import Channel
-from trading_push.transport.hypercorn_link import install as guard_hypercorn
 
 __all__ = [
     "Authenticate",

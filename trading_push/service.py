@@ -21,6 +21,9 @@ from trading_push.broker.memory import MemoryBroker
 from trading_push.connections.context import Hub
 from trading_push.connections.registry import Ledger, Member, Registry
 from trading_push.connections.streams import SharedStream, Stream
+from trading_push.endpoints import native
+from trading_push.endpoints.asgi import AsgiDoor
+from trading_push.endpoints.hypercorn.link import guard
 from trading_push.errors import CloseCode, PayloadError, ServiceClosed
 from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
@@ -35,9 +38,6 @@ from trading_push.topics import (
     Topic,
     symbol_of,
 )
-from trading_push.transport import native
-from trading_push.transport.asgi import AsgiDoor
-from trading_push.transport.hypercorn_link import guard
 from trading_push.transport.proxies import networks
 from trading_push.upstream.batcher import Answers
 from trading_push.upstream.interest import Demand, Session

@@ -20,10 +20,10 @@ from wsproto.events import CloseConnection, Event, Message
 from trading_push.connections.connection import Connection
 from trading_push.connections.context import Hub
 from trading_push.connections.seats import NoSeat, Seat
+from trading_push.endpoints.admission import Refused, admit, refuse_unread
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
-from trading_push.transport.admission import Refused, admit, refuse_unread
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap

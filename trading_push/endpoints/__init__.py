@@ -1,0 +1,1 @@
+"""The ways in for clients: ASGI under Hypercorn, and native on trio."""
