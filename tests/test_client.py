@@ -19,8 +19,8 @@ from support import SECRET, hypercorn_serving, token, until
 from test_auth import signed
 
 from trading_push import JwtAuthenticator, Principal, open_push_service
-from trading_push import client as client_module
-from trading_push.client import Push, Refused, Unreachable, open_client
+from trading_push.client import client as client_module
+from trading_push.client.client import Push, Refused, Unreachable, open_client
 from trading_push.errors import AuthenticationError, ConfigurationError
 from trading_push.settings.schema import Auth, Limits, Settings
 

@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "client.client",
         "endpoints",
         "upstream",
         "connections",
@@ -58,7 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service",),
     ("assembly",),
     ("server", "asgi", "testing"),
-    ("client",),
+    ("client.client",),
     ("watch",),
     ("", "cli", "__main__"),
 )
@@ -148,7 +149,7 @@ def test_no_library_has_a_switch_over_what_is_kept_running():
 
 
 def test_the_client_imports_only_what_it_needs():
-    assert imported(modules()["client"]) <= {
+    assert imported(modules()["client.client"]) <= {
         "transport.outbound",
         "errors",
         "topics",

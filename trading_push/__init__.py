@@ -7,7 +7,7 @@
 """
 
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
-from trading_push.client import Push, open_client
+from trading_push.client.client import Push, open_client
 from trading_push.endpoints.hypercorn.link import install as guard_hypercorn
 from trading_push.errors import (
     AuthenticationError,

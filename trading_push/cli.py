@@ -20,7 +20,7 @@ import click
 import trio
 
 from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
-from trading_push.client import Refused, Unreachable
+from trading_push.client.client import Refused, Unreachable
 from trading_push.errors import AuthenticationError, ConfigurationError, TradingPushError
 from trading_push.settings.loading import load_settings
 from trading_push.settings.schema import Settings
