@@ -2,7 +2,7 @@
 
 import recorder
 
-from trading_push.cli import main
+from trading_push.cli.commands import main
 
 recorder.install()
 main()

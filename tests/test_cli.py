@@ -24,8 +24,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scripted_server import Peer, server
 
-from trading_push import cli
-from trading_push.watch import escaped
+from trading_push.cli import commands as cli
+from trading_push.cli.watch import escaped
 
 COMMAND = [sys.executable, "-m", "trading_push.cli"]
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -17,6 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "cli.commands",
         "client.client",
         "endpoints",
         "upstream",
@@ -60,8 +61,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assembly",),
     ("server", "asgi", "testing"),
     ("client.client",),
-    ("watch",),
-    ("", "cli", "__main__"),
+    ("cli.watch",),
+    ("", "cli.commands", "__main__"),
 )
 
 

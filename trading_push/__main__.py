@@ -1,5 +1,5 @@
 """`python -m trading_push`: the command line."""
 
-from trading_push.cli import main
+from trading_push.cli.commands import main
 
 main()

@@ -284,7 +284,7 @@ def watch(url: str, token_: str | None, data: str, ticker: str, count: int | Non
     except (AttributeError, OSError, ValueError):  # standard output is closed
         return
 
-    from trading_push import watch as view  # rich is not needed for the other commands
+    from trading_push.cli import watch as view  # rich is not needed for the other commands
 
     try:
         trio.run(lambda: view.watch(url, token_, channels, count=count, descriptor=descriptor))
