@@ -31,7 +31,7 @@ from trading_push import (
     WatchedFeed,
     load_settings,
 )
-from trading_push.assembly import open_configured_service
+from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Intervals, Limits, Settings
 from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
 from trading_push.sources.ccxt.source import credentials_of_file, credentials_of_json

@@ -13,7 +13,7 @@ from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, trio_clie
 from test_paper import Trader, fast  # noqa: F401 - a fixture
 from test_poller import Table, serving
 
-from trading_push import assembly
+from trading_push import factory as assembly
 from trading_push.settings.schema import Database, Limits, Settings
 from trading_push.sources.paper import ledger
 

@@ -27,7 +27,7 @@ from test_poller import serving
 from test_teardown import by_name, lines
 
 from trading_push import BatchSource, ConfigurationError, FlaskSource, FunctionSource, load_settings
-from trading_push.assembly import open_configured_service
+from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Intervals, Limits, Settings
 
 PUSHES = int(os.environ.get("TESTS_FLASK", "2000"))

@@ -58,7 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("connections.connection",),
     ("transport", "sources", "broker", "web"),
     ("service",),
-    ("assembly",),
+    ("factory",),
     ("server", "asgi", "testing"),
     ("client.client",),
     ("cli.watch",),

@@ -17,7 +17,8 @@ import trio
 from postgres_server import PASSWORD, PostgresServer
 from support import PATIENCE_S, SECRET, hypercorn_serving, trio_client, until
 
-from trading_push import ConfigurationError, PostgresSource, SourceError, SqlSource, assembly
+from trading_push import ConfigurationError, PostgresSource, SourceError, SqlSource
+from trading_push import factory as assembly
 from trading_push.settings.schema import Database, Intervals, Query, Settings
 from trading_push.sources.base import ChangeSink, WatchingSource
 

@@ -42,7 +42,7 @@ from trading_push import (
     load_settings,
     open_push_service,
 )
-from trading_push.assembly import open_configured_service
+from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Settings
 from trading_push.sources.exchanges import binance
 from trading_push.testing import peer
