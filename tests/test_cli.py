@@ -27,7 +27,7 @@ from scripted_server import Peer, server
 from trading_push.cli import commands as cli
 from trading_push.cli.watch import escaped
 
-COMMAND = [sys.executable, "-m", "trading_push.cli"]
+COMMAND = [sys.executable, "-m", "trading_push"]
 SECRET = "0123456789abcdef0123456789abcdef"
 WAIT_S = 30
 

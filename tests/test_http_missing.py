@@ -29,7 +29,7 @@ def without(module: str, program: str, *args: str, **env: str) -> subprocess.Com
 
 @pytest.mark.parametrize("module", ["asks", "async_generator"])
 def test_importing_it_says_how_to_install_it(module: str) -> None:
-    ended = without(module, "import trading_push.sources.http")
+    ended = without(module, "from trading_push.sources.http import HttpSource")
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("trading_push.errors.ConfigurationError: the HTTP source needs")
     assert last.endswith(INSTALL)
@@ -37,7 +37,7 @@ def test_importing_it_says_how_to_install_it(module: str) -> None:
 
 def test_serve_says_so_in_one_line(tmp_path: Path) -> None:
     env = {"TRADING_PUSH_HTTP_URL": URL, "XDG_DATA_HOME": str(tmp_path)}
-    program = "from trading_push.cli import main; main()"
+    program = "from trading_push.cli.commands import main; main()"
     ended = without("asks", program, "serve", "--port", "0", **env)
     assert ended.returncode == 2
     assert ended.stdout == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,56 +14,19 @@ import trading_push
 
 PACKAGE = Path(trading_push.__file__).parent
 
-# Each layer may import from those before it, and within itself without a circle.
+# Each layer may import from those before it. Within one, no two packages import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "cli.commands",
-        "client.client",
-        "endpoints",
-        "upstream",
-        "connections",
-        "protocol.messages",
-        "auth.tokens",
-        "settings.schema",
-        "logs.emitter",
-        "transport.outbound",
-        "transport.origin",
-        "transport.proxies",
-        "settings.import_string",
-        "settings.validators",
-        "settings.schema",
-        "settings.loading",
-        "models",
-        "topics",
-        "logs.emitter",
-    ),
-    (
-        "protocol.messages",
-        "auth.tokens",
-        "protocol.rate_limit",
-        "supervision",
-        "auth.revocation",
-        "connections.seats",
-    ),
-    ("transport.base", "sources.base", "broker.base"),
-    ("protocol.session", "connections.subscription", "connections.fanout"),
-    ("connections.registry", "connections.heartbeat", "connections.streams"),
-    (
-        "connections.context",
-        "upstream.batcher",
-        "upstream.poller",
-        "upstream.market_feed",
-        "upstream.interest",
-    ),
-    ("connections.connection",),
-    ("transport", "sources", "broker", "web"),
+    ("errors", "models", "supervision", "lazy"),
+    ("topics", "logs", "transport"),
+    ("settings",),
+    ("auth", "broker", "sources"),
+    ("protocol",),
+    ("upstream", "connections", "web", "client"),
+    ("endpoints",),
     ("service",),
-    ("factory",),
-    ("server", "asgi", "testing"),
-    ("client.client",),
-    ("cli.watch",),
-    ("", "cli.commands", "__main__"),
+    ("factory", "testing"),
+    ("server",),
+    ("", "asgi", "cli", "__main__"),
 )
 
 
@@ -95,13 +59,9 @@ def imported(path: Path) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-    best, depth = len(module), -1
-    for number, names in enumerate(LAYERS):
-        for name in names:
-            if (module == name or (name and module.startswith(f"{name}."))) and len(name) > depth:
-                best, depth = number, len(name)
-    assert depth >= 0, f"{module} stands in no layer"
-    return best
+    package = module.split(".")[0]
+    [layer] = [number for number, names in enumerate(LAYERS) if package in names]
+    return layer
 
 
 def test_imports_run_one_way():
@@ -112,6 +72,15 @@ def test_imports_run_one_way():
         if layer_of(other) > layer_of(module)
     ]
     assert wrong == []
+
+
+def test_no_two_packages_import_each_other():
+    pairs = {
+        (module.split(".")[0], other.split(".")[0])
+        for module, path in modules().items()
+        for other in imported(path)
+    }
+    assert sorted(pair for pair in pairs if pair[0] < pair[1] and pair[::-1] in pairs) == []
 
 
 def test_there_is_no_circle():
@@ -140,7 +109,7 @@ def packages(module: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["protocol.messages", "protocol.session"])
+@pytest.mark.parametrize("module", sorted(each for each in modules() if "protocol" in each))
 def test_sans_io_never_imports_trio(module):
     assert "trio" not in packages(module)
 
@@ -149,13 +118,60 @@ def test_no_library_has_a_switch_over_what_is_kept_running():
     assert packages("supervision") - sys.stdlib_module_names == {"trio"}
 
 
-def test_the_client_imports_only_what_it_needs():
-    assert imported(modules()["client.client"]) <= {
-        "transport.outbound",
-        "errors",
-        "topics",
-        "protocol.messages",
+def loaded_by(program: str) -> set[str]:
+    """The modules that a fresh interpreter has after running a program."""
+    code = f"{program}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+SERVER = {"sqlalchemy", "hypercorn", "starlette"}
+
+
+def test_the_client_alone_loads_no_server():
+    loaded = loaded_by("from trading_push.client import open_client")
+    assert not SERVER & {name.split(".")[0] for name in loaded}
+    assert len(loaded) <= 350
+
+
+def test_the_package_alone_loads_nothing():
+    loaded = loaded_by("import trading_push")
+    assert {name for name in loaded if name.startswith("trading_push")} == {
+        "trading_push",
+        "trading_push.lazy",
     }
+    assert not {"trio", "attr", "msgspec"} & loaded
+
+
+@pytest.mark.parametrize("package", ["", "auth", "client", "logs", "settings", "sources.http"])
+def test_what_a_package_hands_on_is_what_type_checkers_see(package):
+    path = modules()[package]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    [call] = [node for node in ast.walk(block) if isinstance(node, ast.Call)]
+    lazily = {
+        (f"{package}.{module}".strip("."), name)
+        for module, names in ast.literal_eval(call.args[1]).items()
+        for name in names.split()
+    }
+    seen = {
+        (node.module.removeprefix("trading_push."), alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert lazily == seen
+    [exported] = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert sorted(exported) == sorted(name for _, name in seen)
+
+
+def test_a_name_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError, match="'trading_push' has no attribute 'nope'"):
+        trading_push.nope  # noqa: B018
 
 
 def test_only_the_link_knows_hypercorn():

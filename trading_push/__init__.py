@@ -6,48 +6,86 @@
         await serve(service, hypercorn.Config())
 """
 
-from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
-from trading_push.client.client import Push, open_client
-from trading_push.endpoints.hypercorn.link import install as guard_hypercorn
-from trading_push.errors import (
-    AuthenticationError,
-    CloseCode,
-    ConfigurationError,
-    ErrorCode,
-    LinkError,
-    PayloadError,
-    RequestError,
-    SendTimeout,
-    ServiceClosed,
-    SourceError,
-    TradingPushError,
-    TransportClosed,
-)
-from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
-from trading_push.server import serve
-from trading_push.service import Latest, PushService, Statistics, open_push_service
-from trading_push.settings.loading import load_settings
-from trading_push.settings.schema import Settings
-from trading_push.sources.base import (
-    BatchSource,
-    ChangeSink,
-    MarketSink,
-    SessionSource,
-    Source,
-    TickerFeed,
-    WatchedFeed,
-    WatchingSource,
-)
-from trading_push.sources.ccxt.exchange import ExchangeOptions
-from trading_push.sources.ccxt.feed import CcxtFeed
-from trading_push.sources.ccxt.source import CcxtSource
-from trading_push.sources.exchanges.binance import BinanceFeed
-from trading_push.sources.exchanges.bybit import BybitFeed
-from trading_push.sources.flask import FlaskSource
-from trading_push.sources.function import FunctionSource
-from trading_push.sources.sql.postgres import PostgresSource
-from trading_push.sources.sql.source import SqlSource
-from trading_push.topics import Channel
+from typing import TYPE_CHECKING
+
+from trading_push.lazy import lazy
+
+if TYPE_CHECKING:
+    from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
+    from trading_push.client.client import Push, open_client
+    from trading_push.endpoints.hypercorn.link import guard_hypercorn
+    from trading_push.errors import (
+        AuthenticationError,
+        CloseCode,
+        ConfigurationError,
+        ErrorCode,
+        LinkError,
+        PayloadError,
+        RequestError,
+        SendTimeout,
+        ServiceClosed,
+        SourceError,
+        TradingPushError,
+        TransportClosed,
+    )
+    from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
+    from trading_push.server import serve
+    from trading_push.service import Latest, PushService, Statistics, open_push_service
+    from trading_push.settings.loading import load_settings
+    from trading_push.settings.schema import Settings
+    from trading_push.sources.base import (
+        BatchSource,
+        ChangeSink,
+        MarketSink,
+        SessionSource,
+        Source,
+        TickerFeed,
+        WatchedFeed,
+        WatchingSource,
+    )
+    from trading_push.sources.ccxt.exchange import ExchangeOptions
+    from trading_push.sources.ccxt.feed import CcxtFeed
+    from trading_push.sources.ccxt.source import CcxtSource
+    from trading_push.sources.exchanges.binance import BinanceFeed
+    from trading_push.sources.exchanges.bybit import BybitFeed
+    from trading_push.sources.flask import FlaskSource
+    from trading_push.sources.function import FunctionSource
+    from trading_push.sources.sql.postgres import PostgresSource
+    from trading_push.sources.sql.source import SqlSource
+    from trading_push.topics import Channel
+else:
+    __getattr__ = lazy(
+        __name__,
+        {
+            "auth.tokens": "Authenticate JwtAuthenticator Principal issue_token",
+            "client.client": "Push open_client",
+            "errors": (
+                "AuthenticationError CloseCode ConfigurationError ErrorCode LinkError PayloadError "
+                "RequestError SendTimeout ServiceClosed SourceError TradingPushError "
+                "TransportClosed"
+            ),
+            "models": "Balance Fill Order Pnl Position SymbolPnl Ticker",
+            "server": "serve",
+            "service": "Latest PushService Statistics open_push_service",
+            "settings.loading": "load_settings",
+            "settings.schema": "Settings",
+            "sources.base": (
+                "BatchSource ChangeSink MarketSink SessionSource Source TickerFeed WatchedFeed "
+                "WatchingSource"
+            ),
+            "sources.ccxt.exchange": "ExchangeOptions",
+            "sources.ccxt.feed": "CcxtFeed",
+            "sources.ccxt.source": "CcxtSource",
+            "sources.exchanges.binance": "BinanceFeed",
+            "sources.exchanges.bybit": "BybitFeed",
+            "sources.flask": "FlaskSource",
+            "sources.function": "FunctionSource",
+            "sources.sql.postgres": "PostgresSource",
+            "sources.sql.source": "SqlSource",
+            "topics": "Channel",
+            "endpoints.hypercorn.link": "guard_hypercorn",
+        },
+    )
 
 __all__ = [
     "Authenticate",

@@ -12,11 +12,11 @@ import threading
 
 import trio
 
+from trading_push import logs
 from trading_push.endpoints.asgi import AsgiDoor, Receive, Scope, Send
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.errors import ConfigurationError, LinkError
 from trading_push.factory import authenticator, open_configured_service
-from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings.loading import load_settings
 from trading_push.settings.schema import Settings

@@ -16,11 +16,11 @@ import hypercorn.config
 import hypercorn.trio
 import trio
 
+from trading_push import logs
 from trading_push.auth.tokens import Authenticate
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service
-from trading_push.logs import emitter as logs
 from trading_push.service import PushService
 from trading_push.settings.schema import Settings
 

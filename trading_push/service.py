@@ -15,6 +15,7 @@ import attrs
 import msgspec
 import trio
 
+from trading_push import logs
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator
 from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
@@ -25,7 +26,6 @@ from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiDoor
 from trading_push.endpoints.hypercorn.link import guard
 from trading_push.errors import CloseCode, PayloadError, ServiceClosed
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource

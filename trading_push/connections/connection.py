@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import trio
 
+from trading_push import logs
 from trading_push.auth.tokens import Principal
 from trading_push.broker.base import Publication, StatusChange
 from trading_push.connections.context import Hub
@@ -29,7 +30,6 @@ from trading_push.errors import (
     SourceError,
     TransportClosed,
 )
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.protocol.session import (

@@ -10,6 +10,7 @@ from typing import Protocol
 import attrs
 import trio
 
+from trading_push import logs
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.auth.tokens import Authenticate, Principal
 from trading_push.broker.base import Broker
@@ -18,7 +19,6 @@ from trading_push.connections.registry import Registry
 from trading_push.connections.seats import Seats
 from trading_push.connections.streams import Streams
 from trading_push.errors import SourceError
-from trading_push.logs import emitter as logs
 from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic
 from trading_push.transport.proxies import Network

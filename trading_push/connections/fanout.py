@@ -17,9 +17,9 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
+from trading_push import logs
 from trading_push.broker.base import Message, Publication, StatusChange
 from trading_push.connections.subscription import Siblings, Subscription
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.topics import Topic
 from trading_push.transport.base import Transport, try_write

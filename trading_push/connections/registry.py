@@ -17,11 +17,11 @@ from typing import Any
 import attrs
 import trio
 
+from trading_push import logs
 from trading_push.broker.base import Message, Publication
 from trading_push.connections import fanout
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import ServiceClosed
-from trading_push.logs import emitter as logs
 from trading_push.logs.emitter import Line, line
 from trading_push.topics import Channels, Topic, room_of, symbol_of
 from trading_push.transport.base import Close

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import trio
 
+from trading_push import logs
 from trading_push.broker.base import Broker, Publication, Status, StatusChange
 from trading_push.connections.subscription import Subscription
-from trading_push.logs import emitter as logs
 from trading_push.protocol.messages import encode_data
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic

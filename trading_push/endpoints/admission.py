@@ -7,11 +7,11 @@ from typing import Final
 
 import trio
 
+from trading_push import logs
 from trading_push.auth.tokens import Principal
 from trading_push.connections.context import Hub
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
-from trading_push.logs import emitter as logs
 from trading_push.transport.origin import is_allowed
 from trading_push.transport.push_stream import PushStream
 

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import trio
 
+from trading_push import logs
 from trading_push.connections.connection import Connection
 from trading_push.connections.context import Hub
 from trading_push.connections.seats import NoSeat
 from trading_push.endpoints.admission import Refused, admit
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.transport.base import Close, Writer
 from trading_push.transport.proxies import client_address

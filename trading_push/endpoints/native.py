@@ -17,12 +17,12 @@ import wsproto.utilities
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection, Event, Message
 
+from trading_push import logs
 from trading_push.connections.connection import Connection
 from trading_push.connections.context import Hub
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.endpoints.admission import Refused, admit, refuse_unread
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.proxies import client_address

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
+from trading_push import logs
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import PayloadError
-from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.protocol.messages import encode_data
 from trading_push.sources.base import TickerFeed, WatchedFeed

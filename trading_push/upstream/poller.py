@@ -23,9 +23,9 @@ from typing import Any
 import attrs
 import trio
 
+from trading_push import logs
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
-from trading_push.logs import emitter as logs
 from trading_push.protocol.messages import encode_data
 from trading_push.settings.schema import Limits
 from trading_push.sources.base import Source

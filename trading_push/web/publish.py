@@ -21,6 +21,7 @@ from msgspec import Raw, Struct
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from trading_push import logs
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.auth.tokens import Principal
 from trading_push.errors import (
@@ -30,7 +31,6 @@ from trading_push.errors import (
     ServiceClosed,
     SourceError,
 )
-from trading_push.logs import emitter as logs
 
 __all__ = ["Publish", "Publisher"]
 

@@ -43,9 +43,9 @@ from hypercorn.utils import parse_socket_addr
 from wsproto.connection import Connection, ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Event, TextMessage
 
+from trading_push import logs
 from trading_push.endpoints.admission import refuse_unread
 from trading_push.errors import LinkError
-from trading_push.logs import emitter as logs
 from trading_push.settings.schema import Limits
 from trading_push.transport.base import Close, decoder_of, most_fragments
 from trading_push.transport.push_stream import PushStream, TlsPushStream, wrap
@@ -564,6 +564,10 @@ def install(limits: Limits) -> bool:
         setattr(module, name, guarded)
     guard.installed = True
     return True
+
+
+guard_hypercorn = install
+"""What `trading_push` calls it."""
 
 
 def check() -> None:

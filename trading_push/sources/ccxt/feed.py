@@ -7,8 +7,8 @@ from typing import Any
 
 import trio
 
+from trading_push import logs
 from trading_push.errors import SourceError
-from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
 from trading_push.sources.ccxt.exchange import (

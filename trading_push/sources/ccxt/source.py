@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 import trio
 
+from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.logs import emitter as logs
 from trading_push.sources.base import ChangeSink
 from trading_push.sources.ccxt.exchange import CcxtExchange, ExchangeOptions, as_decimal
 

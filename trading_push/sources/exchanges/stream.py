@@ -26,8 +26,8 @@ import attrs
 import trio
 import trio_websocket
 
+from trading_push import logs
 from trading_push.errors import SourceError
-from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.lost import LOST, explained

@@ -26,8 +26,8 @@ import attrs
 import msgspec
 import trio
 
+from trading_push import logs
 from trading_push.errors import ConfigurationError
-from trading_push.logs import emitter as logs
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.binance_frames import Frame, Payload, is_other_event, values_of
 from trading_push.sources.exchanges.ticker_state import (

@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 import attrs
 import trio
 
+from trading_push import logs
 from trading_push.errors import SourceError
-from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.ticker_state import DECIMALS
