@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
-import postgres_server
 import pytest
-from support import TESTS, Process, process
+import trustme
+
+pytest.register_assert_rewrite("harness")
+
+from harness import postgres_server
+from harness.embedded import Embedded, embed
+
+from trading_push.sources.exchanges import simulated_market
+from trading_push.sources.paper import exchange
 
 
-class Embedded:
-    """`embedded_server.py`, running."""
-
-    def __init__(self, running: Process) -> None:
-        self.process = running
-        running.wait_for(lambda: len(running.out) == 2, "ports")
-        self.port, self.native_port = map(int, running.out)
-        self.ports = {"linked": self.port, "native": self.native_port}
-        self.url = f"ws://127.0.0.1:{self.port}/ws"
-
-    def look(self, command: str = "") -> dict[str, Any]:
-        """What the server sees inside itself now, after a command that its program knows."""
-        seen = len(self.process.out)
-        assert self.process.popen.stdin is not None
-        self.process.popen.stdin.write(f"{command}\n")
-        self.process.wait_for(lambda: len(self.process.out) > seen, "answer")
-        return json.loads(self.process.out[seen])
-
-    def look_until(self, what: Any, why: str) -> dict[str, Any]:
-        """Look again and again until `what` is true of what is seen."""
-        import time
-
-        from support import PATIENCE_S
-
-        deadline = time.monotonic() + PATIENCE_S
-        while not what(seen := self.look()):
-            assert time.monotonic() < deadline, f"{why} never came: {seen}"
-            time.sleep(0.1)  # a look holds the server for as long
-        return seen
-
-
-@contextmanager
-def embed(*flags: str, exact_memory: bool = True) -> Iterator[Embedded]:
-    """Run `embedded_server.py` with these flags; its memory is only exact at a cost in speed."""
-    # Python's own allocator keeps whole arenas: without it the memory in use is known exactly.
-    # One arena and a fixed threshold: what is free can be given back whichever thread took it.
-    env = {
-        "PYTHONMALLOC": "malloc",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TOP_PAD_": "0",
-    }
-    command = [sys.executable, str(TESTS / "embedded_server.py"), *flags]
-    with process(*command, env=env if exact_memory else {}) as running:
-        yield Embedded(running)
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """A server's chain and key, and a client's context that trusts it."""
+    authority = trustme.CA()
+    pem = tmp_path_factory.mktemp("tls") / "chain.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return pem, trust
 
 
 @pytest.fixture
@@ -71,3 +40,10 @@ def postgres() -> Iterator[postgres_server.PostgresServer]:
     """A server for the whole run: what is in it belongs into a database of the test's own."""
     with postgres_server.running() as server:
         yield server
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything on the paper exchange happens at a hundred times the speed."""
+    monkeypatch.setattr(exchange, "STEP_S", 0.005)
+    monkeypatch.setattr(simulated_market, "STEP_S", 0.005)

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import trio
-from bystanders import (
+
+from harness.bystanders import (
     HEALTHY,
     MASK,
     NEWS,
@@ -25,19 +26,17 @@ from bystanders import (
     bystanders,
     close_code,
     frames_of,
+    healthy_while,
     masked,
     raw_peer,
     said,
     show_no_trace,
 )
-from support import until
-from test_close_codes import raw
-from test_doors import RAW, Door, certificates, open_door
-from test_firewall import handshake, healthy_while
+from harness.endpoints import RAW, Door, open_door
+from harness.handshakes import handshake, raw
+from harness.support import until
 
 from trading_push.settings.schema import Limits
-
-__all__ = ["certificates"]
 
 DOORS = ["linked", "plain", "native"]
 at_every_door = pytest.mark.parametrize("kind", DOORS)

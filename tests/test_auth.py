@@ -21,15 +21,12 @@ import jwt
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
+from harness.tokens import RSA, SECRET, claims, pem, signed
 
 from trading_push.auth import tokens as auth
 from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
@@ -41,29 +38,9 @@ from trading_push.errors import (
 )
 from trading_push.settings.schema import Auth
 
-SECRET = "0123456789abcdef0123456789abcdef"
-RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC = ec.generate_private_key(ec.SECP256R1())
 ED = ed25519.Ed25519PrivateKey.generate()
 KEYS: dict[str, Any] = {"RS256": RSA, "ES256": EC, "EdDSA": ED}
-
-
-def pem(key: Any) -> bytes:
-    public: bytes = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return public
-
-
-def claims(**changes: Any) -> dict[str, Any]:
-    """Those of a good token; a change to None leaves a claim out."""
-    now = int(time.time())
-    changed = {"sub": "4", "exp": now + 60, "iat": now} | changes
-    return {name: value for name, value in changed.items() if value is not None}
-
-
-def signed(key: Any = SECRET, algorithm: str = "HS256", **changes: Any) -> str:
-    """A token whose claims are not looked at, unlike those that PyJWT makes."""
-    payload = json.dumps(claims(**changes)).encode()
-    return jwt.PyJWS().encode(payload, key, algorithm, {"typ": "JWT"})
 
 
 async def refusal(token: str, secret: str = SECRET, **settings: Any) -> AuthenticationError:

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from support import SECRET, free_port, hypercorn_serving, process, until
-from test_teardown import lines
+
+from harness.room import lines
+from harness.support import SECRET, free_port, hypercorn_serving, process, until
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.settings.schema import Auth, Server, Settings

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import ccxt
-import loopback_exchange
 import pytest
 import trio
-from loopback_exchange import LoopbackExchange
-from support import PATIENCE_S, until
-from test_poller import serving
-from test_teardown import by_name, lines
+
+from harness import loopback_exchange
+from harness.loopback_exchange import LoopbackExchange
+from harness.room import by_name, lines
+from harness.sources import serving
+from harness.support import PATIENCE_S, until
 
 from trading_push import (
     CcxtFeed,

@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Iterator
 
 import pytest
-from conftest import Embedded, embed
-from support import SIX, client
 from websockets.exceptions import ConnectionClosed
+
+from harness.embedded import Embedded, embed
+from harness.support import SIX, client
 
 CLIENTS = 200
 ROUNDS = 10

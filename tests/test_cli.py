@@ -22,7 +22,8 @@ import trio
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scripted_server import Peer, server
+
+from harness.scripted_server import Peer, server
 
 from trading_push.cli import commands as cli
 from trading_push.cli.watch import escaped

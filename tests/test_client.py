@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import trio
 import trustme
-from scripted_server import Peer, server
-from support import SECRET, hypercorn_serving, token, until
-from test_auth import signed
+
+from harness.scripted_server import Peer, server
+from harness.support import SECRET, hypercorn_serving, token, until
+from harness.tokens import signed
 
 from trading_push import JwtAuthenticator, Principal, open_push_service
 from trading_push.client import client as client_module

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
-from support import SIX, TESTS, Client, Process, client, plain_hypercorn, serving
+
+from harness.handshakes import raw
+from harness.support import SIX, TESTS, Client, Process, client, plain_hypercorn, serving
 
 GONE = """
 import asyncio, os, sys
 sys.path.insert(0, sys.argv[2])
-from support import client
+from harness.support import client
 
 async def main():
     async with client(sys.argv[1], 4) as user:
@@ -114,15 +116,15 @@ def leave_in_every_way(server: Process) -> None:
 
 @pytest.mark.parametrize(
     "program",
-    [("-m", "trading_push"), (str(TESTS / "recorded_serve.py"),)],
+    [("-m", "trading_push"), ("-m", "harness.recorded_serve")],
     ids=["bare", "recorded"],
 )
 def test_under_serve(tmp_path, program):
-    with serving(tmp_path, "--interval", "pnl=0.1", program=program) as server:
+    with serving(tmp_path, "--interval", "pnl=0.1", program=program, cwd=TESTS) as server:
         leave_in_every_way(server)
 
 
-@pytest.mark.parametrize("app", ["trading_push.asgi:app", "recorded_app:app"])
+@pytest.mark.parametrize("app", ["trading_push.asgi:app", "harness.recorded_app:app"])
 def test_under_plain_hypercorn(tmp_path, app):
     with plain_hypercorn(tmp_path, app=app) as server:
         leave_in_every_way(server)
@@ -141,20 +143,6 @@ def test_the_level_is_that_of_the_mark(tmp_path):
         server.stop()
     levels = re.findall(r"- (\w+) - \S+ 连接关闭: code=(\d+)", log.read_text(encoding="utf-8"))
     assert levels == [("INFO", "1000"), ("WARNING", "4000")]
-
-
-def raw(url: str) -> socket.socket:
-    port = int(url.split(":")[2].split("/")[0])
-    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
-    sock.sendall(
-        b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        answer += sock.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 101")
-    return sock
 
 
 MASK = b"\x00\x00\x00\x00"

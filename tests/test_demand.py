@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from test_poller import FAST, Table, serving
-from test_teardown import lines
+
+from harness.room import lines
+from harness.sources import FAST, Table, failing_when_cancelled, serving
 
 from trading_push.connections.connection import Connection
 from trading_push.models import Ticker
@@ -402,19 +403,6 @@ async def test_a_session_may_close_for_longer_than_its_user_stays_away(autojump_
         await trio.sleep(20)
         assert most == 1
         assert (await (await join("5", "pnl")).next())[0]["type"] == "snapshot"
-
-
-async def failing_when_cancelled() -> None:
-    async with trio.open_nursery() as nursery:
-
-        async def read() -> None:
-            try:
-                await trio.sleep_forever()
-            finally:
-                raise OSError("the socket is gone")
-
-        nursery.start_soon(read)
-        await trio.sleep_forever()
 
 
 async def test_an_error_beside_a_cancellation_ends_nothing_else(autojump_clock, caplog):

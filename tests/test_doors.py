@@ -7,208 +7,20 @@ import logging
 import math
 import os
 import socket
-import ssl
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import Any
 
-import attrs
 import pytest
 import trio
 import trio.testing
 import trio_websocket
-import trustme
-from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, token
-from test_firewall import KILLERS, attack, handshake
 
-from trading_push import (
-    AuthenticationError,
-    Channel,
-    JwtAuthenticator,
-    Principal,
-    open_push_service,
-)
-from trading_push.endpoints.hypercorn.link import guard
-from trading_push.service import PushService
-from trading_push.settings.schema import Auth, Limits, Server, Settings
-from trading_push.testing import MemoryTransport, peer
+from harness.endpoints import EVERY, KINDS, RAW, open_door, status_of
+from harness.handshakes import KILLERS, attack, handshake
+from harness.support import PATIENCE_S, token
 
-KINDS = ["linked", "plain", "native", "linked-tls", "native-tls"]
-EVERY = [*KINDS, "memory"]
-RAW = ["linked", "native"]
-
-
-@attrs.frozen
-class Door:
-    """A service behind one of its doors."""
-
-    kind: str
-    service: PushService
-    port: int
-    connect: Callable[..., AbstractAsyncContextManager[TrioClient]]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    authority = trustme.CA()
-    pem = tmp_path_factory.mktemp("tls") / "chain.pem"
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(pem))
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    return pem, trust
-
-
-@asynccontextmanager
-async def served(kind: str, service: PushService, certificates: Any) -> AsyncIterator[int]:
-    pem, _ = certificates
-    tls = kind.endswith("tls")
-    if kind == "memory":
-        yield 0
-        return
-    if kind.startswith("native"):
-        context = None
-        if tls:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(pem)
-        async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(
-                partial(service.serve_native, "127.0.0.1", 0, ssl_context=context)
-            )
-            yield listeners[0].socket.getsockname()[1]
-            nursery.cancel_scope.cancel()
-        return
-
-    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
-        async def passed_on(message: Any) -> None:
-            await send(message)
-
-        await service.asgi_app(scope, receive, passed_on)
-
-    app = wrapped if kind == "plain" else service
-    files = {"certfile": str(pem), "keyfile": str(pem)} if tls else {}
-    async with hypercorn_serving(app, **files) as port:
-        yield port
-
-
-@asynccontextmanager
-async def open_door(
-    kind: str,
-    certificates: Any,
-    *,
-    limits: Limits | None = None,
-    server: Server | None = None,
-    authenticate: Any = None,
-    channels: Sequence[Channel] = (),
-) -> AsyncIterator[Door]:
-    limits = limits or Limits()
-    old, guard.limits = guard.limits, limits
-    try:
-        async with (
-            open_push_service(
-                settings=Settings(limits=limits, server=server or Server()),
-                authenticate=authenticate or JwtAuthenticator(Auth(), SECRET),
-                channels=channels,
-            ) as service,
-            served(kind, service, certificates) as port,
-        ):
-
-            @asynccontextmanager
-            async def connect(
-                user: str | int | None = None, *channels: Any, **options: Any
-            ) -> AsyncIterator[TrioClient]:
-                if kind == "memory":
-                    async with in_memory(service, user, *channels) as made:
-                        yield made
-                    return
-                path = options.pop("path", "/ws")
-                tls = certificates[1] if kind.endswith("tls") else False
-                async with trio.open_nursery() as nursery:
-                    websocket = await trio_websocket.connect_websocket(
-                        nursery, "localhost" if tls else "127.0.0.1", port, path,
-                        use_ssl=tls, **options
-                    )  # fmt: skip
-                    made = TrioClient(websocket)
-                    try:
-                        if user is not None:
-                            assert (await made.request("auth", token=token(user)))["ok"]
-                        if channels:
-                            reply = await made.request("subscribe", args=list(channels))
-                            assert reply["ok"], reply
-                        yield made
-                        with trio.move_on_after(2):
-                            await websocket.aclose()
-                    finally:
-                        await trio.aclose_forcefully(websocket._stream)
-                    nursery.cancel_scope.cancel()
-
-            yield Door(kind, service, port, connect)
-            with trio.fail_after(10):
-                while service.statistics().connections:
-                    await trio.sleep(0.01)
-            assert service.statistics().ledger.balanced
-    finally:
-        guard.limits = old
-
-
-class MemorySocket:
-    """The transport in memory, with the few methods of a trio-websocket that the tests use."""
-
-    def __init__(self, transport: MemoryTransport) -> None:
-        self._transport = transport
-
-    async def send_message(self, message: str | bytes) -> None:
-        self._transport.say_text(message)
-
-    async def get_message(self) -> str:
-        while not self._transport.sent:
-            if self._transport.closed_with is not None:
-                reason = trio_websocket.CloseReason(*self._transport.closed_with)
-                raise trio_websocket.ConnectionClosed(reason)
-            await trio.sleep(0.001)
-        return json.dumps((await self._transport.next())[0])
-
-    async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
-        self._transport.leave(code, reason or "")
-
-
-@asynccontextmanager
-async def in_memory(
-    service: PushService, user: str | int | None, *channels: Any
-) -> AsyncIterator[TrioClient]:
-    async with peer(service) as transport:
-        made = TrioClient(MemorySocket(transport))
-        if user is not None:
-            assert (await made.request("auth", token=token(user)))["ok"]
-        if channels:
-            assert (await made.request("subscribe", args=list(channels)))["ok"]
-        yield made
-        await made.socket.aclose()
-
-
-async def status_of(door: Door, request: bytes, certificates: Any) -> int:
-    """The status that a handshake is refused with."""
-    return int((await answer_of(door, request, certificates)).split(b" ")[1])
-
-
-async def answer_of(door: Door, request: bytes, certificates: Any) -> bytes:
-    """All that a handshake is refused with."""
-    stream: Any = await trio.open_tcp_stream("127.0.0.1", door.port)
-    if door.kind.endswith("tls"):
-        stream = trio.SSLStream(stream, certificates[1], server_hostname="localhost")
-    async with stream:
-        await stream.send_all(request)
-        answer = b""
-        with trio.move_on_after(1):  # where the server keeps the connection for another request
-            try:
-                while data := await stream.receive_some():
-                    answer += data
-            except trio.BrokenResourceError:
-                pass
-        if door.kind.endswith("tls"):
-            await trio.aclose_forcefully(stream)
-    return answer
+from trading_push import AuthenticationError, Principal
+from trading_push.settings.schema import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -358,7 +170,7 @@ async def test_the_drain_tells_everyone(kind, certificates, timeout_s):
 
 
 def raw_client(port: int) -> socket.socket:
-    from test_close_codes import raw
+    from harness.handshakes import raw
 
     return raw(f"ws://127.0.0.1:{port}/ws")
 

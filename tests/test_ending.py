@@ -13,9 +13,10 @@ import pytest
 import trio
 import trio.testing
 import trio_websocket
-from support import SECRET, SIX, hypercorn_serving, token, trio_client, until
-from test_firewall import handshake
-from test_teardown import Order, lines
+
+from harness.handshakes import handshake, masked
+from harness.room import Order, lines
+from harness.support import SECRET, SIX, hypercorn_serving, token, trio_client, until
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.endpoints.asgi import AsgiTransport
@@ -48,12 +49,6 @@ async def serve_on(door: str, service: PushService, *, task_status: trio.TaskSta
     async with serving(door, service) as port:
         task_status.started(port)
         await trio.sleep_forever()
-
-
-def masked(opcode: int, payload: bytes) -> bytes:
-    size = len(payload)
-    length = [0x80 | size] if size < 126 else [0x80 | 126, *size.to_bytes(2, "big")]
-    return bytes([0x80 | opcode, *length, 0, 0, 0, 0]) + payload
 
 
 async def subscribe_and_read_no_more(stream: trio.SocketStream, *args: Any) -> None:

@@ -18,10 +18,11 @@ import attrs
 import pytest
 import trio
 import trustme
-from exchange_server import Dialect, Exchange, Session, exchange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import DATA, free_port, until
+
+from harness.exchange_server import Dialect, Exchange, Session, exchange
+from harness.support import DATA, free_port, until
 
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker

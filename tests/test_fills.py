@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import trio
-from support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, trio_client, until
-from test_paper import Trader, fast  # noqa: F401 - a fixture
-from test_poller import Table, serving
+
+from harness.paper import Trader
+from harness.sources import Table, serving
+from harness.support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, trio_client, until
 
 from trading_push import factory as assembly
 from trading_push.settings.schema import Database, Limits, Settings
@@ -55,7 +56,7 @@ class Follower:
 @pytest.mark.parametrize("who_trades", ["this process", "another"])
 async def test_every_fill_arrives_once_and_in_order_across_cuts(
     tmp_path: Path,
-    fast: None,  # noqa: F811
+    fast: None,
     monkeypatch: pytest.MonkeyPatch,
     who_trades: str,
 ) -> None:
@@ -96,7 +97,7 @@ async def test_every_fill_arrives_once_and_in_order_across_cuts(
     assert first == {name: str(written[name]) for name in first} | {"at": written["at"]}
 
 
-async def test_nobody_gets_the_fills_of_another(tmp_path: Path, fast: None) -> None:  # noqa: F811
+async def test_nobody_gets_the_fills_of_another(tmp_path: Path, fast: None) -> None:
     settings = Settings(jwt_secret=SECRET, database=Database(path=tmp_path / "paper.db"))
     async with (
         assembly.open_configured_service(settings) as service,

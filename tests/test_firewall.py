@@ -3,131 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import operator
-import os
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
 
-import h2.config
-import h2.connection
 import pytest
-from support import PATIENCE_S, Client, client, plain_hypercorn
-from websockets.exceptions import ConnectionClosedOK
+
+from harness.bystanders import healthy_while
+from harness.handshakes import KILLERS, attack, handshake
+from harness.support import plain_hypercorn
 
 ROUNDS = 20
-HEALTHY = 10
-
-
-def handshake(*extra: bytes, path: bytes = b"/ws", connection: bytes = b"Upgrade") -> bytes:
-    key = base64.b64encode(os.urandom(16))
-    lines = [
-        b"GET " + path + b" HTTP/1.1",
-        b"Host: localhost",
-        b"Upgrade: websocket",
-        b"Connection: " + connection,
-        b"Sec-WebSocket-Version: 13",
-        b"Sec-WebSocket-Key: " + key,
-        *extra,
-    ]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def utf8_path_over_http2() -> bytes:
-    connection = h2.connection.H2Connection(
-        h2.config.H2Configuration(
-            client_side=True,
-            header_encoding=None,
-            validate_outbound_headers=False,
-            normalize_outbound_headers=False,
-        )
-    )
-    connection.initiate_connection()
-    connection.send_headers(
-        1,
-        [
-            (b":method", b"CONNECT"),
-            (b":protocol", b"websocket"),
-            (b":scheme", b"http"),
-            (b":authority", b"localhost"),
-            (b":path", "/wß".encode()),
-            (b"sec-websocket-version", b"13"),
-        ],
-    )
-    return connection.data_to_send()
-
-
-FRAME = b"\x81\x84\x00\x00\x00\x00ping"
-KILLERS: dict[str, Callable[[], bytes]] = {
-    "non-ASCII subprotocol": lambda: handshake(b"Sec-WebSocket-Protocol: \xff"),
-    "non-ASCII extension": lambda: handshake(b"Sec-WebSocket-Extensions: \xe9"),
-    "non-ASCII connection": lambda: handshake(connection=b"Upgrade, \xff"),
-    "bad window bits": lambda: handshake(
-        b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits=abc"
-    ),
-    "upgrade with a body": lambda: handshake(b"Content-Length: 5") + b"hello",
-    "upgrade with a chunked body": lambda: (
-        handshake(b"Transfer-Encoding: chunked") + b"5\r\nhello\r\n0\r\n\r\n"
-    ),
-    "frames behind the handshake": lambda: handshake() + FRAME * 3,
-    "bytes after connection: close": lambda: (
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n"
-    ),
-    "raw UTF-8 path over HTTP/2": utf8_path_over_http2,
-    "invalid handshake": lambda: handshake(b"Sec-WebSocket-Version: 99"),
-    "path that forges a line": lambda: handshake(path=b"/%0d%0aforged"),
-}
-
-
-def attack(port: int, what: bytes) -> None:
-    """Send it, and wait for the server to end the connection, or end it ourselves."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-        sock.sendall(what)
-        sock.shutdown(socket.SHUT_WR)
-        try:
-            while sock.recv(65536):
-                pass
-        except ConnectionError:
-            pass
-
-
-async def healthy_while(url: str, what: Callable[[], None]) -> None:
-    """Ten clients read all the time while `what` goes on; each keeps its chain of `seq`."""
-    counts = [0] * HEALTHY
-
-    async def read(number: int, each: Client) -> None:
-        last: dict[str, int] = {}
-        with suppress(ConnectionClosedOK):  # ours: any other close is the server cutting it
-            while True:
-                push = await each.push()
-                if push["type"] == "update":
-                    assert push["prev"] == last[push["channel"]], push
-                elif push["type"] == "snapshot":
-                    assert push["channel"] not in last
-                else:
-                    continue
-                last[push["channel"]] = push["seq"]
-                counts[number] += 1
-
-    async with AsyncExitStack() as stack:
-        clients = []
-        for user in range(HEALTHY):
-            each = await stack.enter_async_context(client(url, user))
-            await each.subscribe("ticker.BTCUSDT", "ticker.ETHUSDT", "balance")
-            clients.append(each)
-        readers = [asyncio.create_task(read(*pair)) for pair in enumerate(clients)]
-        await asyncio.get_running_loop().run_in_executor(None, what)
-        after = [count + 5 for count in counts]
-        async with asyncio.timeout(PATIENCE_S):
-            # Every one of them is served on, each at the pace of its worker.
-            while any(map(operator.lt, counts, after)) and not any(r.done() for r in readers):
-                await asyncio.sleep(0.05)
-        for each in clients:
-            await each.socket.close(1000, "done")
-        await asyncio.gather(*readers)
-        assert not any(map(operator.lt, counts, after)), counts
 
 
 def attack_with_everything(port: int) -> None:
@@ -171,7 +56,7 @@ def test_each_input_alone_leaves_nothing_behind(embedded, name):
 
 
 def test_plain_hypercorn_with_two_workers_survives(tmp_path):
-    with plain_hypercorn(tmp_path, "-w", "2", app="recorded_app:app") as server:
+    with plain_hypercorn(tmp_path, "-w", "2", app="harness.recorded_app:app") as server:
         port = int(server.url.split(":")[2].split("/")[0])
         server.wait_for_line("启动交易数据WebSocket推送服务", count=2)
         asyncio.run(healthy_while(server.url, lambda: attack_with_everything(port)))

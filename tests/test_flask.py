@@ -21,10 +21,11 @@ import pytest
 import trio
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import IntegrityError
-from support import PATIENCE_S, trio_client, until
-from support import serving as command_serving
-from test_poller import serving
-from test_teardown import by_name, lines
+
+from harness.room import by_name, lines
+from harness.sources import serving
+from harness.support import PATIENCE_S, trio_client, until
+from harness.support import serving as command_serving
 
 from trading_push import BatchSource, ConfigurationError, FlaskSource, FunctionSource, load_settings
 from trading_push.factory import open_configured_service

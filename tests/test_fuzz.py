@@ -13,7 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 import trio
-from bystanders import (
+from hypothesis import HealthCheck, example, given, seed, settings
+from hypothesis import strategies as st
+
+from harness.bystanders import (
     NEWS,
     RawPeer,
     admission,
@@ -24,17 +27,13 @@ from bystanders import (
     raw_peer,
     show_no_trace,
 )
-from hypothesis import HealthCheck, example, given, seed, settings
-from hypothesis import strategies as st
-from support import token
-from test_doors import RAW, certificates, open_door
-from test_json_torture import GOOD, ITEMS, every_case
-from test_session import answer, make
+from harness.endpoints import RAW, open_door
+from harness.json_cases import GOOD, ITEMS, every_case
+from harness.sessions import answer, make
+from harness.support import token
 
 from trading_push.errors import ErrorCode
 from trading_push.settings.schema import Limits
-
-__all__ = ["certificates"]
 
 INPUTS = int(os.environ.get("TESTS_FUZZ", "50_000"))
 AT_THE_SOCKET = INPUTS // 5

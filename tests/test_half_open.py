@@ -16,15 +16,14 @@ import attrs
 import pytest
 import trio
 import trio_websocket
-from support import SECRET, TrioClient, hypercorn_serving, token, until
-from test_doors import certificates, open_door
-from test_teardown import lines
+
+from harness.endpoints import open_door
+from harness.room import lines
+from harness.support import SECRET, TrioClient, hypercorn_serving, token, until
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
-
-__all__ = ["certificates"]
 
 CLONE_NEWNET = 0x40000000
 HEARTBEAT_S = 1.0

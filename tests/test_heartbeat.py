@@ -8,17 +8,15 @@ import random
 import pytest
 import trio
 import trio.testing
-from support import until
-from test_doors import certificates, open_door
-from test_ending import masked
-from test_firewall import handshake
-from test_teardown import room, unit
 from wsproto.frame_protocol import FrameDecoder
+
+from harness.endpoints import open_door
+from harness.handshakes import handshake, masked
+from harness.room import room, unit
+from harness.support import until
 
 from trading_push.connections.heartbeat import Timetable
 from trading_push.settings.schema import Limits
-
-__all__ = ["certificates"]
 
 PINGED = ["linked", "native", "linked-tls", "native-tls"]
 

@@ -15,9 +15,10 @@ import h2.exceptions
 import h2.settings
 import pytest
 import trio
-from support import SECRET, hypercorn_serving, token
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Message, TextMessage
+
+from harness.support import SECRET, hypercorn_serving, token
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.endpoints.hypercorn.link import guard

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import PATIENCE_S, TESTS
+
+from harness.support import PATIENCE_S, TESTS
 
 INSTALL = "pip install --no-deps asks async_generator h11"
 URL = "http://127.0.0.1:9/{user_id}/{data_type}"

@@ -20,8 +20,10 @@ import pytest
 import trio
 import trio.testing
 import trustme
-from support import client, free_port, hypercorn_serving, serving
-from test_readme import block
+
+from harness.readme import block
+from harness.sources import BALANCE, Service
+from harness.support import client, free_port, hypercorn_serving, serving
 
 from trading_push import ConfigurationError, SourceError
 from trading_push.sources.base import BatchSource
@@ -32,57 +34,9 @@ from trading_push.sources.http import source as http
 from trading_push.sources.http.source import HttpBatchSource, HttpSource
 
 TOKEN = "t0p-secret.token"
-BALANCE = b'[{"asset": "USDT", "free": 0.10, "total": 12345678901234567890.1234567890}]'
 
 
 # --- a service that keeps the rules, on Hypercorn -----------------------------------------------
-
-
-class Service:
-    """Answers by `answer`, or by the turns in `turns`; remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.turns: list[tuple[int, bytes, dict[str, str]]] = []
-        self.answer: Callable[[str], tuple[int, bytes, dict[str, str]]] = lambda path: (
-            200,
-            BALANCE,
-            {},
-        )
-        self.arrived = trio.Event()
-        self.go_on = trio.Event()
-        self.go_on.set()
-        self.port = 0
-
-    def url(self, path: str = "/users/{user_id}/{data_type}") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def say(self, body: bytes, status: int = 200, **headers: str) -> None:
-        """Answer with this from now on; `_` in a header's name stands for `-`."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.answer = lambda path: (status, body, named)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            while (message := await receive())["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            assert message["type"] == "lifespan.shutdown"
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-        query = scope["query_string"].decode()
-        path = scope["raw_path"].decode() + (f"?{query}" if query else "")
-        self.asked.append(path)
-        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
-        self.arrived.set()
-        await self.go_on.wait()
-        status, body, headers = self.turns.pop(0) if self.turns else self.answer(path)
-        named = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": named})
-        for start in range(0, len(body), 65_536):
-            part = body[start : start + 65_536]
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 @pytest.fixture

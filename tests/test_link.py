@@ -20,8 +20,9 @@ import hypercorn.trio
 import pytest
 import trio
 import trustme
-from support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_client, until
-from test_close_codes import raw
+
+from harness.handshakes import raw
+from harness.support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_client, until
 
 from trading_push import JwtAuthenticator, open_push_service
 from trading_push.endpoints.asgi import lifespan

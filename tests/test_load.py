@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
 
 import pytest
-from conftest import Embedded, embed
-from crowd import Crowd, faults
-from support import PATIENCE_S, SIX, plain_hypercorn, serving
 
-# All clients come from one address.
-MANY = {"unauthenticated_per_address": 20_000, "connections_per_user": 20_000}
+from harness.crowd import MANY, Crowd, at_rest, faults, limits
+from harness.embedded import embed
+from harness.support import PATIENCE_S, SIX, plain_hypercorn, serving
+
 DOORS = pytest.mark.parametrize("door", ["linked", "native"])
-
-
-def limits(**more: float) -> str:
-    return json.dumps({**MANY, **more})
-
-
-def at_rest(server: Embedded, connections: int = 0) -> dict:
-    return server.look_until(
-        lambda seen: (
-            seen["connections"] == connections
-            and (connections or (seen["balanced"] and seen["users_online"] == 0))
-        ),
-        f"{connections} connections",
-    )
 
 
 @DOORS

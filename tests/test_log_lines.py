@@ -7,7 +7,8 @@ import json
 import re
 
 import pytest
-from support import SIX, client, serving, token
+
+from harness.support import SIX, client, serving, token
 
 START = """\
 🚀 启动交易数据WebSocket推送服务

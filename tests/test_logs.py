@@ -17,7 +17,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PATIENCE_S
+
+from harness.support import PATIENCE_S
 
 from trading_push import SourceError
 from trading_push.logs import emitter as logs

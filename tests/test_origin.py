@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from support import until
-from test_doors import certificates, open_door, status_of
-from test_teardown import lines
+
+from harness.endpoints import open_door, status_of
+from harness.room import lines
+from harness.support import until
 
 from trading_push import ConfigurationError, load_settings
 from trading_push.settings.schema import Server
 from trading_push.transport.origin import is_allowed
-
-__all__ = ["certificates"]
 
 APP = {"https://app.example.com", "http://localhost:3000"}
 

@@ -6,10 +6,7 @@ import json
 import logging
 import re
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -23,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import URL
 
+from harness.paper import Trader
+
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
-from trading_push.sources.exchanges import simulated_market as market_module
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.paper import (
     PAPER_QUERIES,
@@ -289,13 +287,6 @@ class Recorder:
         with trio.fail_after(20):
             while not condition():
                 await self._news.wait()
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything happens at a hundred times the speed."""
-    monkeypatch.setattr(exchange_module, "STEP_S", 0.005)
-    monkeypatch.setattr(market_module, "STEP_S", 0.005)
 
 
 class Exchange:
@@ -645,55 +636,6 @@ async def test_an_error_of_the_caller_is_not_taken_for_a_wrong_path(tmp_path: Pa
 
 
 # ---- other processes
-
-TRADER = """
-import sys
-from pathlib import Path
-import trio
-from trading_push.sources.exchanges import simulated_market as market
-from trading_push.sources.paper import exchange as paper
-
-paper.STEP_S = market.STEP_S = 0.002
-
-class Sink:
-    updates = 0
-    def update(self, tickers):
-        self.updates += 1
-        if self.updates % 20 == 0:
-            print(self.updates, flush=True)
-    def stale(self, reason, symbols=None):
-        pass
-
-async def main():
-    simulated = market.SimulatedMarket(int(sys.argv[2]))
-    async with paper.open_paper_exchange(Path(sys.argv[1]), market=simulated, seed=1) as exchange:
-        print("read only" if exchange.read_only else "trading", flush=True)
-        await exchange.run(Sink())
-
-trio.run(main)
-"""
-
-
-class Trader:
-    """A process that trades on a file until it is killed."""
-
-    def __init__(self, path: Path, seed: int = 1) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TRADER, str(path), str(seed)],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
-            text=True,
-        )
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def kill(self) -> None:
-        self.process.kill()
-        assert self.process.wait() == -signal.SIGKILL
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 def test_a_kill_at_any_moment_leaves_a_consistent_file(tmp_path: Path) -> None:

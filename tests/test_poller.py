@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -14,54 +14,15 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from support import hypercorn_serving, trio_client, until
-from test_teardown import by_name, lines
 
-from trading_push import JwtAuthenticator, PushService, SourceError, open_push_service
-from trading_push.connections.connection import Connection
+from harness.room import lines
+from harness.sources import Table, serving
+from harness.support import hypercorn_serving, trio_client, until
+
+from trading_push import JwtAuthenticator, SourceError, open_push_service
 from trading_push.protocol.messages import payload_of, split
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.testing import MemoryTransport
-
-FAST = Settings(intervals=Intervals(balance=1, positions=1, pnl=1, orders=1))
-
-
-class Table:
-    """A source that a test writes to; `calls` says who was asked."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[str, str], Any] = {}
-        self.calls: list[tuple[float, str, str]] = []
-        self.error: Exception | None = None
-        self.stuck: set[str] = set()
-
-    async def fetch(self, user_id: str, data_type: str) -> Any:
-        self.calls.append((trio.current_time(), user_id, data_type))
-        await trio.lowlevel.checkpoint()
-        if user_id in self.stuck:
-            await trio.sleep(30)
-        if self.error is not None:
-            raise self.error
-        return self.values.get((user_id, data_type), [])
-
-
-@asynccontextmanager
-async def serving(source: Any, **options: Any) -> AsyncIterator[tuple[PushService, Any]]:
-    options.setdefault("settings", FAST)
-    async with (
-        trio.open_nursery() as nursery,
-        open_push_service(source, authenticate=by_name, **options) as service,
-    ):
-
-        async def join(user: str, *channels: Any) -> MemoryTransport:
-            transport = MemoryTransport()
-            nursery.start_soon(Connection(service.hub, transport, service.hub.seats.take()).run)
-            transport.say("auth", token=user)
-            transport.say("subscribe", args=list(channels))
-            await transport.next(2)
-            return transport
-
-        yield service, join
 
 
 @pytest.fixture(autouse=True)

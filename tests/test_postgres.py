@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from postgres_server import PASSWORD, PostgresServer
-from support import PATIENCE_S, SECRET, hypercorn_serving, trio_client, until
+
+from harness.postgres_server import PASSWORD, PostgresServer
+from harness.support import PATIENCE_S, SECRET, hypercorn_serving, trio_client, until
 
 from trading_push import ConfigurationError, PostgresSource, SourceError, SqlSource
 from trading_push import factory as assembly

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from support import token, until
-from test_doors import certificates, open_door, status_of
-from test_teardown import lines
+
+from harness.endpoints import open_door, status_of
+from harness.room import lines
+from harness.support import token, until
 
 from trading_push import ConfigurationError, load_settings
 from trading_push.settings.schema import Limits, Server
 from trading_push.transport.proxies import client_address, networks
-
-__all__ = ["certificates"]
 
 TRUSTED = networks("10.0.0.0/8 2001:db8::1 127.0.0.1")
 

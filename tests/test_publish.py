@@ -18,7 +18,11 @@ import pytest
 import trio
 import trio.testing
 from starlette.requests import Request
-from support import (
+
+from harness.readme import block
+from harness.room import lines
+from harness.sources import Table
+from harness.support import (
     PATIENCE_S,
     SECRET,
     TrioClient,
@@ -28,10 +32,7 @@ from support import (
     trio_client,
     until,
 )
-from test_auth import signed
-from test_poller import Table
-from test_readme import block
-from test_teardown import lines
+from harness.tokens import signed
 
 from trading_push import (
     Channel,

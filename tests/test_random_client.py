@@ -22,8 +22,9 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from conftest import Embedded
-from random_client import (
+
+from harness.embedded import Embedded
+from harness.random_client import (
     ABSENT,
     Broken,
     Item,
@@ -34,7 +35,7 @@ from random_client import (
     Rules,
     Token,
 )
-from random_drive import (
+from harness.random_drive import (
     Drive,
     MemoryWire,
     SocketWire,
@@ -44,7 +45,7 @@ from random_drive import (
     socket_pair,
     tcp,
 )
-from random_world import (
+from harness.random_world import (
     OnPurpose,
     World,
     at_tick,
@@ -54,7 +55,7 @@ from random_world import (
     rush,
     shuffle_by,
 )
-from support import PATIENCE_S, TESTS, process
+from harness.support import PATIENCE_S, TESTS, process
 
 from trading_push import Channel, Principal, PushService, open_push_service
 from trading_push.settings.schema import Limits, Settings
@@ -322,8 +323,8 @@ async def test_a_kick_in_the_middle_of_a_batch_harms_nobody_else(autojump_clock,
 def test_the_protocol_is_kept_at_real_sockets():
     """200 connections, at both doors, of a server in a process of its own."""
     seconds = float(os.environ.get("TESTS_RANDOM_SOCKETS_S", "900"))
-    program = [sys.executable, str(TESTS / "random_world.py"), "--seed", "15"]
-    with process(*program) as running:
+    program = [sys.executable, "-m", "harness.random_world", "--seed", "15"]
+    with process(*program, cwd=TESTS) as running:
         server = Embedded(running)
         drive = trio.run(visit_for, list(server.ports.values()), seconds)
         print(f"{drive.visits} visits: {dict(sorted(drive.counts.items()))}")

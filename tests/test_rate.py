@@ -9,13 +9,12 @@ from contextlib import suppress
 import pytest
 import trio
 import trio_websocket
-from support import until
-from test_doors import KINDS, certificates, open_door
-from test_teardown import room
+
+from harness.endpoints import KINDS, open_door
+from harness.room import room
+from harness.support import until
 
 from trading_push.settings.schema import Limits, Settings
-
-__all__ = ["certificates"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

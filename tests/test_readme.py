@@ -16,11 +16,13 @@ from decimal import Decimal
 from typing import Any
 
 import attrs
-import loopback_exchange
 import msgspec
 import trio
-from exchange_server import exchange
-from support import (
+
+from harness import loopback_exchange
+from harness.exchange_server import exchange
+from harness.readme import README, block
+from harness.support import (
     PATIENCE_S,
     SECRET,
     SIX,
@@ -47,19 +49,12 @@ from trading_push.settings.schema import Settings
 from trading_push.sources.exchanges import binance
 from trading_push.testing import peer
 
-README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 PRINTED_PORT = "127.0.0.1:8000"
-
-
-def block(name: str) -> str:
-    """The fenced block that is marked as tested by this name."""
-    (found,) = re.findall(rf"<!-- tested: {name} -->\n```\w+\n(.*?)^```$", README, re.S | re.M)
-    return found
 
 
 def test_every_marked_block_is_tested_here():
     marked = re.findall(r"<!-- tested: (\w+) -->", README)
-    source = "".join(path.read_text(encoding="utf-8") for path in TESTS.glob("test_*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
     assert len(marked) == len(set(marked)) > 0
     assert [name for name in marked if f'block("{name}")' not in source] == []
 

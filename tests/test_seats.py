@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 import trio_websocket
-from support import SECRET, token, until
-from test_doors import KINDS, certificates, open_door
-from test_firewall import handshake
-from test_teardown import lines, room
+
+from harness.endpoints import KINDS, open_door
+from harness.handshakes import handshake
+from harness.room import lines, room
+from harness.support import SECRET, token, until
 
 from trading_push import JwtAuthenticator, Principal, PushService, issue_token
 from trading_push.connections.connection import Connection
@@ -22,8 +23,6 @@ from trading_push.endpoints import admission, asgi, native
 from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
-
-__all__ = ["certificates"]
 
 
 def limited(count: int, **options: str) -> Settings:

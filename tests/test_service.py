@@ -13,8 +13,9 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from support import SECRET, hypercorn_serving, token, trio_client
-from test_teardown import by_name, room
+
+from harness.room import by_name, room
+from harness.support import SECRET, hypercorn_serving, token, trio_client
 
 from trading_push import (
     Channel,

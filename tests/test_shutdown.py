@@ -12,9 +12,10 @@ import sys
 import time
 
 import pytest
-from support import SECRET, SIX, Process, client, plain_hypercorn, serving, token
-from test_close_codes import raw
 from websockets.exceptions import ConnectionClosedError
+
+from harness.handshakes import raw
+from harness.support import SECRET, SIX, Process, client, plain_hypercorn, serving, token
 
 CLIENTS = 50
 
@@ -164,7 +165,7 @@ def test_programs_tune_the_interpreter_and_the_library_does_not():
 
 
 def test_a_registry_that_dies_ends_its_worker_and_a_new_one_starts(tmp_path):
-    with plain_hypercorn(tmp_path, "-w", "1", app="dying_app:app") as server:
+    with plain_hypercorn(tmp_path, "-w", "1", app="harness.dying_app:app") as server:
 
         async def once(user: int) -> None:
             async with client(server.url, user) as each:

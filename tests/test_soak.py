@@ -12,9 +12,10 @@ import time
 from statistics import linear_regression
 
 import pytest
-from conftest import Embedded, embed
-from crowd import Crowd, Member, faults, masked
-from support import SIX
+
+from harness.crowd import Crowd, Member, faults, masked
+from harness.embedded import Embedded, embed
+from harness.support import SIX
 
 pytestmark = pytest.mark.soak
 

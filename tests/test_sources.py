@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import flask
-import loopback_exchange
 import pytest
 import trio
 from flask_sqlalchemy import SQLAlchemy
-from support import PATIENCE_S, until
-from support import hypercorn_serving as served_over_http
-from test_poller import serving
-from test_teardown import lines
+
+from harness import loopback_exchange
+from harness.room import lines
+from harness.sources import Service, serving
+from harness.support import PATIENCE_S, until
+from harness.support import hypercorn_serving as served_over_http
 
 from trading_push import (
     CcxtSource,
@@ -199,8 +200,6 @@ async def function(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
 @asynccontextmanager
 async def http(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
     pytest.importorskip("asks", reason="asks is not here; `nox -s http` tests with it")
-    from test_http_source import Service
-
     from trading_push.sources.http.source import HttpSource
 
     service = Service()

@@ -18,12 +18,11 @@ import pytest
 import trio
 import trio.lowlevel
 import trio.testing
-from conftest import embed
-from crowd import Crowd, faults
-from test_demand import failing_when_cancelled
-from test_load import DOORS, at_rest, limits
-from test_poller import serving
-from test_teardown import lines
+
+from harness.crowd import Crowd, at_rest, faults, limits
+from harness.embedded import embed
+from harness.room import lines
+from harness.sources import failing_when_cancelled, serving
 
 from trading_push import ConfigurationError, ServiceClosed
 
@@ -323,7 +322,7 @@ async def test_the_log_names_a_stream_like_any_channel(autojump_clock, caplog):
     ]
 
 
-@DOORS
+@pytest.mark.parametrize("door", ["linked", "native"])
 def test_of_five_hundred_who_are_cut_every_generator_ends_within_a_second(door):
     with (
         embed("--limits", limits(), exact_memory=False) as server,

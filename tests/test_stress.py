@@ -18,14 +18,15 @@ import hypercorn.config
 import hypercorn.trio
 import pytest
 import trio
-from support import SECRET, token
-from test_firewall import handshake
 from websockets.client import ClientProtocol
 from websockets.frames import Opcode
 from websockets.protocol import OPEN
 from websockets.uri import parse_uri
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
+
+from harness.handshakes import handshake
+from harness.support import SECRET, token
 
 from trading_push import Channel, JwtAuthenticator, PushService, open_push_service
 from trading_push.endpoints.hypercorn import link as hypercorn_link

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import trio
-from test_poller import FAST, Table
-from test_teardown import by_name, lines
+
+from harness.room import by_name, lines
+from harness.sources import FAST, Table
 
 from trading_push import open_push_service
 from trading_push.connections.connection import Connection

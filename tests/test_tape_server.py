@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from support import DATA, client, serving
+
+from harness.support import DATA, client, serving
 
 TAPE = DATA / "binance_spot_2024-08-08.jsonl.gz"
 SYMBOLS = ("BTCUSDT", "ETHUSDT")

@@ -20,18 +20,17 @@ import trio
 import trio.testing
 import trio_websocket
 from cryptography.hazmat.primitives.asymmetric import rsa
-from support import PATIENCE_S, SECRET, TrioClient, trio_client, until
-from test_auth import RSA, claims, pem
-from test_auth import signed as signed_with
-from test_doors import answer_of, certificates, open_door, served, status_of
-from test_firewall import handshake
+
+from harness.endpoints import answer_of, open_door, served, status_of
+from harness.handshakes import handshake
+from harness.support import PATIENCE_S, SECRET, TrioClient, trio_client, until
+from harness.tokens import RSA, claims, pem
+from harness.tokens import signed as signed_with
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.endpoints.hypercorn.link import guard
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.topics import BUILTIN_CHANNELS
-
-__all__ = ["certificates"]
 
 at_each_door = pytest.mark.parametrize("kind", ["linked", "plain", "native"])
 

@@ -1,6 +1,6 @@
 """`trading-push` with the recorder between the application and the server."""
 
-import recorder
+from harness import recorder
 
 from trading_push.cli.commands import main
 

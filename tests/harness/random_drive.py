@@ -12,8 +12,19 @@ from typing import Any, Protocol
 
 import attrs
 import trio
-from random_client import Broken, Journal, Leave, Model, RandomClient, Rules, Say, Token, Wait
-from test_firewall import handshake
+
+from harness.handshakes import handshake
+from harness.random_client import (
+    Broken,
+    Journal,
+    Leave,
+    Model,
+    RandomClient,
+    Rules,
+    Say,
+    Token,
+    Wait,
+)
 
 from trading_push import Principal, PushService
 from trading_push.connections.connection import Connection

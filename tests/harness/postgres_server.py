@@ -16,7 +16,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import PATIENCE_S, free_port
+
+from harness.support import PATIENCE_S, free_port
 
 READER, PASSWORD = "reader", "sekrit"
 # The owner comes in by the socket, everybody else over TCP with a password.

@@ -28,7 +28,7 @@ from trading_push.endpoints.asgi import AsgiDoor
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 
 SECRET = "a secret of at least thirty-two bytes"
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DATA = TESTS.parents[1] / "shared" / "data"
 SIX = ["balance", "positions", "pnl", "orders", "ticker.BTCUSDT", "ticker.ETHUSDT"]
 PATIENCE_S = 30

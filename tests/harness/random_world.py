@@ -20,10 +20,11 @@ from functools import partial
 from typing import Any
 
 import attrs
-import recorder
 import trio
-from embedded_server import Numbers, Watch, look, open_hypercorn
-from random_client import CHANNELS, SYMBOLS, USERS, Broken, Journal, Rules
+
+from harness import recorder
+from harness.embedded_server import Numbers, Watch, look, open_hypercorn
+from harness.random_client import CHANNELS, SYMBOLS, USERS, Broken, Journal, Rules
 
 from trading_push import (
     AuthenticationError,

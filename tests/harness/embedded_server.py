@@ -28,8 +28,9 @@ import attrs
 import hypercorn.config
 import hypercorn.trio
 import psutil
-import recorder
 import trio
+
+from harness import recorder
 
 from trading_push import (
     Channel,

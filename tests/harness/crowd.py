@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from support import PATIENCE_S, token
+from harness.embedded import Embedded
+from harness.support import PATIENCE_S, token
 
 HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -28,6 +29,8 @@ AT_ONCE = 1000
 # One that will not read asks for small segments and has a small buffer, so that it stalls soon.
 SMALL_SEGMENT = 536
 SMALL_BUFFER = 2304
+# All clients come from one address.
+MANY = {"unauthenticated_per_address": 20_000, "connections_per_user": 20_000}
 
 
 def masked(payload: bytes, opcode: int = 1) -> bytes:
@@ -263,3 +266,19 @@ class Crowd:
 
 def faults(members: Sequence[Member]) -> list[str]:
     return [fault for member in members for fault in member.faults]
+
+
+def limits(**more: float) -> str:
+    """For the flag `--limits`: those that let a crowd in, and more."""
+    return json.dumps({**MANY, **more})
+
+
+def at_rest(server: Embedded, connections: int = 0) -> dict:
+    """What the server sees inside itself once so many connections are left."""
+    return server.look_until(
+        lambda seen: (
+            seen["connections"] == connections
+            and (connections or (seen["balanced"] and seen["users_online"] == 0))
+        ),
+        f"{connections} connections",
+    )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import attrs
-from test_json_torture import REFUSED
+
+from harness.json_cases import REFUSED
 
 ABSENT: Any = object()
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT")

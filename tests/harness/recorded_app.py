@@ -1,6 +1,6 @@
 """The configured application with the recorder between it and the server."""
 
-import recorder
+from harness import recorder
 
 from trading_push.asgi import app
 

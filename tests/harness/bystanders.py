@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
+import operator
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
-from support import PATIENCE_S, token, until
-from test_doors import Door
-from test_firewall import handshake
+from websockets.exceptions import ConnectionClosedOK
+
+from harness.endpoints import Door
+from harness.handshakes import handshake
+from harness.support import PATIENCE_S, Client, client, token, until
 
 from trading_push import Channel
 
@@ -212,3 +216,40 @@ async def raw_peer(port: int, *headers: bytes) -> AsyncIterator[RawPeer]:
         yield RawPeer(stream, answer)
     finally:
         stream.socket.close()
+
+
+async def healthy_while(url: str, what: Callable[[], None]) -> None:
+    """Ten clients read all the time while `what` goes on; each keeps its chain of `seq`."""
+    counts = [0] * HEALTHY
+
+    async def read(number: int, each: Client) -> None:
+        last: dict[str, int] = {}
+        with suppress(ConnectionClosedOK):  # ours: any other close is the server cutting it
+            while True:
+                push = await each.push()
+                if push["type"] == "update":
+                    assert push["prev"] == last[push["channel"]], push
+                elif push["type"] == "snapshot":
+                    assert push["channel"] not in last
+                else:
+                    continue
+                last[push["channel"]] = push["seq"]
+                counts[number] += 1
+
+    async with AsyncExitStack() as stack:
+        clients = []
+        for user in range(HEALTHY):
+            each = await stack.enter_async_context(client(url, user))
+            await each.subscribe("ticker.BTCUSDT", "ticker.ETHUSDT", "balance")
+            clients.append(each)
+        readers = [asyncio.create_task(read(*pair)) for pair in enumerate(clients)]
+        await asyncio.get_running_loop().run_in_executor(None, what)
+        after = [count + 5 for count in counts]
+        async with asyncio.timeout(PATIENCE_S):
+            # Every one of them is served on, each at the pace of its worker.
+            while any(map(operator.lt, counts, after)) and not any(r.done() for r in readers):
+                await asyncio.sleep(0.05)
+        for each in clients:
+            await each.socket.close(1000, "done")
+        await asyncio.gather(*readers)
+        assert not any(map(operator.lt, counts, after)), counts

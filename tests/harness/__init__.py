@@ -1,0 +1,1 @@
+"""What the tests share: no test file imports from another, what two need stands here."""

@@ -1,0 +1,55 @@
+"""A protocol session alone, and what it answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trading_push import AuthenticationError, Channel, Principal
+from trading_push.protocol import messages as protocol
+from trading_push.protocol.rate_limit import MessageRate
+from trading_push.protocol.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
+from trading_push.settings.schema import Limits
+from trading_push.topics import BUILTIN_CHANNELS, Channels
+
+CHANNELS = Channels([*map(Channel, BUILTIN_CHANNELS), Channel("news", "events", per_user=False)])
+LIMITS = Limits(subscriptions=5, messages_burst=10_000)
+NOW = [0.0]
+
+
+def make(user: str | None = None, limits: Limits = LIMITS) -> Session:
+    session = Session(
+        CHANNELS,
+        limits,
+        "c1",
+        knows_symbol=lambda symbol: symbol != "NOPE",
+        rate=MessageRate(limits, lambda: NOW[0]),
+        clock=lambda: 1000.0,
+    )
+    if user is not None:
+        session.authenticated(None, Principal(user, 1900.0))
+    return session
+
+
+def answer(session: Session, message: str | bytes) -> tuple[list[dict[str, Any]], list[End]]:
+    """Carry out what the session asks for, as a connection does; replies and ends."""
+    replies, ends = [], []
+    actions = list(session.receive(message))
+    while actions:
+        match actions.pop(0):
+            case Reply(message=reply):
+                replies.append(json.loads(protocol.encode(reply)))
+            case CheckToken(id=request_id, token=token):
+                if token.startswith("good"):
+                    user = token.removeprefix("good ") or "4"
+                    actions += session.authenticated(request_id, Principal(user, 1900.0))
+                else:
+                    error = AuthenticationError(
+                        expired=token == "expired", not_yet=token == "not yet"
+                    )
+                    actions += session.refused(request_id, error)
+            case Subscribe(reply=reply) | Unsubscribe(reply=reply):
+                replies.append(json.loads(protocol.encode(reply)))
+            case End() as end:
+                ends.append(end)
+    return replies, ends
