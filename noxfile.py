@@ -62,7 +62,10 @@ def http(session: nox.Session) -> None:
     # As the README says. Its metadata would have an anyio that fails on today's trio.
     session.install("--no-deps", "asks", "async_generator", "h11")
     session.chdir("tests")
-    files = ("test_http_source.py", "test_http_missing.py", "test_sources.py", "-k", "http")
+    files = (
+        *("sources/http/test_http_source.py", "sources/http/test_http_missing.py"),
+        *("sources/test_every_source.py", "-k", "http"),
+    )
     session.run("pytest", *files, *map(_from_root, session.posargs))
 
 
@@ -75,8 +78,8 @@ def soak(session: nox.Session) -> None:
     counts = {"TESTS_ABORTS": "20000", "TESTS_STORM": "5000", "TESTS_FUZZ": "500000"}
     counts["TESTS_FLASK"] = "100000"
     files = session.posargs or [
-        *("test_load.py", "test_fuzz.py", "test_soak.py", "test_flask.py"),
-        "test_random_client.py",
+        *("hard/test_load.py", "hard/test_fuzz.py", "hard/test_soak.py"),
+        *("hard/test_random_client.py", "sources/test_flask.py"),
     ]
     session.run("pytest", "-s", "-m", "", *map(_from_root, files), env=counts)
 

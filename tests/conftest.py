@@ -14,9 +14,6 @@ pytest.register_assert_rewrite("harness")
 from harness import postgres_server
 from harness.embedded import Embedded, embed
 
-from trading_push.sources.exchanges import simulated_market
-from trading_push.sources.paper import exchange
-
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
@@ -40,10 +37,3 @@ def postgres() -> Iterator[postgres_server.PostgresServer]:
     """A server for the whole run: what is in it belongs into a database of the test's own."""
     with postgres_server.running() as server:
         yield server
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything on the paper exchange happens at a hundred times the speed."""
-    monkeypatch.setattr(exchange, "STEP_S", 0.005)
-    monkeypatch.setattr(simulated_market, "STEP_S", 0.005)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from harness.support import TESTS
 
+import trading_push
+
 
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, wherever in it the import stands."""
@@ -29,3 +31,10 @@ def test_no_test_file_imports_from_another():
         if any(part == "conftest" or part.startswith("test_") for part in name.split("."))
     ]
     assert wrong == []
+
+
+def test_folders_mirror_the_package():
+    package = Path(trading_push.__file__).parent
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    folders -= {Path(), Path("hard")}  # attacks, fuzz, crowds: what is hard on all of it
+    assert [str(folder) for folder in sorted(folders) if not (package / folder).is_dir()] == []

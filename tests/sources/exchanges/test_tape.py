@@ -15,11 +15,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from harness.support import DATA
+
 from trading_push.errors import ConfigurationError
 from trading_push.models import Ticker
 from trading_push.sources.exchanges.tape import Tape
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 T0 = 1_723_161_254_000  # 2024-08-08 23:54:14 UTC, ms
 
 
