@@ -433,10 +433,10 @@ async def test_what_waits_is_bounded_for_a_whole_connection(autojump_clock):
                 await here.service.publish(channel.name, "x" * 10_000, user=4)
         await trio.testing.wait_all_tasks_blocked()
         # One of each may stand beside the bound, for each is owed its latest.
-        assert connection._siblings.bytes <= 100_000 + 20 * 10_002
+        assert connection._subscriber._siblings.bytes <= 100_000 + 20 * 10_002
         peer.leave()
         await trio.testing.wait_all_tasks_blocked()
-        assert connection._siblings.bytes == 0
+        assert connection._subscriber._siblings.bytes == 0
 
 
 async def test_a_subscription_without_a_value_logs_no_push(autojump_clock, caplog):

@@ -57,7 +57,7 @@ async def test_a_poller_that_raises_is_started_again_and_asks_everybody(autojump
     ):
         await here.subscribe("pnl")
         assert (await here.push())["data"] == [1]
-        [poller] = [each for name, each in service._pollers.items() if name == "pnl"]
+        [poller] = [each for name, each in service._upstream.pollers.items() if name == "pnl"]
         broken = [ValueError("a mistake of ours")]
         original = poller._due
 
@@ -89,9 +89,9 @@ async def test_a_clean_up_that_raises_is_counted(autojump_clock, caplog):
         open_push_service(authenticate=by_name, on_leave=on_leave) as service,
     ):
         gone = MemoryTransport()
-        nursery.start_soon(Connection(service.hub, gone, service.hub.seats.take()).run)
+        nursery.start_soon(Connection(service.context, gone, service.context.seats.take()).run)
         await trio.testing.wait_all_tasks_blocked()
         gone.leave()
-        await service.hub.wait_empty()
+        await service.context.connections.wait_empty()
         await trio.testing.wait_all_tasks_blocked()
         assert service.statistics().failures == {"clean-up": 1}

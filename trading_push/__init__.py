@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from trading_push.models import Balance, Fill, Order, Pnl, Position, SymbolPnl, Ticker
     from trading_push.server import serve
-    from trading_push.service import Latest, PushService, Statistics, open_push_service
+    from trading_push.service import PushService, open_push_service
     from trading_push.settings.loading import load_settings
     from trading_push.settings.schema import Settings
     from trading_push.sources.base import (
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from trading_push.sources.function import FunctionSource
     from trading_push.sources.sql.postgres import PostgresSource
     from trading_push.sources.sql.source import SqlSource
+    from trading_push.statistics import Latest, Statistics
     from trading_push.topics import Channel
 else:
     __getattr__ = lazy(
@@ -66,7 +67,8 @@ else:
             ),
             "models": "Balance Fill Order Pnl Position SymbolPnl Ticker",
             "server": "serve",
-            "service": "Latest PushService Statistics open_push_service",
+            "service": "PushService open_push_service",
+            "statistics": "Latest Statistics",
             "settings.loading": "load_settings",
             "settings.schema": "Settings",
             "sources.base": (

@@ -1,7 +1,7 @@
 """The configured service for a plain ASGI server: `hypercorn -k trio trading_push.asgi:app`.
 
 Settings come from the environment (`TRADING_PUSH_...`) and from the file that `TRADING_PUSH_CONFIG`
-names. Importing this module guards every Hypercorn server of the process (`hypercorn_link`).
+names. Importing this module guards every Hypercorn server of the process (`endpoints.hypercorn`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import threading
 import trio
 
 from trading_push import logs
-from trading_push.endpoints.asgi import AsgiDoor, Receive, Scope, Send
-from trading_push.endpoints.hypercorn import link as hypercorn_link
+from trading_push.endpoints.asgi import AsgiEndpoint, Receive, Scope, Send
+from trading_push.endpoints.hypercorn.link import install
+from trading_push.endpoints.hypercorn.server import worker
 from trading_push.errors import ConfigurationError, LinkError
 from trading_push.factory import authenticator, open_configured_service
 from trading_push.server import tune
@@ -30,15 +31,15 @@ class _Application:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._authenticate = authenticator(settings)
-        self._door: AsgiDoor | None = None
+        self._endpoint: AsgiEndpoint | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif self._door is None:
+        elif self._endpoint is None:
             raise RuntimeError("the server must support ASGI's lifespan: it starts the service")
         else:
-            await self._door(scope, receive, send)
+            await self._endpoint(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         log = self._settings.log
@@ -56,8 +57,8 @@ class _Application:
                 # Hypercorn would serve on without us: this ends the worker, and its parent, which
                 # starts a new one only for a worker that ends in order.
                 logs.emit(logs.line("service_failed", error=errors)._replace(exception=errors))
-                context = hypercorn_link.worker()
-                if self._door is None or context is None:
+                context = worker()
+                if self._endpoint is None or context is None:
                     await send({"type": "lifespan.startup.failed", "message": str(errors)})
                 else:
                     await context.terminate.set()
@@ -69,11 +70,11 @@ class _Application:
             open_configured_service(self._settings, self._authenticate) as service,
             trio.open_nursery() as nursery,
         ):
-            self._door = service.asgi_app
-            context = hypercorn_link.worker()
+            self._endpoint = service.asgi_app
+            context = worker()
             if context is not None:
                 # Hypercorn tells an application of its end only after it has cut every connection.
-                context.farewell = service.drain
+                context.last = service.drain
             if threading.current_thread() is threading.main_thread():
                 nursery.start_soon(_terminate_at_sigterm)
             await send({"type": "lifespan.startup.complete"})
@@ -85,7 +86,7 @@ class _Application:
 async def _terminate_at_sigterm() -> None:
     # Hypercorn's workers have no handler of their own: a SIGTERM to the process group, or to a
     # server without workers, would kill them undrained.
-    context = hypercorn_link.worker()
+    context = worker()
     if context is None:
         return
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
@@ -96,7 +97,7 @@ async def _terminate_at_sigterm() -> None:
 def _make() -> _Application:
     try:
         settings = load_settings(config=None, flags={})
-        hypercorn_link.install(settings.limits)
+        install(settings.limits)
         tune()
         return _Application(settings)
     except (ConfigurationError, LinkError) as error:

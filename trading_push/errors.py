@@ -14,7 +14,7 @@
     └── LinkError                the installed Hypercorn is not the one the link was made for
 
 A mistake of the peer (RequestError) never shows a stack trace; every other exception that comes out
-of a handler is a mistake of ours and shows exactly one.
+of a handler is a bug and shows exactly one.
 """
 
 from __future__ import annotations

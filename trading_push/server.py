@@ -18,7 +18,7 @@ import trio
 
 from trading_push import logs
 from trading_push.auth.tokens import Authenticate
-from trading_push.endpoints.hypercorn import link as hypercorn_link
+from trading_push.endpoints.hypercorn.link import install
 from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service
 from trading_push.service import PushService
@@ -82,7 +82,7 @@ async def serve(
 
     Cancelled, it cuts the connections; to have them told first, drain the service before.
     """
-    hypercorn_link.install(service.limits)
+    install(service.limits)
     tune()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:

@@ -6,9 +6,8 @@ import math
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -16,19 +15,22 @@ import msgspec
 import trio
 
 from trading_push import logs
+from trading_push.auth.check import TokenCheck
 from trading_push.auth.tokens import Authenticate, JwtAuthenticator
-from trading_push.broker.base import State, Status
 from trading_push.broker.memory import MemoryBroker
-from trading_push.connections.context import Hub
-from trading_push.connections.registry import Ledger, Member, Registry
+from trading_push.connections.context import Context
+from trading_push.connections.members import Member
+from trading_push.connections.registry import Registry
+from trading_push.connections.roster import Peer
 from trading_push.connections.streams import SharedStream, Stream
 from trading_push.endpoints import native
-from trading_push.endpoints.asgi import AsgiDoor
-from trading_push.endpoints.hypercorn.link import guard
-from trading_push.errors import CloseCode, PayloadError, ServiceClosed
+from trading_push.endpoints.asgi import AsgiEndpoint
+from trading_push.endpoints.hypercorn.server import guard
+from trading_push.errors import CloseCode, ServiceClosed
 from trading_push.protocol import messages as protocol
 from trading_push.settings.schema import Limits, Settings
-from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
+from trading_push.sources.base import Source, TickerFeed
+from trading_push.statistics import Latest, Statistics
 from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,
@@ -39,99 +41,16 @@ from trading_push.topics import (
     symbol_of,
 )
 from trading_push.transport.proxies import networks
-from trading_push.upstream.batcher import Answers
-from trading_push.upstream.interest import Demand, Session
-from trading_push.upstream.market_feed import MarketFeed
-from trading_push.upstream.poller import FetchContext, Poller
-from trading_push.web.publish import Publisher
+from trading_push.upstream.interest import Session
+from trading_push.upstream.lifecycle import Upstream
+from trading_push.upstream.poller import FetchContext
+from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
-__all__ = ["Latest", "PushService", "Statistics", "open_push_service"]
+__all__ = ["PushService", "open_push_service"]
 
-_BACKLOG = 4096
 _FORGET_EVERY_S = 10
 _LEAST_DRAIN_S = 0.5
-
-
-@attrs.frozen
-class Statistics:
-    """What a service sees at one moment.
-
-    Args:
-        subscribers_by_data_type: Subscribed users by channel, tickers left out.
-        subscribers_by_symbol: Subscribed users by symbol.
-        topics: How many topics with a value are live, stale or down, by channel; all symbols are
-            `ticker`.
-        streams: How many generators of streams run.
-        ledger: What began and what ended since the start.
-        failing_fetches: For how many watched users and data types the source fails.
-        failures: How often each part of the service has raised and was started again (or, of a
-            clean-up, logged) since the start; `feed` is the application's.
-        connections_stopped: Connections that ended at a firewall; the link's are of the process.
-        connections_refused: Connections refused over the limit; the link's are of the process.
-        connections_reaped: Connections of this process whose handler had to be reaped.
-    """
-
-    users_online: int
-    connections: int
-    subscribers_by_data_type: dict[str, int]
-    subscribers_by_symbol: dict[str, int]
-    topics: dict[str, dict[State, int]]
-    streams: int
-    ledger: Ledger
-    failing_fetches: int
-    failures: dict[str, int]
-    connections_stopped: int
-    connections_refused: int
-    connections_reaped: int
-
-
-@attrs.frozen
-class Latest:
-    """A channel's last value.
-
-    Args:
-        data: As JSON.
-        ts: When it was published, in ms since the epoch.
-        age_s: How long ago that was, in seconds.
-        status: Whether it can be relied on.
-    """
-
-    data: msgspec.Raw
-    ts: int
-    age_s: float
-    status: Status
-
-
-class _Changes:
-    """What a source that watches its upstream speaks to; see `sources.base.ChangeSink`."""
-
-    def __init__(
-        self,
-        publish: Callable[[Iterable[tuple[str, Any, str | int | None]]], None],
-        pollers: Mapping[str, Poller],
-    ) -> None:
-        self._publish = publish
-        self._pollers = pollers
-
-    def changed(self, changes: Iterable[tuple[str, str]]) -> None:
-        users: dict[str, list[str]] = {}
-        for user, data_type in changes:
-            users.setdefault(data_type, []).append(user)
-        for data_type, changed in users.items():
-            if data_type in self._pollers:
-                self._pollers[data_type].changed(changed)
-
-    def missed(self) -> None:
-        for poller in self._pollers.values():
-            poller.missed()
-
-    def publish(self, values: Iterable[tuple[str, Any, str]]) -> None:
-        for value in values:
-            try:
-                self._publish([value])
-            except (PayloadError, ValueError) as error:
-                logs.emit(logs.line("publish_failed", channel=value[0], error=error))
 
 
 class PushService:
@@ -150,46 +69,24 @@ class PushService:
     ) -> None:
         self._settings = settings
         limits = settings.limits
-        self._pollers: dict[str, Poller] = {}
-        self._demand = Demand(
-            limits.watch_linger_s,
-            begin=self._begin_upstream,
-            end=self._end_upstream,
-            failed=self._upstream_failed,
-            session=_sessions(source, user_session),
-            watch=(
-                partial(source.watch, _Changes(self._publish_now, self._pollers))
-                if isinstance(source, WatchingSource)
-                else None
-            ),
-        )
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
-        self._broker = MemoryBroker(channels, self._registry.publish)
-        self._failures: Counter[str] = Counter()
-        answers = Answers(self._broker)
-        if source is not None:
-            for channel in channels:
-                if channel.interval_s is not None:
-                    self._pollers[channel.name] = Poller(
-                        channel.name,
-                        channel.interval_s,
-                        source,
-                        self._broker,
-                        limits,
-                        settled=self._registry.settle,
-                        context=fetch_context,
-                        answers=answers,
-                    )
-        self._feed = (
-            None
-            if feed is None
-            else MarketFeed(
-                feed, self._broker, settings.market.max_hz, settings.market.stale_after_s
-            )
+        self._broker = MemoryBroker(channels, self._registry.deliver)
+        self._upstream = Upstream(
+            source,
+            feed,
+            self._broker,
+            channels,
+            settings,
+            settled=self._registry.settle,
+            publish=self._publish_now,
+            fetch_context=fetch_context,
+            user_session=user_session,
         )
-        self._idle_since: dict[Topic, float] = {}
+        # How often each part of the service has failed since the start.
+        self._failures: Counter[str] = Counter()
+        # Where the parts of the service run, while it runs.
         self._workers: trio.Nursery | None = None
-        self.hub = Hub(
+        self.context = Context(
             path=settings.server.path,
             origins=frozenset(settings.server.origins.split()),
             origin_required=settings.server.origin_required,
@@ -199,19 +96,19 @@ class PushService:
             limits=limits,
             registry=self._registry,
             broker=self._broker,
-            authenticate=authenticate,
+            tokens=TokenCheck(authenticate, settings.auth.leeway_s),
             knows_symbol=(lambda symbol: True) if feed is None else feed.knows,
             awaits_source=self._awaits_source,
         )
-        publisher = Publisher(
-            self.hub.check,
+        publisher = PublishEndpoint(
+            self.context.tokens.principal,
             self.publish_many,
             limits.publish_bytes,
-            self.hub.revoked,
+            self.context.tokens.revoked,
             limits.authentication_timeout_s,
             settings.auth.leeway_s,
         )
-        self.asgi_app = AsgiDoor(self.hub, routes(publisher))
+        self.asgi_app = AsgiEndpoint(self.context, routes(publisher))
         """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
 
     # --- for the application ---------------------------------------------------------------
@@ -258,11 +155,10 @@ class PushService:
         self._registry.check_running()  # before anything is numbered and kept
         self._broker.publish(batch)
         for topic, _ in batch:
-            if topic.channel in self._pollers and not self._demand.holds(topic):
-                self._idle_since[topic] = trio.current_time()  # the source can give it again
+            self._upstream.published(topic)
 
     def latest(self, channel: str, user: str | int | None = None) -> Latest | None:
-        """The last value of a channel, live or not; None where there is none. Synchronous.
+        """The last value of a channel, live or not; None if there is none. Synchronous.
 
         Args:
             channel: As `publish` takes it.
@@ -279,20 +175,9 @@ class PushService:
         return Latest(msgspec.Raw(last.data), last.ts, age_s, self._broker.status(topic))
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:
-        ticker = self.hub.channels.ticker(channel)
-        if ticker is not None:
-            if user is not None:
-                raise ValueError("a ticker is everyone's: leave out the user")
-            return ticker
-        known = self.hub.channels.get(channel)
-        if known is None:
-            raise ValueError(f"there is no channel {channel!r}: add it to channels=")
-        if channel in self.hub.streams.own:
+        if channel in self.context.streams.own:
             raise ValueError(f"{channel!r} is a stream: its values come from its generator")
-        if known.per_user != (user is not None):
-            hint = "give the user" if known.per_user else "leave out the user"
-            raise ValueError(f"{channel!r} is {'not ' * (not known.per_user)}per user: {hint}")
-        return Topic(channel, None if user is None else str(user))
+        return self.context.channels.topic(channel, user)
 
     def add_stream(
         self, name: str, stream: Stream, *, shared: bool = False, kind: Kind = "events"
@@ -319,8 +204,8 @@ class PushService:
         """
         if self._workers is None:
             raise ServiceClosed("the service runs no more")
-        self.hub.channels.add(Channel(name, kind, per_user=not shared))
-        streams = self.hub.streams
+        self.context.channels.add(Channel(name, kind, per_user=not shared))
+        streams = self.context.streams
         if shared:
             streams.shared[name] = SharedStream(
                 streams, Topic(name), stream, self._broker, self._registry.settle
@@ -330,13 +215,13 @@ class PushService:
             streams.own[name] = stream
 
     async def handle_stream(self, stream: trio.abc.Stream) -> None:
-        """Serve a WebSocket on a stream, plain or `trio.SSLStream`; the native door.
+        """Serve a WebSocket on a stream, plain or `trio.SSLStream`; the native endpoint.
 
         For `trio.serve_tcp`, `trio.serve_ssl_over_tcp` and `trio.serve_listeners`. Returns when
         the peer is gone; no exception of its making, nor of a handler's, leaves it. Cancelled, it
         says good-bye to the peer first, within `limits.close_timeout_s`.
         """
-        await native.handle_stream(self.hub, stream)
+        await native.handle_stream(self.context, stream)
 
     async def serve_native(
         self,
@@ -358,15 +243,7 @@ class PushService:
 
         To have the clients told of the end, `drain` the service before it is cancelled.
         """
-        listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
-        task_status.started(listeners)
-
-        async def over_tls(stream: trio.SocketStream) -> None:
-            assert ssl_context is not None
-            await self.handle_stream(trio.SSLStream(stream, ssl_context, server_side=True))
-
-        handler = self.handle_stream if ssl_context is None else over_tls
-        await trio.serve_listeners(handler, listeners)
+        await native.serve(self.context, host, port, ssl_context, task_status)
 
     def kick(
         self,
@@ -393,14 +270,12 @@ class PushService:
         """
         if (user is None) == (connection is None):
             raise ValueError("give the user or the connection to kick, one of them")
-        if user is not None:
-            kicked = list(self.hub.seats.by_user.get(str(user), ()))
-        else:
-            alive = (each for each in self.hub.connections if not each.closed)
-            kicked = [each for each in alive if each.id == connection]
-        for each in kicked:
+        if user is None:
+            return self._kick(lambda each: each.id == connection, reason)
+        seated = list(self.context.seats.by_user.get(str(user), ()))
+        for each in seated:
             each.stop(CloseCode.KICKED, reason)
-        return len(kicked)
+        return len(seated)
 
     def revoke(self, token_id: str, *, expires_at: float = math.inf) -> int:
         """Refuse a token from now on, and close the connections that stand on it (4503).
@@ -417,10 +292,14 @@ class PushService:
         Returns:
             How many connections were closed.
         """
-        revoked = self.hub.revoke(token_id, expires_at)
-        for each in revoked:
-            each.stop(CloseCode.KICKED, "token revoked")
-        return len(revoked)
+        self.context.tokens.revoked.add(token_id, expires_at)
+        return self._kick(lambda each: each.authenticated_by(token_id), "token revoked")
+
+    def _kick(self, concerns: Callable[[Peer], bool], reason: str) -> int:
+        kicked = [each for each in self.context.connections if not each.closed and concerns(each)]
+        for each in kicked:
+            each.stop(CloseCode.KICKED, reason)
+        return len(kicked)
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""
@@ -438,20 +317,21 @@ class PushService:
             },
             topics=self._broker.states(),
             ledger=attrs.evolve(self._registry.ledger),
-            streams=self.hub.streams.running,
-            failing_fetches=sum(poller.failing for poller in self._pollers.values()),
+            streams=self.context.streams.running,
+            failing_fetches=self._upstream.failing_fetches,
             failures={part: count for part, count in self._all_failures() if count},
-            connections_stopped=guard.stopped + self.hub.stopped,
-            connections_refused=guard.refused + self.hub.refused,
+            connections_stopped=guard.stopped + self.context.connections.stopped,
+            connections_refused=guard.refused + self.context.seats.refused,
             connections_reaped=guard.reaped,
         )
 
     def _all_failures(self) -> Iterator[tuple[str, int]]:
         yield from self._failures.items()
+        yield from self._upstream.failures.items()
         yield "clean-up", self._registry.cleanup_failures
-        yield "streams", self.hub.streams.failures
-        if self._feed is not None:
-            yield "feed", self._feed.failures
+        yield "streams", self.context.streams.failures
+        if self._upstream.feed is not None:
+            yield "feed", self._upstream.feed.failures
 
     @property
     def limits(self) -> Limits:
@@ -469,76 +349,24 @@ class PushService:
 
         Cancelled, it aborts what is left at once.
         """
-        self.hub.accepting = False
-        connections = self.hub.connections
-        if not connections:
-            return
-        logs.emit(logs.line("shutting_down", connections=len(connections)))
-        for connection in list(connections):
-            connection.dismiss()
-        try:
-            if timeout_s is None:
-                timeout_s = self.limits.drain_timeout_s
-            with trio.move_on_after(max(_LEAST_DRAIN_S, timeout_s)):
-                await self.hub.wait_empty()
-        finally:
-            for connection in list(connections):
-                connection.abort()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await self.hub.wait_empty()
+        await self.context.connections.drain(
+            self.limits.drain_timeout_s if timeout_s is None else timeout_s
+        )
 
     def _watched(self, topic: Topic, watched: bool) -> None:
-        shared = self.hub.streams.shared.get(topic.channel)
+        shared = self.context.streams.shared.get(topic.channel)
         if shared is not None:
             shared.watched(watched)
         else:
-            self._demand.watched(topic, watched)
-
-    def _begin_upstream(self, topic: Topic) -> None:
-        if self._workers is None:  # the service ends, and the registry with it
-            return
-        self._idle_since.pop(topic, None)
-        symbol = symbol_of(topic.channel)
-        if symbol is not None:
-            if self._feed is not None:
-                self._feed.watch(symbol)
-        elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
-            poller.watch(topic.user)
-
-    def _end_upstream(self, topic: Topic) -> None:
-        symbol = symbol_of(topic.channel)
-        if symbol is not None:
-            if self._feed is not None and self._feed.unwatch(symbol):
-                self._idle_since[topic] = trio.current_time()
-        elif topic.user is not None and (poller := self._pollers.get(topic.channel)) is not None:
-            poller.unwatch(topic.user)
-            if self._demand.holds(topic):  # it is its user's session that has failed
-                return
-            self._idle_since[topic] = trio.current_time()
-            if self._broker.snapshot(topic) is not None:
-                self._broker.mark([topic], Status("stale", "not_watched"))
-
-    def _upstream_failed(self, user: str | None, error: Exception, delay: float) -> None:
-        inner = logs.innermost(error)
-        if user is None:
-            self._failures["watch over the source"] += 1
-            logs.emit(logs.line("watch_failed", error=inner, delay=delay))
-            return
-        self._failures["user sessions"] += 1
-        logs.emit(logs.line("session_failed", user=user, error=inner, delay=delay))
-        for topic in (Topic(channel, user) for channel in self._pollers):
-            if self._demand.holds(topic):
-                state: State = "down" if self._broker.snapshot(topic) is None else "stale"
-                self._broker.mark([topic], Status(state, "source_error"))
+            self._upstream.interest.watched(topic, watched)
 
     def _awaits_source(self, topic: Topic) -> bool:
-        streams = self.hub.streams
+        streams = self.context.streams
         if topic.channel in streams.own:
             return True
         if (shared := streams.shared.get(topic.channel)) is not None:
             return shared.awaited
-        poller = self._pollers.get(topic.channel)
-        return poller is not None and topic.user is not None and poller.awaits(topic.user)
+        return self._upstream.awaits(topic)
 
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
         def failed(error: Exception, delay: float) -> None:
@@ -549,50 +377,33 @@ class PushService:
 
         await keep_running(run, failed)
 
-    async def _forget_idle_topics(self) -> None:
-        linger = self._settings.limits.topic_linger_s
-        while True:
-            await trio.sleep(_FORGET_EVERY_S)
-            now = trio.current_time()
-            for topic, since in list(self._idle_since.items()):
-                if now - since > linger:
-                    del self._idle_since[topic]
-                    self._broker.forget(topic)
-                    poller = self._pollers.get(topic.channel)
-                    if poller is not None and topic.user is not None:
-                        poller.forget(topic.user)
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled, then drain; ends when every line of every leave is emitted.
 
         Raises:
-            ExceptionGroup: The registry died of a mistake of ours.
+            ExceptionGroup: The registry died of a bug.
         """
         logs.emit(
             logs.line("service_started"),
             *(
                 logs.line("poller_started", data_type=each.data_type, interval=each.interval_s)
-                for each in self._pollers.values()
+                for each in self._upstream.pollers.values()
             ),
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._registry.run)
             try:
                 # Beside the workers: the sessions that it holds close while clients are told.
-                await nursery.start(self._demand.run)
+                await nursery.start(self._upstream.interest.run)
                 async with trio.open_nursery() as workers:
                     self._workers = workers
-                    for name, poller in self._pollers.items():
-                        workers.start_soon(self._keep_running, f"{name} poller", poller.run)
-                    if self._feed is not None:
-                        workers.start_soon(self._keep_running, "market feed", self._feed.run)
-                    workers.start_soon(
-                        self._keep_running, "sweep of idle topics", self._forget_idle_topics
-                    )
-                    workers.start_soon(self._keep_running, "heartbeat", self.hub.timetable.run)
+                    for part, run in self._upstream.parts():
+                        workers.start_soon(self._keep_running, part, run)
+                    workers.start_soon(self._keep_running, "heartbeat", self.context.heartbeat.run)
                     task_status.started()
             finally:
                 self._workers = None
+                self._upstream.end()
                 with trio.CancelScope(shield=True):
                     await self.drain()
                 self._registry.close()
@@ -660,21 +471,3 @@ async def open_push_service(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-def _sessions(source: Source | None, user_session: Session | None) -> Session | None:
-    """The application's session of a user, and within it the source's."""
-    factories = [user_session] if user_session is not None else []
-    if isinstance(source, SessionSource):
-        factories.append(source.session)
-    if not factories:
-        return None
-
-    @asynccontextmanager
-    async def session(user: str) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            for factory in factories:
-                await stack.enter_async_context(factory(user))
-            yield
-
-    return session

@@ -194,7 +194,7 @@ class MemoryTransport:
                 self.sent.append(json.loads(protocol.payload_of(frame)))
         self._news.set()
 
-    def hurry(self, grace_s: float) -> None:
+    def shorten_deadline(self, grace_s: float) -> None:
         """Give a stuck send, and each later one, no longer than this."""
         self._send_timeout_s = min(self._send_timeout_s, grace_s)
         if self._stuck is not None:
@@ -231,9 +231,9 @@ async def peer(
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        seat = service.hub.seats.take()
+        seat = service.context.seats.take()
         try:
-            await Connection(service.hub, transport, seat, principal).run()
+            await Connection(service.context, transport, seat, principal).run()
         finally:
             seat.leave()
 

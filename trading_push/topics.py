@@ -126,12 +126,35 @@ class Channels:
         return self._rank.get(name, len(self._rank))
 
     def ticker(self, name: str) -> Topic | None:
-        """The topic of a ticker channel as anybody may spell it; None where it is none."""
+        """The topic of a ticker channel in any spelling; None if it is another channel."""
         if not name.startswith(TICKER_PREFIX):
             return None
         # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
         symbol = name[len(TICKER_PREFIX) :].translate(_ASCII_UPPER)
         return ticker_topic(symbol) if _SYMBOL.fullmatch(symbol) else None
+
+    def topic(self, name: str, user: str | int | None) -> Topic:
+        """The topic that an application names.
+
+        Args:
+            name: A channel's name, or `ticker.SYMBOL`.
+            user: Whose topic it is, for a channel where every user has their own.
+
+        Raises:
+            ValueError: There is no such channel, or a user is missing or too much.
+        """
+        ticker = self.ticker(name)
+        if ticker is not None:
+            if user is not None:
+                raise ValueError("a ticker is everyone's: leave out the user")
+            return ticker
+        channel = self._by_name.get(name)
+        if channel is None:
+            raise ValueError(f"there is no channel {name!r}: add it to channels=")
+        if channel.per_user != (user is not None):
+            hint = "give the user" if channel.per_user else "leave out the user"
+            raise ValueError(f"{name!r} is {'not ' * (not channel.per_user)}per user: {hint}")
+        return Topic(name, None if user is None else str(user))
 
     def resolve(self, name: str, user: str) -> Topic:
         """The topic that `user` means by `name`, in the new spelling or as one of their own rooms.
@@ -148,7 +171,7 @@ class Channels:
         if topic is None:
             if any(c.per_user and name.startswith(c.name + "_") for c in self):
                 raise RequestError(
-                    ErrorCode.FORBIDDEN, "that is no room of yours: name the channel alone"
+                    ErrorCode.FORBIDDEN, "that is another user's room: name the channel only"
                 )
             raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no channel of that name")
         return topic

@@ -28,7 +28,7 @@ from harness.tokens import RSA, claims, pem
 from harness.tokens import signed as signed_with
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.topics import BUILTIN_CHANNELS
 

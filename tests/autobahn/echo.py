@@ -33,7 +33,9 @@ BINARY = b"\x82"  # FIN and the opcode (RFC 6455 section 5.2)
 class Echo:
     """In the place of `connection.Connection`: what comes goes back, until the peer is gone."""
 
-    def __init__(self, hub: Any, transport: Transport, principal: Any = None) -> None:
+    def __init__(
+        self, context: Any, transport: Transport, seat: Any, principal: Any = None
+    ) -> None:
         self._transport = transport
 
     async def run(self) -> None:

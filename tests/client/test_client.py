@@ -333,10 +333,10 @@ async def test_one_connection_outlives_its_tokens() -> None:
         hypercorn_serving(service) as port,
         open_client(f"ws://127.0.0.1:{port}/ws", next_token) as client,
     ):
-        [connection] = service.hub.connections
+        [connection] = service.context.connections
         until_s = time.time() + 5
         await until(lambda: time.time() > until_s)  # two tokens have expired by then
-        assert list(service.hub.connections) == [connection]
+        assert list(service.context.connections) == [connection]
         assert client.is_connected
     assert 3 <= len(given) <= 20  # and nobody was pestered
 

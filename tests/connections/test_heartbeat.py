@@ -15,7 +15,7 @@ from harness.handshakes import handshake, masked
 from harness.room import room, unit
 from harness.support import until
 
-from trading_push.connections.heartbeat import Timetable
+from trading_push.connections.heartbeat import Heartbeat
 from trading_push.settings.schema import Limits
 
 PINGED = ["linked", "native", "linked-tls", "native-tls"]
@@ -61,10 +61,10 @@ async def test_a_ping_that_cannot_be_written_at_once_waits_its_turn(autojump_clo
         peer.reading = trio.Event()
         await trio.sleep(17)
         assert peer.pings == 1
-        await until(lambda: not here.service.hub.connections)
+        await until(lambda: not here.service.context.connections)
         # The ping was not taken in ten seconds: too slow, before it was too silent.
         assert peer.closed_with is None
-        assert not here.service.hub.connections
+        assert not here.service.context.connections
 
 
 async def test_without_a_way_to_ping_silence_says_nothing(autojump_clock):
@@ -123,7 +123,7 @@ async def test_a_pong_is_heard_and_goes_no_further(kind, certificates, monkeypat
 
         await send(handshake())
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
-        [connection] = door.service.hub.connections
+        [connection] = door.service.context.connections
         decoded.clear()
         heard = connection._transport.last_heard
         await send(masked(10, b""))
@@ -168,7 +168,7 @@ class Guest:
     """Wants to be looked after at some time, once."""
 
     def __init__(self) -> None:
-        self.look_at = math.inf
+        self.due = math.inf
         self.seen_at: list[float] = []
 
     def look_after(self, now: float) -> float:
@@ -177,13 +177,13 @@ class Guest:
 
 
 async def test_those_who_have_been_there_leave_nothing_in_the_timetable():
-    timetable = Timetable(15)
+    timetable = Heartbeat(15)
     stays = Guest()
-    timetable.enter(stays, 1e6)
+    timetable.add(stays, 1e6)
     for number in range(20_000):
         guest = Guest()
-        timetable.enter(guest, 1000 + number)
-        timetable.enter(guest, 500 + number)
+        timetable.add(guest, 1000 + number)
+        timetable.add(guest, 500 + number)
         timetable.remove(guest)
     assert len(timetable._steps) == 1
     assert len(timetable._order) < 200
@@ -191,7 +191,7 @@ async def test_those_who_have_been_there_leave_nothing_in_the_timetable():
 
 async def test_each_is_looked_after_at_its_time_whoever_comes_and_goes(autojump_clock):
     rng = random.Random(1)
-    timetable = Timetable(15)
+    timetable = Heartbeat(15)
     guests: dict[Guest, float] = {}
 
     class Meddler(Guest):
@@ -203,8 +203,8 @@ async def test_each_is_looked_after_at_its_time_whoever_comes_and_goes(autojump_
                     timetable.remove(other)
                     guests[other] = min(guests[other], now)
                 else:
-                    timetable.enter(other, now + 1)
-                    if other.look_at < math.inf:
+                    timetable.add(other, now + 1)
+                    if other.due < math.inf:
                         guests[other] = min(guests[other], now + 1)
             return super().look_after(now)
 
@@ -214,7 +214,7 @@ async def test_each_is_looked_after_at_its_time_whoever_comes_and_goes(autojump_
         for _ in range(2000):
             guest = rng.choice((Guest, Meddler))()
             guests[guest] = began + rng.randrange(60)
-            timetable.enter(guest, guests[guest])
+            timetable.add(guest, guests[guest])
         await trio.sleep(100)
         nursery.cancel_scope.cancel()
     assert timetable._steps == {}

@@ -20,7 +20,7 @@ from harness.support import SECRET, token, until
 from trading_push import JwtAuthenticator, Principal, PushService, issue_token
 from trading_push.connections.connection import Connection
 from trading_push.endpoints import admission, asgi, native
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
 
@@ -59,8 +59,8 @@ async def test_a_connection_too_many_is_refused(autojump_clock, caplog):
         await settled()
         again, _ = await here.subscribed("balance")
         assert await settled(again) == [None]
-        assert set(here.service.hub.seats.by_user) == {"4", "5"}
-    assert here.service.hub.seats.by_user == {}
+        assert set(here.service.context.seats.by_user) == {"4", "5"}
+    assert here.service.context.seats.by_user == {}
 
 
 async def test_where_so_configured_the_oldest_makes_room(autojump_clock):
@@ -77,7 +77,7 @@ async def test_a_renewal_takes_no_second_seat(autojump_clock):
         assert (await peer.request("auth", token="4"))["ok"]
         peer.leave(1000)
         await settled()
-        assert here.service.hub.seats.by_user == {}
+        assert here.service.context.seats.by_user == {}
 
 
 async def test_a_drain_during_the_check_leaves_no_seat_taken(autojump_clock):
@@ -87,7 +87,7 @@ async def test_a_drain_during_the_check_leaves_no_seat_taken(autojump_clock):
         connection.dismiss()
         peer.say("auth", token="4")
         await settled()
-    assert here.service.hub.seats.by_user == {}
+    assert here.service.context.seats.by_user == {}
 
 
 async def test_a_user_or_one_connection_is_kicked(autojump_clock):
@@ -160,7 +160,7 @@ async def test_of_very_many_renewals_the_first_and_the_longest_are_kept(autojump
         peer, _ = here.join()
         for number, ttl_s in enumerate([10, 9000, *range(20, 40)]):
             assert (await peer.request("auth", token=f"4 t{number} {ttl_s}"))["ok"]
-        [connection] = here.service.hub.connections
+        [connection] = here.service.context.connections
         kept = [number for number in range(22) if connection.authenticated_by(f"t{number}")]
         assert kept == [0, 1, *range(16, 22)]
         assert here.service.revoke("t1") == 1
@@ -180,7 +180,7 @@ async def test_a_revoked_token_is_refused_until_no_leeway_helps_it(autojump_cloc
         assert reply["error"]["message"] == "the token was revoked"
         here.service.revoke("ancient", expires_at=now - 6)
         here.service.revoke("other")
-        assert len(here.service.hub.revoked) == 3
+        assert len(here.service.context.tokens.revoked) == 3
 
 
 async def test_a_token_revoked_during_the_handshake_opens_nothing(autojump_clock):
@@ -188,8 +188,8 @@ async def test_a_token_revoked_during_the_handshake_opens_nothing(autojump_clock
         principal = Principal("4", token_id="stolen")
         here.service.revoke("stolen")
         transport = MemoryTransport()
-        seat = here.service.hub.seats.take()
-        await Connection(here.service.hub, transport, seat, principal).run()
+        seat = here.service.context.seats.take()
+        await Connection(here.service.context, transport, seat, principal).run()
         assert transport.closed_with == (4500, "bad_token")
         assert [message["op"] for message in transport.sent] == ["error"]
 
@@ -212,7 +212,7 @@ async def test_at_a_door_too(kind, certificates):
                 while (await client.receive())["op"] == "error":
                     pass
             assert closed.value.reason.code in (4500, 4503)
-        await until(lambda: not door.service.hub.connections)
+        await until(lambda: not door.service.context.connections)
 
 
 @pytest.mark.parametrize("kind", ["linked", "native", "native-tls"])
@@ -221,7 +221,11 @@ async def test_whoever_says_nothing_takes_a_seat_too(kind, certificates):
         streams = [await trio.open_tcp_stream("127.0.0.1", door.port) for _ in range(10)]
         taken = partial(
             getattr,
-            *((guard, "connections") if kind == "linked" else (door.service.hub.seats, "taken")),
+            *(
+                (guard, "connections")
+                if kind == "linked"
+                else (door.service.context.seats, "taken")
+            ),
         )
         await until(lambda: taken() == 10)
         one_more = await trio.open_tcp_stream("127.0.0.1", door.port)
@@ -270,4 +274,4 @@ async def test_the_limit_of_an_address_counts_handshakes_under_way(kind, certifi
             await until(lambda: statuses.total() == 40)
             done.set()
         assert statuses == {101: 10, 503: 30}
-        await until(lambda: not door.service.hub.seats.unauthenticated)
+        await until(lambda: not door.service.context.seats.unauthenticated)

@@ -431,7 +431,7 @@ async def test_the_last_subscriber_may_go_when_the_registry_has_closed(autojump_
         peer = await join("4", "numbers")
         await numbers.send(1)
         await peer.next()
-        [connection] = service.hub.connections
+        [connection] = service.context.connections
         if end == "leave":
             peer.leave()
         else:

@@ -21,7 +21,8 @@ from trading_push import (
     open_push_service,
 )
 from trading_push.connections.connection import Connection
-from trading_push.connections.registry import Departure, Member, Registry
+from trading_push.connections.members import Departure, Member
+from trading_push.connections.registry import Registry
 from trading_push.errors import CloseCode
 from trading_push.settings.schema import Limits, Settings
 from trading_push.testing import MemoryTransport
@@ -210,7 +211,7 @@ async def test_who_hangs_up_while_its_token_is_checked_has_gone(
     """It is no restart of ours, and no token that came too late."""
     async with room() as here, trio.open_nursery() as nursery:
         transport = MemoryTransport()
-        connection = Connection(here.service.hub, transport, here.service.hub.seats.take())
+        connection = Connection(here.service.context, transport, here.service.context.seats.take())
         nursery.start_soon(connection.run)
         if not first:
             transport.say("auth", token="4")
@@ -230,7 +231,7 @@ async def test_who_hangs_up_while_its_token_is_checked_has_gone(
 async def test_a_server_that_ends_itself_says_that_it_restarts(autojump_clock, caplog):
     async with room() as here, trio.open_nursery() as nursery:
         transport = MemoryTransport()
-        connection = Connection(here.service.hub, transport, here.service.hub.seats.take())
+        connection = Connection(here.service.context, transport, here.service.context.seats.take())
         nursery.start_soon(connection.run)
         transport.say("auth", token="hang")
         await trio.testing.wait_all_tasks_blocked()

@@ -109,11 +109,11 @@ async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order
                 case "reset":
                     await trio.aclose_forcefully(stream)
                 case "stopped":
-                    [connection] = service.hub.connections
+                    [connection] = service.context.connections
                     connection.stop(CloseCode.KICKED, "kicked")
                 case "service cancelled":
                     whole.cancel()
-            await until(lambda: not service.hub.connections)
+            await until(lambda: not service.context.connections)
     await trio.aclose_forcefully(stream)
     order.check(3)
     assert service.statistics().ledger.balanced

@@ -21,7 +21,7 @@ from wsproto.events import CloseConnection, Message, TextMessage
 from harness.support import SECRET, hypercorn_serving, token
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 
 STREAM = 1

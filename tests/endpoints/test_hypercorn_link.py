@@ -27,7 +27,7 @@ from harness.support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_c
 from trading_push import JwtAuthenticator, open_push_service
 from trading_push.endpoints.asgi import lifespan
 from trading_push.endpoints.hypercorn import link as hypercorn_link
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 
 
@@ -42,7 +42,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_installed_hypercorn_is_the_one_the_link_was_made_for():
-    done = run("from trading_push.transport import hypercorn_link as h; h.check()")
+    done = run("from trading_push.endpoints.hypercorn import link; link.check()")
     assert done.returncode == 0, done.stderr
 
 

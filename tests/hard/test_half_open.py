@@ -22,7 +22,7 @@ from harness.room import lines
 from harness.support import SECRET, TrioClient, hypercorn_serving, token, until
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Limits, Settings
 
 CLONE_NEWNET = 0x40000000
@@ -140,7 +140,7 @@ async def read_for_ever(client: TrioClient) -> None:
 
 
 async def just_heard(service: PushService) -> None:
-    (connection,) = service.hub.connections
+    (connection,) = service.context.connections
     transport: Any = connection._transport
     before = transport.last_heard
     await until(lambda: transport.last_heard > before)
@@ -192,7 +192,7 @@ async def test_a_client_behind_a_dropped_link_is_gone_in_time(
         took = trio.current_time() - dropped
         assert TIMEOUT_S - 0.5 < took <= TIMEOUT_S + LATE_S
         # What stands below the connection goes, too, when it was given time for a polite close.
-        await until(lambda: not service.hub.connections and not guard.connections)
+        await until(lambda: not service.context.connections and not guard.connections)
         took = trio.current_time() - dropped
         assert took <= TIMEOUT_S + LATE_S + limits.close_timeout_s
         nursery.cancel_scope.cancel()
@@ -212,7 +212,7 @@ async def test_the_kernel_drops_nobody_before_the_heartbeat_says_why(
 ):
     limits = Limits(heartbeat_s=heartbeat_s)
     async with open_door(kind, certificates, limits=limits) as door, door.connect(4):
-        (connection,) = door.service.hub.connections
+        (connection,) = door.service.context.connections
         bare = connection._transport._stream.socket
         kernel_s = bare.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
     step_s = min(1, heartbeat_s / 4)

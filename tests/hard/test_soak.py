@@ -114,12 +114,12 @@ def test_nothing_grows(door):
         began = time.monotonic()
         points: list[tuple[float, int]] = []
         empty: dict = {}
-        look_at = began + LOOK_EVERY_S
+        due = began + LOOK_EVERY_S
         while (now := time.monotonic()) < began + SECONDS / 2:  # for each door a half
             visitors.step()
             crowd.during(0.1)
-            if now >= look_at:
-                look_at = now + LOOK_EVERY_S
+            if now >= due:
+                due = now + LOOK_EVERY_S
                 seen = rest(server, visitors, empty)
                 empty = empty or seen
                 points.append((now - began, seen["in_use_kib"]))

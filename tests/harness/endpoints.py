@@ -17,7 +17,7 @@ import trio_websocket
 from harness.support import SECRET, TrioClient, hypercorn_serving, token
 
 from trading_push import Channel, JwtAuthenticator, open_push_service
-from trading_push.endpoints.hypercorn.link import guard
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.service import PushService
 from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.testing import MemoryTransport, peer

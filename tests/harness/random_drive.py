@@ -76,8 +76,8 @@ class MemoryWire:
         principal = None
         if greeted is not None:
             principal = Principal(greeted.user, token_id=greeted.name)
-        self._seat = service.hub.seats.take()
-        self._connection = Connection(service.hub, self.transport, self._seat, principal)
+        self._seat = service.context.seats.take()
+        self._connection = Connection(service.context, self.transport, self._seat, principal)
         self._alive = True
         self._rude = False
 

@@ -273,8 +273,8 @@ class World:
             await self.pause(5)
             if self.rng.random() < 0.5:
                 service.kick(user=self.rng.choice(USERS))
-            elif service.hub.connections:
-                each = self.rng.choice(list(service.hub.connections))
+            elif service.context.connections:
+                each = self.rng.choice(list(service.context.connections))
                 service.kick(connection=each.id)
 
     def settings(self) -> Settings:
@@ -352,7 +352,7 @@ async def open_world(world: World, nursery: trio.Nursery) -> AsyncIterator[PushS
 
 def keep_journal(monkeypatch: Any, journal: Journal) -> None:
     """Write down each value that a service hands on from now on."""
-    original = Registry.publish
+    original = Registry.deliver
 
     def publish(registry: Registry, batch: Sequence[Any]) -> None:
         for message in batch:
@@ -361,7 +361,7 @@ def keep_journal(monkeypatch: Any, journal: Journal) -> None:
                 journal.publish(topic.channel, topic.user, message.epoch, message.seq, message.data)
         original(registry, batch)
 
-    monkeypatch.setattr(Registry, "publish", publish)
+    monkeypatch.setattr(Registry, "deliver", publish)
 
 
 def rush(monkeypatch: Any) -> None:
@@ -384,7 +384,7 @@ def leftovers(service: PushService) -> dict[str, Any]:
 
     Polled topics must have been given up, too: ask when their lingers are over.
     """
-    hub, registry = service.hub, service.hub.registry
+    context, registry = service.context, service.context.registry
     statistics = service.statistics()
     seen: dict[str, Any] = {
         "connections": statistics.connections,
@@ -393,24 +393,27 @@ def leftovers(service: PushService) -> dict[str, Any]:
         "generators": statistics.streams,
         "failing fetches": statistics.failing_fetches,
         "ledger": () if statistics.ledger.balanced else attrs.asdict(statistics.ledger),
-        "hub.connections": hub.connections,
-        "seats taken": hub.seats.taken,
-        "seats of addresses": hub.seats.unauthenticated,
-        "seats of users": hub.seats.by_user,
-        "timetable": hub.timetable._steps,
+        "open connections": list(context.connections),
+        "seats taken": context.seats.taken,
+        "seats of addresses": context.seats.unauthenticated,
+        "seats of users": context.seats.by_user,
+        "heartbeat": context.heartbeat._steps,
         "registry.table": registry._table,
         "registry.watchers": registry._watchers,
         "registry.online": registry._online,
         "registry.late": registry._late,
         "demand": [
-            getattr(service._demand, name) for name in ("_held", "_leaving", "_users", "_sessions")
+            getattr(service._upstream.interest, name)
+            for name in ("_held", "_leaving", "_users", "_sessions")
         ],
         "topics with a source": [
-            topic for topic in service.hub.broker._topics if topic.channel in service._pollers
+            topic
+            for topic in service.context.broker._topics
+            if topic.channel in service._upstream.pollers
         ],
-        "idle topics": service._idle_since,
+        "idle topics": service._upstream._idle_since,
     }
-    for poller in service._pollers.values():
+    for poller in service._upstream.pollers.values():
         for name in (
             *("_watched", "_left", "_new", "_queue", "_busy", "_again", "_given", "_settled"),
             *("_failures", "_stale", "_answered_at"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from trading_push.endpoints.hypercorn.link import GuardedWSStream
+from trading_push.endpoints.hypercorn.websocket import GuardedWSStream
 from trading_push.errors import SendTimeout
 from trading_push.transport.push_stream import PushStream
 

@@ -38,8 +38,8 @@ class Room:
 
     def join(self, **options: Any) -> tuple[MemoryTransport, Connection]:
         transport = MemoryTransport(**options)
-        seat = self.service.hub.seats.take()
-        connection = Connection(self.service.hub, transport, seat)
+        seat = self.service.context.seats.take()
+        connection = Connection(self.service.context, transport, seat)
         self._nursery.start_soon(connection.run)
         return transport, connection
 
@@ -79,7 +79,7 @@ class Order(trio.abc.Instrument):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
-        original = Connection._flag_closed
+        original = Connection.stop_sending
         leave = Registry.leave
 
         def flag_closed(connection: Connection) -> None:
@@ -91,7 +91,7 @@ class Order(trio.abc.Instrument):
             self.events.append("leave posted")
             leave(registry, *args)
 
-        monkeypatch.setattr(Connection, "_flag_closed", flag_closed)
+        monkeypatch.setattr(Connection, "stop_sending", flag_closed)
         monkeypatch.setattr(Registry, "leave", left)
 
     def task_exited(self, task: trio.lowlevel.Task) -> None:

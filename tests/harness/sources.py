@@ -48,7 +48,9 @@ async def serving(source: Any, **options: Any) -> AsyncIterator[tuple[PushServic
 
         async def join(user: str, *channels: Any) -> MemoryTransport:
             transport = MemoryTransport()
-            nursery.start_soon(Connection(service.hub, transport, service.hub.seats.take()).run)
+            nursery.start_soon(
+                Connection(service.context, transport, service.context.seats.take()).run
+            )
             transport.say("auth", token=user)
             transport.say("subscribe", args=list(channels))
             await transport.next(2)

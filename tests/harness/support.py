@@ -24,8 +24,9 @@ import trio_websocket
 from websockets.asyncio.client import ClientConnection, connect
 
 from trading_push import PushService, issue_token
-from trading_push.endpoints.asgi import AsgiDoor
+from trading_push.endpoints.asgi import AsgiEndpoint
 from trading_push.endpoints.hypercorn import link as hypercorn_link
+from trading_push.endpoints.hypercorn.server import guard
 
 SECRET = "a secret of at least thirty-two bytes"
 TESTS = Path(__file__).parents[1]
@@ -252,9 +253,9 @@ async def until(what: Callable[[], Any]) -> None:
 
 
 @asynccontextmanager
-async def hypercorn_serving(app: AsgiDoor | PushService, **config: Any) -> AsyncIterator[int]:
+async def hypercorn_serving(app: AsgiEndpoint | PushService, **config: Any) -> AsyncIterator[int]:
     """Serve an ASGI application with guarded Hypercorn in this process; the port."""
-    hypercorn_link.install(hypercorn_link.guard.limits)
+    hypercorn_link.install(guard.limits)
     settings = hypercorn.config.Config.from_mapping(
         {
             "bind": ["127.0.0.1:0"],

@@ -37,7 +37,7 @@ async def test_a_flood_is_refused_and_then_cut_and_the_others_are_served(kind, c
         # `auth` was the first of the sixty.
         assert replies == {"pong": 59, "rate_limited": 61}
         assert (await other.request("list"))["channels"] == []
-        await until(lambda: len(door.service.hub.connections) == 1)
+        await until(lambda: len(door.service.context.connections) == 1)
 
 
 async def _send(socket: trio_websocket.WebSocketConnection, text: str) -> None:

@@ -95,4 +95,4 @@ async def test_an_address_may_have_so_many_strangers(kind, certificates):
             assert (await first.request("auth", token=token(4)))["ok"]
             assert await status("203.0.113.7") == 101
         await until(lambda: not door.service.statistics().connections)
-        assert door.service.hub.seats.unauthenticated == {}
+        assert door.service.context.seats.unauthenticated == {}

@@ -246,7 +246,7 @@ async def test_hurry_shortens_a_write_that_is_under_way():
 
         nursery.start_soon(send)
         await trio.testing.wait_all_tasks_blocked()
-        stream.hurry(0.1)
+        stream.shorten_deadline(0.1)
         with trio.fail_after(2):
             await ended.wait()
 

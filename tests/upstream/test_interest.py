@@ -574,7 +574,7 @@ async def test_who_comes_while_the_service_ends_does_not_end_the_registry(autoju
         peer.leave()
         await trio.sleep(0.1)
         late = MemoryTransport()
-        outer.start_soon(Connection(service.hub, late, service.hub.seats.take()).run)
+        outer.start_soon(Connection(service.context, late, service.context.seats.take()).run)
         late.say("auth", token="4")
         await late.next()
         # The registry is busy, as with a long fan-out, when the service ends.

@@ -45,7 +45,7 @@ from trading_push import (
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.errors import PayloadError, ServiceClosed
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
-from trading_push.web.publish import Publisher
+from trading_push.web.publish import PublishEndpoint
 
 
 def publisher(claim: Any = True, user: str = "back end") -> str:
@@ -302,7 +302,7 @@ async def test_keys_and_publishers_are_forgotten_in_time(
     async def publish(values: Any) -> None:
         published.append(list(values))
 
-    endpoint = Publisher(check, publish, 1000, RevokedTokens(0), 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1, 0)
 
     async def post(user: str, key: str) -> tuple[int, str | None]:
         response = await endpoint.answer(request_of(user, key, b"[]"))
@@ -340,7 +340,7 @@ async def test_a_key_is_free_where_nothing_was_published(error: Exception) -> No
         if fails:
             raise fails.pop()
 
-    endpoint = Publisher(check, publish, 1000, RevokedTokens(0), 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1, 0)
     with contextlib.suppress(RuntimeError):
         assert (await endpoint.answer(request_of("1", "a", b"[]"))).status_code in (400, 503)
     other = b'{"channel":"news","data":1}'
@@ -394,7 +394,7 @@ async def test_what_is_too_long_and_what_is_not_there() -> None:
         assert (await post(b"", method="GET"))[0] == 405
         assert (await post({}, path="/elsewhere"))[0] == 404
         assert (await post({}, path="/ws"))[0] == 404
-        service.hub.accepting = False
+        service.context.connections.accepting = False
         assert (await post({"channel": "news", "data": 1}))[0] == 503
 
 
@@ -558,7 +558,7 @@ async def test_a_token_that_is_revoked_while_the_body_comes_publishes_nothing() 
         await trio.testing.wait_all_tasks_blocked()
         return {"type": "http.request", "body": value, "more_body": False}
 
-    endpoint = Publisher(check, publish, 1000, revoked, 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, revoked, 1, 0)
     request = request_of("1", "a", value)
     request._receive = receive
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
 
 import trio
 
 from trading_push import logs
 from trading_push.auth.tokens import Principal
-from trading_push.broker.base import Publication, StatusChange
-from trading_push.connections.context import Hub
-from trading_push.connections.registry import Departure, Member
+from trading_push.connections import ending
+from trading_push.connections.context import Context
+from trading_push.connections.members import Departure, Member
 from trading_push.connections.seats import NoSeat, Seat
-from trading_push.connections.subscription import Siblings, Subscription
+from trading_push.connections.subscriber import Subscriber
+from trading_push.connections.subscription import Subscription
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
@@ -40,9 +40,7 @@ from trading_push.protocol.session import (
     Session,
     Subscribe,
     Unsubscribe,
-    Wanted,
 )
-from trading_push.topics import Topic
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
 __all__ = ["Connection"]
@@ -51,26 +49,25 @@ __all__ = ["Connection"]
 _RECEIVER = "trading_push.connections.connection.Connection._receive_loop"
 _SENDER = "trading_push.connections.subscription.Subscription.run"
 _RECONNECT_AFTER_MS = (500, 3000)
-_RESTART = Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
 
 
 class Connection:
     """One peer, from its handshake to the end of its stream.
 
     Args:
-        hub: What it shares with the others.
+        context: What all connections share.
         transport: The peer.
-        seat: Its place among the others; whoever took it gives it back.
-        principal: Whom the handshake has authenticated, where it has.
+        seat: Its place among the connections; the caller, who took it, gives it back.
+        principal: The user whom the handshake has authenticated; None if it has not.
     """
 
     __slots__ = (
         "_close",
+        "_context",
         "_end_by",
-        "_farewell",
+        "_final_frames",
         "_flushing",
         "_found_by_send",
-        "_hub",
         "_limit",
         "_member",
         "_nursery",
@@ -78,40 +75,47 @@ class Connection:
         "_principal",
         "_seat",
         "_session",
-        "_siblings",
-        "_streams",
-        "_subscriptions",
+        "_subscriber",
         "_told_expiry",
         "_transport",
         "closed",
-        "look_at",
+        "due",
     )
 
     def __init__(
-        self, hub: Hub, transport: Transport, seat: Seat, principal: Principal | None = None
+        self, context: Context, transport: Transport, seat: Seat, principal: Principal | None = None
     ) -> None:
-        self._hub = hub
+        self._context = context
         self._transport = transport
         self._seat = seat
         self._principal = principal
-        self._subscriptions: dict[Topic, Subscription] = {}
-        self._streams: dict[Topic, trio.CancelScope] | None = None
-        self._siblings = Siblings(hub.limits.pending_bytes)
+        self._subscriber = Subscriber(context, transport)
         self._member: Member
         self._session: Session
+        # Where its tasks run; None before `run`.
         self._nursery: trio.Nursery | None = None
+        # How it was closed; None until that is decided.
         self._close: Close | None = None
-        self._farewell: list[bytes] = []
+        # What goes out before our close frame: a notice, or an error reply.
+        self._final_frames: list[bytes] = []
+        # Whether pending publications go out before them; set by a drain.
         self._flushing = False
+        # Whether it was a send that found the peer gone; the log says so.
         self._found_by_send = False
-        self._limit = trio.current_time() + hub.limits.authentication_timeout_s
+        # When the connection ends unless it authenticates, or renews its token; on trio's clock,
+        # the leeway included.
+        self._limit = trio.current_time() + context.limits.authentication_timeout_s
+        # When it ends because a send has failed, unless the peer's close frame is found before.
         self._end_by = math.inf
+        # When the last ping was sent, on trio's clock.
         self._pinged_at = -math.inf
+        # Whether the notice of the token's end has been sent.
         self._told_expiry = False
-        self.look_at = math.inf
+        self.due = math.inf
         self.closed = False
+        """Whether nothing is sent any more: the connection is to end, or has ended."""
 
-    # --- the life of it --------------------------------------------------------------------
+    # --- its life --------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve the peer until it is gone or `stop` is called.
@@ -122,18 +126,18 @@ class Connection:
         Raises:
             ServiceClosed: The service runs no more; the peer has not been served.
         """
-        hub = self._hub
-        self._member = hub.registry.connect(self._transport.peer)
+        context = self._context
+        self._member = context.registry.connect(self._transport.peer)
         self._session = Session(
-            hub.channels,
-            hub.limits,
+            context.channels,
+            context.limits,
             self._member.id,
-            knows_symbol=hub.knows_symbol,
-            rate=MessageRate(hub.limits, trio.current_time),
+            knows_symbol=context.knows_symbol,
+            rate=MessageRate(context.limits, trio.current_time),
             clock=time.time,
         )
-        hub.connections.add(self)
-        if not hub.accepting:  # its handshake was under way when the drain began
+        context.connections.add(self)
+        if not context.connections.accepting:  # its handshake was under way when the drain began
             self.dismiss()
         try:
             try:
@@ -141,26 +145,31 @@ class Connection:
                     self._nursery = nursery
                     self._limit_to(self._limit)
                     self._transport.start(nursery)
-                    hub.timetable.enter(self, self._next_look(trio.current_time()))
+                    self._subscriber.start(nursery, self._member)
+                    context.heartbeat.add(self, self._next_look(trio.current_time()))
                     if self.closed:  # stopped before it began
                         nursery.cancel_scope.cancel()
                     nursery.start_soon(self._receive_loop, name=_RECEIVER)
                 if nursery.cancel_scope.cancelled_caught:
-                    self._end(self._at_deadline())
+                    # It had gone, and nothing more of it was to be read; or its time was up.
+                    gone = self._end_by < math.inf or self._transport.gone
+                    known = self._session.principal is not None
+                    self._end(ABNORMAL if gone else ending.at_deadline(authenticated=known))
             except* ServiceClosed:
-                self._end(_RESTART)
+                self._end(ending.RESTART)
             except* Exception as errors:
                 self._fail(errors)
         finally:
             # No await stands before the leave is posted, so that no cancellation can lose it.
-            close = self._end(self._at_cancellation())
-            hub.registry.leave(self._member, Departure(close, self._found_by_send))
+            close = self._end(ending.at_cancellation(self._transport.gone))
+            context.registry.leave(self._member, Departure(close, self._found_by_send))
             with trio.CancelScope(shield=True) as scope:
-                scope.deadline = trio.current_time() + hub.limits.close_timeout_s
+                scope.deadline = trio.current_time() + context.limits.close_timeout_s
                 await self._close_transport(close)
             if scope.cancelled_caught:
                 self._transport.abort()
-            hub.gone(self)
+            context.heartbeat.remove(self)
+            context.connections.remove(self)
 
     @property
     def id(self) -> str:
@@ -171,18 +180,18 @@ class Connection:
         """Whether it stands on a token of this id."""
         return self._session.authenticated_by(token_id)
 
-    def stop(self, code: int, reason: str, farewell: bytes | None = None) -> None:
+    def stop(self, code: int, reason: str, last: bytes | None = None) -> None:
         """End the connection with a close code; synchronous, and harmless when it has ended.
 
         Args:
             code: The close code.
             reason: At most 123 bytes of UTF-8.
-            farewell: A last message that goes before the close frame.
+            last: A last message that goes before the close frame.
         """
         if self.closed:
             return
-        if farewell is not None:
-            self._farewell.append(protocol.frame(farewell))
+        if last is not None:
+            self._final_frames.append(protocol.frame(last))
         self._end(Close(code, reason, ours=True))
 
     def dismiss(self) -> None:
@@ -199,27 +208,27 @@ class Connection:
         """Ping a silent peer, end one that stays so, and tell of a token's end; synchronous.
 
         Returns:
-            When to look again, as `heartbeat.Timetable` asks.
+            When to look again, as `heartbeat.Heartbeat` asks.
         """
         if self.closed or self._nursery is None:
             return math.inf
         if now >= self._tell_expiry_at():
             self._told_expiry = True
-            left = self._limit - self._hub.leeway_s - now
+            left = self._limit - self._context.leeway_s - now
             notice = protocol.Notice("token_expires", expires_in=max(0, int(left)))
-            self._slip_in(protocol.frame(protocol.encode(notice)))
-        heard, heartbeat_s = self._transport.last_heard, self._hub.limits.heartbeat_s
+            self._send_at_once(protocol.frame(protocol.encode(notice)))
+        heard, heartbeat_s = self._transport.last_heard, self._context.limits.heartbeat_s
         if heard is not None and now - heard >= heartbeat_s:
             if now - heard >= 2 * heartbeat_s:
                 self.stop(CloseCode.HEARTBEAT_TIMEOUT, "nothing heard")
                 return math.inf
             if self._pinged_at <= heard:
                 self._pinged_at = now
-                self._slip_in(protocol.PING)
+                self._send_at_once(protocol.PING)
         return self._next_look(now)
 
     def _next_look(self, now: float) -> float:
-        heard, heartbeat_s = self._transport.last_heard, self._hub.limits.heartbeat_s
+        heard, heartbeat_s = self._transport.last_heard, self._context.limits.heartbeat_s
         if heard is None:
             return self._tell_expiry_at()
         beat = heard + heartbeat_s if now < heard + heartbeat_s else heard + 2 * heartbeat_s
@@ -228,14 +237,14 @@ class Connection:
     def _tell_expiry_at(self) -> float:
         if self._told_expiry or self._session.principal is None:
             return math.inf
-        return self._limit - self._hub.leeway_s - self._hub.limits.expiry_notice_s
+        return self._limit - self._context.leeway_s - self._context.limits.expiry_notice_s
 
-    def _slip_in(self, frame: bytes) -> None:
+    def _send_at_once(self, frame: bytes) -> None:
         if not try_write(self._transport.writer, frame):
             assert self._nursery is not None
-            self._nursery.start_soon(self._send_apart, frame)
+            self._nursery.start_soon(self._send_later, frame)
 
-    async def _send_apart(self, frame: bytes) -> None:
+    async def _send_later(self, frame: bytes) -> None:
         try:
             await self._transport.send([frame])
         except TransportClosed as error:
@@ -257,36 +266,10 @@ class Connection:
         """
         if self._close is None:
             self._close = self._transport.peer_close or close
-        self._flag_closed()
+        self.stop_sending()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
         return self._close
-
-    def _flag_closed(self) -> None:
-        """Offer and write nothing any more."""
-        if self.closed:
-            return
-        self.closed = True
-        self._seat.release()
-        for subscription in self._subscriptions.values():
-            subscription.close(keep=self._flushing)
-        gone = self._close is not None and not self._close.ours
-        self._transport.hurry(0 if gone else self._hub.limits.close_timeout_s)
-
-    def _at_deadline(self) -> Close:
-        """Why the time of the connection was up."""
-        if self._end_by < math.inf or self._transport.gone:
-            return ABNORMAL  # it had gone, and nothing more of it was to be read
-        if self._session.principal is None:
-            return Close(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time", ours=True)
-        return Close(CloseCode.TOKEN_EXPIRED, "token expired", ours=True)
-
-    def _at_cancellation(self) -> Close:
-        """Why somebody else has cancelled the connection: a server does it where the peer is gone.
-
-        Only where it is known to be there, it is the server itself that ends.
-        """
-        return _RESTART if self._transport.gone is False else ABNORMAL
 
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
         error = logs.innermost(errors)
@@ -295,19 +278,18 @@ class Connection:
                 exception=error
             )
         )
-        self._farewell.append(self._internal_error())
+        self._final_frames.append(self._internal_error())
         self._end(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
     async def _close_transport(self, close: Close) -> None:
         try:
             if close.ours:
-                pending = self._subscriptions.values() if self._flushing else ()
-                rest = [frame for subscription in pending for frame in subscription.rest()]
-                if frames := rest + self._farewell:
+                rest = self._subscriber.rest() if self._flushing else []
+                if frames := rest + self._final_frames:
                     await self._transport.send(frames)
             await self._transport.close(close.code, close.reason)
         except TransportClosed:
-            pass  # the peer went first: there is nobody left to be polite to
+            pass  # the peer went first
         except Exception as error:
             line = logs.line("internal_error", address=self._transport.peer, error=error)
             logs.emit(line._replace(exception=error))
@@ -321,7 +303,7 @@ class Connection:
             while True:
                 await self._act_on(await self._transport.receive())
         except TransportClosed as error:
-            self._end(_reason_of(error))
+            self._end(ending.of_transport(error))
 
     async def _act_on(self, message: str | bytes) -> None:
         # A frame of its own: the one that waits for the next message would keep this one alive.
@@ -336,22 +318,15 @@ class Connection:
     async def _carry_out(self, action: Action) -> None:
         match action:
             case Reply(message=message):
-                await self._send([protocol.frame(protocol.encode(message))])
+                await self.send([protocol.frame(protocol.encode(message))])
             case CheckToken(id=request_id, token=token):
                 await self._check(request_id, token)
             case Subscribe():
-                await self._subscribe(action)
+                await self._subscriber.subscribe(action, self)
             case Unsubscribe():
-                await self._unsubscribe(action)
+                await self._subscriber.unsubscribe(action, self)
             case End(code=code, reason=reason):
                 self.stop(code, reason)
-
-    async def _send(self, frames: list[bytes]) -> None:
-        try:
-            await self._transport.send(frames)
-        except TransportClosed as error:
-            self.send_failed(error)
-            raise
 
     # --- authentication --------------------------------------------------------------------
 
@@ -364,9 +339,9 @@ class Connection:
         except AuthenticationError as error:
             await self._refuse(request_id, error)
         except trio.TooSlowError:
-            await self._send([self._internal_error()])
-        except SourceError:  # nobody's token is to blame; a session goes on as it was
-            await self._send([self._internal_error()])
+            await self.send([self._internal_error()])
+        except SourceError:  # no token is to blame; a session goes on as it was
+            await self.send([self._internal_error()])
             if self._session.principal is None:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
@@ -374,16 +349,18 @@ class Connection:
                 return
         self._limit_to(limit)
         # Whoever came to tell of the token's end meanwhile found none, and comes no more.
-        self._hub.timetable.enter(self, self._tell_expiry_at())
+        self._context.heartbeat.add(self, self._tell_expiry_at())
 
     async def _principal_of(self, token: str) -> Principal:
         if self._session.principal is None:
-            return await self._hub.check(token)  # before the connection's deadline, or never
-        with trio.fail_after(self._hub.limits.authentication_timeout_s):
-            return await self._hub.check(token)
+            return await self._context.tokens.principal(
+                token
+            )  # before the connection's deadline, or never
+        with trio.fail_after(self._context.limits.authentication_timeout_s):
+            return await self._context.tokens.principal(token)
 
     def _internal_error(self) -> bytes:
-        internal = RequestError(ErrorCode.INTERNAL, "an error of ours; try again later")
+        internal = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
         reply = protocol.error_reply(self._session.request_id, internal)
         return protocol.frame(protocol.encode(reply))
 
@@ -396,7 +373,7 @@ class Connection:
         first = self._session.principal is None
         # No await from here until the session has it: what is looked at now stays so.
         try:
-            self._hub.revoked.check(principal)
+            self._context.tokens.revoked.check(principal)
         except AuthenticationError as error:  # while the handshake was under way
             await self._refuse(request_id, error)
             return False
@@ -405,7 +382,7 @@ class Connection:
         before = self._session.principal
         actions = self._session.authenticated(request_id, principal)
         if first:
-            self._hub.registry.authenticate(self._member, principal.user)
+            self._context.registry.authenticate(self._member, principal.user)
         assert self._session.principal is not None
         expires_at = self._session.principal.expires_at
         if before is None or before.expires_at != expires_at:
@@ -413,9 +390,9 @@ class Connection:
         if expires_at is None:
             self._limit_to(math.inf)
         else:
-            left = expires_at + self._hub.leeway_s - time.time()
+            left = expires_at + self._context.leeway_s - time.time()
             self._limit_to(trio.current_time() + left)
-            self._hub.timetable.enter(self, self._tell_expiry_at())
+            self._context.heartbeat.add(self, self._tell_expiry_at())
         for action in actions:
             await self._carry_out(action)
         return True
@@ -430,161 +407,59 @@ class Connection:
             return False
         return True
 
-    # --- subscriptions ---------------------------------------------------------------------
-
-    async def _subscribe(self, action: Subscribe) -> None:
-        hub = self._hub
-        begun: list[Subscription] = []
-        for wanted in action.wanted:
-            subscription = Subscription(
-                wanted.topic,
-                hub.channels.kind_of(wanted.topic),
-                self._transport,
-                self._siblings,
-                wanted.max_hz,
-            )
-            self._subscriptions[wanted.topic] = subscription
-            begun.append(subscription)
-        for topic, max_hz in action.throttled:
-            self._subscriptions[topic].throttle(max_hz)
-        # What is published from here on is offered to them, and waits behind the gate.
-        hub.registry.subscribe(self._member, begun)
-        frames: list[bytes] = []
-        ready: list[Subscription] = []
-        pushed: list[Topic] = []
-        room = hub.limits.pending_bytes - self._siblings.bytes
-        for subscription, wanted in zip(begun, action.wanted, strict=True):
-            first = self._first(subscription, wanted, room)
-            if first is None:
-                continue
-            if subscription.kind == "events":
-                room -= sum(len(each.data) for each in first)
-            ready.append(subscription)
-            frames += map(subscription.frame_of, first)
-            status = subscription.status_frame(self._status(wanted.topic))
-            if status is not None:
-                frames.append(status)
-            if first:
-                pushed.append(wanted.topic)
-        self._session.charge(sum(map(len, frames)))
-        await self._send([protocol.frame(protocol.encode(action.reply)), *frames])
-        for topic in pushed:
-            self._log_pushed(topic)
-        for subscription in ready:
-            subscription.open()
-        for subscription in begun:
-            assert self._nursery is not None
-            self._nursery.start_soon(subscription.run, self, name=_SENDER)
-            if subscription.topic.channel in hub.streams.own:
-                self._start_stream(subscription)
-
-    def _start_stream(self, subscription: Subscription) -> None:
-        scope = trio.CancelScope()
-        if self._streams is None:
-            self._streams = {}
-        self._streams[subscription.topic] = scope
-        assert self._nursery is not None
-        self._nursery.start_soon(self._run_stream, subscription, scope)
-
-    async def _run_stream(self, subscription: Subscription, scope: trio.CancelScope) -> None:
-        topic = subscription.topic
-        with scope:
-            await self._hub.streams.run_for(subscription, lambda: self._log_pushed(topic))
-
-    def _first(
-        self, subscription: Subscription, wanted: Wanted, room: int
-    ) -> Sequence[Publication] | None:
-        """What a subscription begins with; None where its value is yet to come.
-
-        Args:
-            subscription: Which.
-            wanted: What the peer has asked for.
-            room: How many bytes of missed events may be sent at once.
-        """
-        broker, topic = self._hub.broker, wanted.topic
-        if wanted.since is not None:
-            missed = broker.since(topic, wanted.since.epoch, wanted.since.seq)
-            lost = 0
-            if missed and subscription.kind == "events":
-                fits = sum(len(each.data) for each in missed) <= room
-                lost = 0 if fits else len(missed) - 1
-            wanted.result.recovered = missed is not None and not lost
-            if lost:
-                subscription.resume_without(lost)
-            elif missed is not None:
-                seq = wanted.since.seq
-                subscription.resume(
-                    wanted.since.epoch, seq, knows_status=broker.turned_at(topic) < seq
-                )
-                return missed
-        if self._hub.awaits_source(topic):
-            return None
-        snapshot = broker.snapshot(topic)
-        return () if snapshot is None else (snapshot,)
-
-    def _status(self, topic: Topic) -> StatusChange:
-        return StatusChange(topic, self._hub.broker.status(topic), round(time.time() * 1000))
-
-    def _log_pushed(self, topic: Topic) -> None:
-        if topic.user is not None and logs.enabled("pushed"):
-            logs.emit(logs.line("pushed", data_type=topic.channel, user=topic.user))
-
-    async def _unsubscribe(self, action: Unsubscribe) -> None:
-        ended = [self._subscriptions.pop(topic) for topic in action.topics]
-        for subscription in ended:
-            subscription.close()
-            if self._streams and subscription.topic in self._streams:
-                self._streams.pop(subscription.topic).cancel()
-        if ended:
-            self._hub.registry.unsubscribe(self._member, ended)
-        await self._send([protocol.frame(protocol.encode(action.reply))])
-
-    # --- what a sender task asks of its owner: see `subscription.Owner` --------------------
+    # --- what its subscriptions ask of it: see `subscriber.Carrier` ------------------------
 
     @property
     def first_value_wait_s(self) -> float:
         """How long a subscription waits for the source's first answer."""
-        return self._hub.limits.first_value_wait_s
+        return self._context.limits.first_value_wait_s
 
     def begin(self, subscription: Subscription) -> None:
         """Give a subscription the value or the status that there is by now."""
-        topic = subscription.topic
-        if topic.channel in self._hub.streams.own:
-            if subscription.idle:
-                subscription.offer(self._status(topic))
-            subscription.open()
-        elif not subscription.shut and subscription.begin(
-            self._hub.broker.snapshot(topic), self._status(topic)
-        ):
-            self._log_pushed(topic)
+        self._subscriber.begin(subscription)
 
     def sender_started(self, subscription: Subscription) -> None:
-        """Count it; and the source may have answered while the reply was being written."""
-        self._hub.registry.ledger.senders_started += 1
-        if not self._hub.awaits_source(subscription.topic):
-            subscription.settle()
+        """Count a sender task that begins."""
+        self._context.registry.ledger.senders_started += 1
+        self._subscriber.sender_started(subscription)
+
+    def sender_ended(self, subscription: Subscription) -> None:
+        """Count a sender task that ends; unless it was told to, the connection ends with it."""
+        if not subscription.shut:
+            self.stop_sending()
+        self._context.registry.ledger.senders_ended += 1
+
+    async def send(self, frames: list[bytes]) -> None:
+        """Send some frames, in order; raises TransportClosed when the peer is gone."""
+        try:
+            await self._transport.send(frames)
+        except TransportClosed as error:
+            self.send_failed(error)
+            raise
+
+    def charge(self, size: int) -> None:
+        """Count so many bytes that a request was answered with."""
+        self._session.charge(size)
 
     def send_failed(self, error: TransportClosed) -> None:
-        """The peer is gone, or too slow."""
+        """Stop sending: the peer is gone, or too slow; synchronous."""
         if self.closed or self._transport.peer_close is not None:
             return
         if isinstance(error, SendTimeout):
-            self._close = _reason_of(error)
+            self._close = ending.of_transport(error)
         else:
             self._found_by_send = True
         # The receive loop may still find the close frame that the peer sent before it went.
-        self._end_by = trio.current_time() + self._hub.limits.close_timeout_s
+        self._end_by = trio.current_time() + self._context.limits.close_timeout_s
         self._limit_to(self._limit)
-        self._flag_closed()
+        self.stop_sending()
 
-    def sender_ended(self, subscription: Subscription) -> None:
-        """Count it; if it did not end by itself, its connection ends, and is flagged first."""
-        if not subscription.shut:
-            self._flag_closed()
-        self._hub.registry.ledger.senders_ended += 1
-
-
-def _reason_of(error: TransportClosed) -> Close:
-    if isinstance(error, SendTimeout):
-        return Close(CloseCode.TOO_SLOW, "too slow", ours=True)
-    return ABNORMAL
+    def stop_sending(self) -> None:
+        """Flag the connection closed: nothing is offered or written any more; synchronous."""
+        if self.closed:
+            return
+        self.closed = True
+        self._seat.release()
+        self._subscriber.close(keep=self._flushing)
+        gone = self._close is not None and not self._close.ours
+        self._transport.shorten_deadline(0 if gone else self._context.limits.close_timeout_s)

@@ -44,7 +44,7 @@ class _Shared:
         self.epoch = message.epoch
         self.seq = message.seq
         self.prev = message.seq - 1
-        """Who was sent this one last, and no other, is sent `frame`."""
+        """The `seq` that a subscriber must have been sent last to be sent `frame`."""
         self.frame = protocol.frame(
             protocol.push(
                 head,
@@ -73,8 +73,8 @@ def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
 
 def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
     channel = batch[0].topic.channel
-    # Nobody watches two topics of one channel: there is nothing to join, and it costs less so.
-    alone = all(message.topic.channel == channel for message in batch)
+    # No connection has two topics of one channel: there is nothing to join, and it costs less so.
+    is_one_channel = all(message.topic.channel == channel for message in batch)
     groups: dict[Transport, _Group] = {}
     for message in batch:
         subscribers = table.get(message.topic)
@@ -86,12 +86,12 @@ def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
             yield
             continue
         shared = _Shared(message, next(iter(subscribers)).head)
-        if alone:
+        if is_one_channel:
             yield from _to_each(list(subscribers), shared)
         else:
             _decide(subscribers, shared, groups)
             yield
-    # Who watches the same gets the same bytes: they are joined once.
+    # Connections that watch the same get the same bytes: they are joined once.
     last: list[_Shared] = []
     joined = b""
     for group in groups.values():
@@ -174,7 +174,7 @@ def _decide(
                 group = groups[subscription.transport] = _Group(subscription.siblings)
             group.publications.append(shared)
             group.subscriptions.append(subscription)
-            # Taken back where it is not written: nobody else sends to this one meanwhile.
+            # Taken back if it is not written: nothing else is sent to this one meanwhile.
             subscription.sent = seq
         elif group is None:
             subscription.offer(shared.message)

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import trio
 
-__all__ = ["Timetable", "Watched"]
+__all__ = ["Heartbeat", "Monitored"]
 
 _STEP_S: Final = 0.05
 """At most; a quarter of a heartbeat that is shorter. The pongs of a step come all at once."""
@@ -19,18 +19,18 @@ _CHUNK: Final = 64
 """How many connections there are between two checkpoints."""
 
 
-class Watched(Protocol):
+class Monitored(Protocol):
     """A connection, as the heartbeat sees it."""
 
-    look_at: float
-    """The step of the timetable that it stands in; infinite where it stands in none."""
+    due: float
+    """The step in which it is looked after next; infinite for none."""
 
     def look_after(self, now: float) -> float:
         """Do what is due; synchronous. Returns when to come again, infinite for never."""
         ...
 
 
-class Timetable:
+class Heartbeat:
     """When each connection is to be looked after, in small steps.
 
     Looking at all of them in every step would cost more than all their pings. What it holds, and
@@ -44,32 +44,32 @@ class Timetable:
 
     def __init__(self, heartbeat_s: float) -> None:
         self._step_s = min(_STEP_S, heartbeat_s / 4)
-        self._steps: dict[float, set[Watched]] = {}  # none of them empty
+        self._steps: dict[float, set[Monitored]] = {}  # none of them empty
         self._order: list[float] = []  # a heap of the steps; of some that are no more, too
 
-    def enter(self, watched: Watched, at: float) -> None:
+    def add(self, connection: Monitored, at: float) -> None:
         """Look after a connection at this time of trio's clock, unless it is to be sooner."""
         step = math.ceil(at / self._step_s) if at < math.inf else at
-        if step >= watched.look_at:
+        if step >= connection.due:
             return
-        self.remove(watched)
-        watched.look_at = step
+        self.remove(connection)
+        connection.due = step
         standing = self._steps.get(step)
         if standing is None:
             standing = self._steps[step] = set()
             heapq.heappush(self._order, step)
-        standing.add(watched)
+        standing.add(connection)
 
-    def remove(self, watched: Watched) -> None:
+    def remove(self, connection: Monitored) -> None:
         """Look after a connection no more."""
-        standing = self._steps.get(watched.look_at)
+        standing = self._steps.get(connection.due)
         if standing is not None:
-            standing.discard(watched)
+            standing.discard(connection)
             if not standing:
-                del self._steps[watched.look_at]
+                del self._steps[connection.due]
                 if len(self._order) > _CHUNK + 2 * len(self._steps):
                     self._order = sorted(self._steps)
-        watched.look_at = math.inf
+        connection.due = math.inf
 
     async def run(self) -> None:
         """Look after each connection when it is its time, until cancelled."""
@@ -78,10 +78,10 @@ class Timetable:
             now = trio.current_time()
             while self._order and self._order[0] * self._step_s <= now:
                 step = heapq.heappop(self._order)
-                for number, watched in enumerate(self._steps.pop(step, ())):
-                    if watched.look_at == step:  # it has neither left nor been entered anew
-                        watched.look_at = math.inf
-                        again = watched.look_after(now)
-                        self.enter(watched, max(again, now + self._step_s))
+                for number, connection in enumerate(self._steps.pop(step, ())):
+                    if connection.due == step:  # it has neither left nor been added anew
+                        connection.due = math.inf
+                        again = connection.look_after(now)
+                        self.add(connection, max(again, now + self._step_s))
                     if number % _CHUNK == _CHUNK - 1:
                         await trio.lowlevel.checkpoint()

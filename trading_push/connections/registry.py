@@ -14,64 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import trio
 
 from trading_push import logs
 from trading_push.broker.base import Message, Publication
 from trading_push.connections import fanout
+from trading_push.connections.lines import RegistryLines
+from trading_push.connections.members import Departure, Ledger, Member
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import ServiceClosed
 from trading_push.logs.emitter import Line, line
-from trading_push.topics import Channels, Topic, room_of, symbol_of
-from trading_push.transport.base import Close
+from trading_push.topics import Channels, Topic
 
-__all__ = ["Departure", "Ledger", "Member", "Registry"]
-
-
-@attrs.define
-class Ledger:
-    """What began and what ended since the start; the two sides meet when nobody is connected."""
-
-    connections_opened: int = 0
-    connections_closed: int = 0
-    subscriptions_opened: int = 0
-    subscriptions_closed: int = 0
-    senders_started: int = 0
-    senders_ended: int = 0
-
-    @property
-    def balanced(self) -> bool:
-        """Whether everything that began has ended."""
-        return (
-            self.connections_opened == self.connections_closed
-            and self.subscriptions_opened == self.subscriptions_closed
-            and self.senders_started == self.senders_ended
-        )
-
-
-@attrs.define(eq=False)
-class Member:
-    """One connection as the registry knows it; `user` is None until it has authenticated."""
-
-    id: str
-    address: str
-    user: str | None = None
-    subscriptions: dict[Topic, Subscription] = attrs.field(factory=dict)
-    present: bool = False
-
-
-@attrs.frozen
-class Departure:
-    """How a connection ended.
-
-    Args:
-        close: The close code and reason that decided.
-        found_by_send: It was a send that found the peer gone.
-    """
-
-    close: Close
-    found_by_send: bool = False
+__all__ = ["Registry"]
 
 
 class Registry:
@@ -95,7 +50,7 @@ class Registry:
         self.ledger = Ledger()
         self.cleanup_failures = 0
         """How many steps of a clean-up have raised since the start."""
-        self._channels = channels
+        self._lines = RegistryLines(channels, self._watchers_of)
         self._on_watched = on_watched
         self._on_leave = on_leave
         self._post, self._inbox = trio.open_memory_channel[tuple[Callable[..., Any], Any]](math.inf)
@@ -125,6 +80,9 @@ class Registry:
     def counts(self) -> dict[str, int]:
         """The number of subscribed users by channel, where there are any."""
         return {channel: len(users) for channel, users in self._watchers.items()}
+
+    def _watchers_of(self, channel: str) -> int:
+        return len(self._watchers.get(channel, ()))
 
     # --- commands ------------------------------------------------------------------------
 
@@ -159,9 +117,9 @@ class Registry:
         """A connection unsubscribes on request. Raises ServiceClosed."""
         self._command(self._unsubscribed, member, subscriptions)
 
-    def publish(self, batch: Sequence[Message]) -> None:
+    def deliver(self, batch: Sequence[Message]) -> None:
         """Hand a batch to its subscribers. Raises ServiceClosed."""
-        self._command(self._published, batch)
+        self._command(self._deliver, batch)
 
     def settle(self, topics: Sequence[Topic]) -> None:
         """The source has answered for these topics for the first time. Raises ServiceClosed."""
@@ -222,7 +180,10 @@ class Registry:
         member.present = True
         self._connections += 1
         self.ledger.connections_opened += 1
-        logs.emit(line("connected", address=member.address), self._connection_count())
+        logs.emit(
+            line("connected", address=member.address),
+            line("connection_count", connections=self._connections),
+        )
 
     def _authenticated(self, member: Member, user: str) -> None:
         member.user = user
@@ -242,21 +203,15 @@ class Registry:
             watchers[member.user] += 1
             if len(subscribers) == 1:
                 self._on_watched(topic, True)
-            symbol = symbol_of(topic.channel)
-            lines += (
-                line("subscribed", user=member.user, data_type=topic.channel)
-                if symbol is None
-                else line("subscribed_symbol", user=member.user, symbol=symbol),
-                line("subscriber_count", subscribers=len(watchers)),
-            )
+            lines += self._lines.subscribed(member.user, topic, len(watchers))
         logs.emit(*lines)
 
     def _unsubscribed(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
+        assert member.user is not None
         lines: list[Line] = []
         for subscription in subscriptions:
             self._remove(member, subscription)
-            lines += self._room_line(member, subscription.topic)
-            lines += self._unsubscribed_lines(member, subscription.topic)
+            lines += self._lines.unsubscribed(member.user, subscription.topic)
         logs.emit(*lines)
 
     def _remove(self, member: Member, subscription: Subscription) -> None:
@@ -277,7 +232,7 @@ class Registry:
             del self._table[topic]
             self._on_watched(topic, False)
 
-    def _published(self, batch: Sequence[Message]) -> Any:
+    def _deliver(self, batch: Sequence[Message]) -> Any:
         if logs.enabled("pushed"):
             pushed = [
                 (topic.channel, user)
@@ -297,76 +252,26 @@ class Registry:
 
     def _left(self, member: Member, departure: Departure) -> None:
         errors: list[Exception] = []
-        close = departure.close
-        lines = [
-            logs.close_line(close.code, close.reason, ours=close.ours),
-            line("disconnected", address=member.address),
-        ]
-        if departure.found_by_send:
-            lines.insert(
-                0,
-                line("peer_gone_unauthenticated")
-                if member.user is None
-                else line("peer_gone", user=member.user),
-            )
-        lines += self._block(member, errors)
-        try:
-            self._on_leave(member)
-        except Exception as error:  # an application's own code: the unit stays whole
-            errors.append(error)
-        self.cleanup_failures += len(errors)
-        lines += [line("cleanup_failed", error=error) for error in errors]
-        if member.user is not None:
-            lines.append(line("cleaned_up", user=member.user))
-            self._online[member.user] -= 1
-            if not self._online[member.user]:
-                del self._online[member.user]
-        if member.present:
-            self._connections -= 1
-            self.ledger.connections_closed += 1
-        lines += [self._connection_count(), line("online_count", users=len(self._online))]
-        logs.emit(*lines)
-
-    def _block(self, member: Member, errors: list[Exception]) -> list[Line]:
-        if member.user is None:
-            return [line("unauthenticated_left")]
         subscriptions = list(member.subscriptions.values())
         for subscription in subscriptions:
             try:
                 self._remove(member, subscription)
             except Exception as error:  # the hook of a room that starts and stops on watchers
                 errors.append(error)
-        topics = [subscription.topic for subscription in subscriptions]
-        data = sorted(
-            (topic for topic in topics if symbol_of(topic.channel) is None),
-            key=lambda topic: self._channels.rank_of(topic.channel),
+        try:
+            self._on_leave(member)
+        except Exception as error:  # an application's own code: the unit stays whole
+            errors.append(error)
+        self.cleanup_failures += len(errors)
+        if member.user is not None:
+            self._online[member.user] -= 1
+            if not self._online[member.user]:
+                del self._online[member.user]
+        if member.present:
+            self._connections -= 1
+            self.ledger.connections_closed += 1
+        logs.emit(
+            *self._lines.left(member, departure, [each.topic for each in subscriptions], errors),
+            line("connection_count", connections=self._connections),
+            line("online_count", users=len(self._online)),
         )
-        tickers = [topic for topic in topics if symbol_of(topic.channel) is not None]
-        lines = [line("leaving_rooms", user=member.user)]
-        for group in (data, tickers):
-            for topic in group:
-                lines += self._room_line(member, topic)
-            for topic in group:
-                lines += self._unsubscribed_lines(member, topic)
-        lines.append(line("left_all_rooms", user=member.user))
-        return lines
-
-    def _room_line(self, member: Member, topic: Topic) -> list[Line]:
-        assert member.user is not None
-        event = "left_room" if symbol_of(topic.channel) is None else "left_symbol_room"
-        return [line(event, room=room_of(topic.channel, member.user))]
-
-    def _unsubscribed_lines(self, member: Member, topic: Topic) -> list[Line]:
-        left = len(self._watchers.get(topic.channel, ()))
-        symbol = symbol_of(topic.channel)
-        if symbol is None:
-            return [
-                line("unsubscribed", user=member.user, data_type=topic.channel, subscribers=left)
-            ]
-        lines = [line("unsubscribed_symbol", user=member.user, symbol=symbol, subscribers=left)]
-        if not left:
-            lines.append(line("symbol_removed", symbol=symbol))
-        return lines
-
-    def _connection_count(self) -> Line:
-        return line("connection_count", connections=self._connections)

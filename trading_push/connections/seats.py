@@ -1,4 +1,4 @@
-"""Who may connect, and who sits where: the limits on connections in all, by address and by user.
+"""The limits on connections: in all, by address and by user.
 
 Everything here is synchronous: a place is taken in the step in which its limit is looked at, and
 before the first wait of a handshake, so that no number of handshakes under way can pass a limit.
@@ -36,12 +36,14 @@ class Seats:
     Args:
         limits: How many there are.
         taken: How many connections there are, and handshakes under way.
+        refused: How many have found no seat.
         unauthenticated: How many of them have not authenticated, by address.
         by_user: The connections of each user who has authenticated, oldest first.
     """
 
     limits: Limits
     taken: int = 0
+    refused: int = 0
     unauthenticated: Counter[str] = attrs.field(factory=Counter)
     by_user: dict[str, dict[Seated, None]] = attrs.field(factory=dict)
 
@@ -49,9 +51,10 @@ class Seats:
         """Take one of `limits.connections`; whoever takes it calls `Seat.leave`.
 
         Raises:
-            NoSeat: There is none.
+            NoSeat: They are all taken.
         """
         if self.taken >= self.limits.connections:
+            self.refused += 1
             raise NoSeat("too many connections")
         self.taken += 1
         return Seat(self)
@@ -99,7 +102,7 @@ class Seat:
         self._user, self._connection = user, connection
 
     def release(self) -> None:
-        """Be nobody's any more; the connection is closed, and its stream has yet to end."""
+        """Count for no address and no user any more: the connection is closed."""
         if self._seats is None:
             return
         if self._address is not None:

@@ -81,7 +81,7 @@ class Streams:
         Of kind `events` it is asked for the next value when the peer has taken the one before.
 
         Args:
-            subscription: Whose.
+            subscription: The subscription that it runs for.
             pushed: Called for each value.
         """
         topic, epoch, seq = subscription.topic, secrets.token_hex(8), 0

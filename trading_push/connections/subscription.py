@@ -21,7 +21,7 @@ from trading_push.topics import Kind, Topic
 if TYPE_CHECKING:
     from trading_push.transport.base import Transport, Writer
 
-__all__ = ["Siblings", "Subscription"]
+__all__ = ["Owner", "Siblings", "Subscription"]
 
 
 @attrs.define
@@ -40,7 +40,7 @@ class Siblings:
 
 
 class Owner(Protocol):
-    """Whose subscription it is, as its sender task sees it. All methods are synchronous."""
+    """The connection, as the sender task of a subscription sees it; all methods are synchronous."""
 
     @property
     def first_value_wait_s(self) -> float:
@@ -292,7 +292,7 @@ class Subscription(_AtEachDelivery):
             self._aim()
 
     def frame_of(self, publication: Publication) -> bytes:
-        """The frame of a publication for this peer alone, which has then been sent it."""
+        """Make the frame of a publication for this peer only; it counts as sent then."""
         first = self.sent is None or publication.epoch != self.epoch or self._dropped > 0
         prev = None if first else self.sent
         merged = 0 if prev is None or publication.seq - prev < 2 else publication.seq - prev

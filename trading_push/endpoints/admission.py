@@ -1,4 +1,4 @@
-"""Who is let in at a door: the path, the page, the moment, and a token in the headers."""
+"""Admission: a handshake is let in by its path, its page, the limits and a token in its headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 from trading_push import logs
 from trading_push.auth.tokens import Principal
-from trading_push.connections.context import Hub
+from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
 from trading_push.transport.origin import is_allowed
@@ -37,33 +37,35 @@ class Refused(TradingPushError):
 
 
 async def admit(
-    hub: Hub, seat: Seat, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
+    context: Context, seat: Seat, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
 ) -> Principal | None:
     """Let a handshake in.
 
     Args:
-        hub: What the connections share.
+        context: What the connections share.
         seat: Its place among the connections; without a token it is one of its address, too.
         path: The path asked for, without its query.
         headers: The request's, names in lower case.
         address: The peer's, for the log.
 
     Returns:
-        Whom an `Authorization: Bearer` header names; None without one.
+        The principal of an `Authorization: Bearer` header; None without one.
 
     Raises:
         Refused: With the status to answer: 404, 403 for a page of another origin, 401, 503, or 500
-            for an error of ours (one trace).
+            for a bug in `authenticate` (one trace).
     """
-    if path != hub.path:
-        raise Refused(404, f"the WebSocket is at {hub.path}")
+    if path != context.path:
+        raise Refused(404, f"the WebSocket is at {context.path}")
     headers = list(headers)
     origins = _values(headers, b"origin")
     host = next(iter(_values(headers, b"host")), None)
-    if not (origins or not hub.origin_required) or not is_allowed(origins, host, hub.origins):
+    if not (origins or not context.origin_required) or not is_allowed(
+        origins, host, context.origins
+    ):
         logs.emit(logs.line("origin_refused", origin=" ".join(origins) or "-", address=address))
         raise Refused(403, "pages of this origin may not connect: see server.origins")
-    if not hub.accepting:
+    if not context.connections.accepting:
         raise Refused(503, "shutting down")
     token = _bearer(headers)
     if token is None:
@@ -73,8 +75,8 @@ async def admit(
             raise Refused(503, str(error)) from None
         return None
     try:
-        with trio.fail_after(hub.limits.authentication_timeout_s):
-            principal = await hub.check(token)
+        with trio.fail_after(context.limits.authentication_timeout_s):
+            principal = await context.tokens.principal(token)
     except AuthenticationError as error:
         raise Refused(401, error.message) from None
     except (SourceError, trio.TooSlowError):
@@ -82,8 +84,8 @@ async def admit(
     except Exception as error:  # the application's own code: one trace, one answer
         line = logs.line("internal_error", address=address, error=error)
         logs.emit(line._replace(exception=error))
-        raise Refused(500, "an error of ours; try again later") from None
-    if not hub.accepting:  # while the token was being checked, the end has come
+        raise Refused(500, "an error in the server; try again later") from None
+    if not context.connections.accepting:  # while the token was being checked, the end has come
         raise Refused(503, "shutting down")
     return principal
 

@@ -1,8 +1,8 @@
-"""The ASGI door: an application for Hypercorn's trio worker, and a transport for each WebSocket.
+"""The ASGI endpoint: an application for Hypercorn's trio worker, and a transport for a WebSocket.
 
-Linked (`hypercorn_link`), frames go straight to the connection's PushStream and the close code is
-the peer's own. In plain form, under another server or behind a middleware that wraps `send`, each
-frame is an ASGI message, and what the server does not tell is not known.
+Under guarded Hypercorn (`endpoints.hypercorn`), frames go straight to the connection's PushStream
+and the close code is the peer's own. In plain form, under another server or behind a middleware
+that wraps `send`, each frame is an ASGI message, and what the server does not tell is not known.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import trio
 
 from trading_push import logs
 from trading_push.connections.connection import Connection
-from trading_push.connections.context import Hub
+from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat
 from trading_push.endpoints.admission import Refused, admit
-from trading_push.endpoints.hypercorn import link as hypercorn_link
+from trading_push.endpoints.hypercorn.websocket import PeerFault, find
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.protocol import messages as protocol
 from trading_push.transport.base import Close, Writer
 from trading_push.transport.proxies import client_address
 
-__all__ = ["AsgiDoor", "AsgiTransport"]
+__all__ = ["AsgiEndpoint", "AsgiTransport"]
 
 Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -58,7 +58,7 @@ class AsgiTransport:
         self._receive = receive
         self._send = send
         self._send_timeout_s = send_timeout_s
-        self._link = hypercorn_link.find(send)
+        self._link = find(send)
         self._stream = None if self._link is None else self._link.push_stream
         # Over a stream, which has turns of its own, none is needed.
         self._turn = trio.Lock() if self._stream is None else _NO_LOCK
@@ -135,21 +135,21 @@ class AsgiTransport:
                     text = protocol.payload_of(frame).decode()
                     try:
                         await self._send({"type": "websocket.send", "text": text})
-                    except hypercorn_link.PeerFault as error:
+                    except PeerFault as error:
                         raise SendTimeout(str(error)) from error
                     await trio.lowlevel.checkpoint()
             if self._sending.cancelled_caught:
                 self.abort()
                 raise SendTimeout("the peer did not take a send in time")
 
-    def hurry(self, grace_s: float) -> None:
+    def shorten_deadline(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this."""
         self._send_timeout_s = min(self._send_timeout_s, grace_s)
         if self._sending is not None:
             deadline = trio.current_time() + grace_s
             self._sending.deadline = min(self._sending.deadline, deadline)
         if self._stream is not None:
-            self._stream.hurry(grace_s)
+            self._stream.shorten_deadline(grace_s)
 
     async def close(self, code: int, reason: str) -> None:
         """Send a close frame, once, and wait for the peer's."""
@@ -187,16 +187,16 @@ class _Never:
 _NEVER: Final = _Never()
 
 
-class AsgiDoor:
+class AsgiEndpoint:
     """The ASGI application of a service.
 
     Args:
-        hub: What the connections share.
+        context: What the connections share.
         http: Serves what is no WebSocket; None for nothing there.
     """
 
-    def __init__(self, hub: Hub, http: Application | None = None) -> None:
-        self._hub = hub
+    def __init__(self, context: Context, http: Application | None = None) -> None:
+        self._context = context
         self._http = http
         self._said_plain = False
 
@@ -206,7 +206,7 @@ class AsgiDoor:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await lifespan(receive, send)
-        elif not self._hub.accepting:
+        elif not self._context.connections.accepting:
             await _answer(send, "http.response", Refused(503, "shutting down"))
         elif self._http is not None:
             try:
@@ -221,22 +221,21 @@ class AsgiDoor:
         if (await receive())["type"] != "websocket.connect":
             return
         try:
-            seat = self._hub.seats.take()
+            seat = self._context.seats.take()
         except NoSeat as error:
-            self._hub.refused += 1
             await _refuse(scope, send, Refused(503, str(error)))
             return
         try:
             headers = _headers(scope)
-            peer = client_address(_peer(scope), headers, self._hub.trusted_proxies)
+            peer = client_address(_peer(scope), headers, self._context.trusted_proxies)
             try:
-                principal = await admit(self._hub, seat, _path(scope), headers, peer)
+                principal = await admit(self._context, seat, _path(scope), headers, peer)
             except Refused as refused:
                 await _refuse(scope, send, refused)
                 return
-            link = hypercorn_link.find(send)
+            link = find(send)
             if link is not None:  # before the first message can come
-                link.limit_messages(self._hub.limits.message_bytes)
+                link.limit_messages(self._context.limits.message_bytes)
             elif not self._said_plain:
                 self._said_plain = True
                 server = "no guarded Hypercorn, or a middleware that wraps send"
@@ -245,11 +244,11 @@ class AsgiDoor:
             del headers
             if link is not None:
                 link.forget_handshake()
-            transport = AsgiTransport(peer, receive, send, self._hub.limits.send_timeout_s)
+            transport = AsgiTransport(peer, receive, send, self._context.limits.send_timeout_s)
             try:
-                await Connection(self._hub, transport, seat, principal).run()
+                await Connection(self._context, transport, seat, principal).run()
             except ServiceClosed:
-                with trio.move_on_after(self._hub.limits.close_timeout_s):
+                with trio.move_on_after(self._context.limits.close_timeout_s):
                     await transport.close(CloseCode.SERVICE_RESTART, "service restart")
         finally:
             seat.leave()

@@ -1,12 +1,13 @@
-"""The native door: WebSockets for trio applications without ASGI, by trio-websocket.
+"""The native endpoint: WebSockets for trio applications without ASGI, by trio-websocket.
 
-trio-websocket does the handshake, the control frames and the close, on a PushStream of ours, over
+trio-websocket does the handshake, the control frames and the close, on our PushStream, over
 which frames go straight to the socket. Its reader runs in a nursery of its own, outside the one
 that a connection cancels: cancelled first, it could not read the peer's close frame any more.
 """
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -19,7 +20,7 @@ from wsproto.events import CloseConnection, Event, Message
 
 from trading_push import logs
 from trading_push.connections.connection import Connection
-from trading_push.connections.context import Hub
+from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.endpoints.admission import Refused, admit, refuse_unread
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
@@ -28,7 +29,9 @@ from trading_push.transport.base import Close, Writer, decoder_of, most_fragment
 from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap
 
-__all__ = ["NativeTransport", "handle_stream"]
+__all__ = ["NativeTransport", "handle_stream", "serve"]
+
+_BACKLOG: Final = 4096
 
 
 class NativeTransport:
@@ -89,9 +92,9 @@ class NativeTransport:
         """The stream itself."""
         return self._stream
 
-    def hurry(self, grace_s: float) -> None:
+    def shorten_deadline(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this."""
-        self._stream.hurry(grace_s)
+        self._stream.shorten_deadline(grace_s)
 
     def abort(self) -> None:
         """Drop the peer."""
@@ -152,7 +155,7 @@ def _past_handshake(
         early, _ = connection.handshake._h11_connection.trailing_data
         if early:
             raise wsproto.utilities.RemoteProtocolError("bytes before the handshake was answered")
-        # The request and h11's connection are a tenth of what a connection takes, for nobody.
+        # The request and h11's connection are a tenth of what a connection takes, for no use.
         connection.handshake = _DONE  # type: ignore[assignment]
         stream.skip_pongs(decoder_of(connection.connection))
         counted = _Counted(connection, most_fragments(message_bytes))
@@ -201,20 +204,19 @@ class _Counted:
             yield event
 
 
-async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
+async def handle_stream(context: Context, stream: trio.abc.Stream) -> None:
     """Serve one stream, plain or TLS, until its peer is gone or it is stopped; then close it.
 
     No exception of the peer's or of a handler's making leaves it.
     """
-    limits = hub.limits
+    limits = context.limits
     handshake = trio.CancelScope(deadline=trio.current_time() + limits.handshake_timeout_s)
     push_stream = wrap(
         stream, limits.send_timeout_s, limits.close_timeout_s, on_end=handshake.cancel
     )
     try:
-        seat = hub.seats.take()
+        seat = context.seats.take()
     except NoSeat:
-        hub.refused += 1
         try:
             await refuse_unread(push_stream)
         finally:
@@ -223,14 +225,14 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
     try:
         push_stream.set_user_timeout(limits.heartbeat_s)
         async with trio.open_nursery() as reader:
-            await _serve(hub, push_stream, seat, reader, handshake)
+            await _serve(context, push_stream, seat, reader, handshake)
             reader.cancel_scope.cancel()
     except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
         pass  # the peer went during the handshake
     except* wsproto.utilities.LocalProtocolError:
-        pass  # trio-websocket answers a ping that comes after a close of ours, and must not
+        pass  # trio-websocket answers a ping that comes after our close, and must not
     except* Exception as errors:
-        hub.stopped += 1
+        context.connections.count_stopped()
         error, address = logs.innermost(errors), push_stream.peer
         logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
     finally:
@@ -239,20 +241,24 @@ async def handle_stream(hub: Hub, stream: trio.abc.Stream) -> None:
 
 
 async def _serve(
-    hub: Hub, stream: PushStream, seat: Seat, reader: trio.Nursery, handshake: trio.CancelScope
+    context: Context,
+    stream: PushStream,
+    seat: Seat,
+    reader: trio.Nursery,
+    handshake: trio.CancelScope,
 ) -> None:
     with handshake:
         if hasattr(stream, "do_handshake"):
             await stream.do_handshake()
         # Nobody else ends this wait when the peer leaves: the stream does, by `on_end`.
         request = await trio_websocket.wrap_server_stream(
-            reader, stream, max_message_size=hub.limits.message_bytes
+            reader, stream, max_message_size=context.limits.message_bytes
         )
         try:
             path = request.path.partition("?")[0]
             headers = _headers(request)
-            peer = client_address(stream.peer, headers, hub.trusted_proxies)
-            principal = await admit(hub, seat, path, headers, peer)
+            peer = client_address(stream.peer, headers, context.trusted_proxies)
+            principal = await admit(context, seat, path, headers, peer)
         except Refused as refused:
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
@@ -262,10 +268,30 @@ async def _serve(
     if handshake.cancelled_caught:
         return
     del request, headers
-    _past_handshake(socket, stream, hub.limits.message_bytes)
-    transport = NativeTransport(socket, stream, peer, hub.limits.message_bytes)
+    _past_handshake(socket, stream, context.limits.message_bytes)
+    transport = NativeTransport(socket, stream, peer, context.limits.message_bytes)
     try:
-        await Connection(hub, transport, seat, principal).run()
+        await Connection(context, transport, seat, principal).run()
     except ServiceClosed:
-        with trio.move_on_after(hub.limits.close_timeout_s):
+        with trio.move_on_after(context.limits.close_timeout_s):
             await transport.close(CloseCode.SERVICE_RESTART, "service restart")
+
+
+async def serve(
+    context: Context,
+    host: str,
+    port: int,
+    ssl_context: ssl.SSLContext | None,
+    task_status: trio.TaskStatus[list[trio.SocketListener]],
+) -> None:
+    """Listen, and serve every connection, until cancelled; see `PushService.serve_native`."""
+    listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
+    task_status.started(listeners)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        if ssl_context is None:
+            await handle_stream(context, stream)
+        else:
+            await handle_stream(context, trio.SSLStream(stream, ssl_context, server_side=True))
+
+    await trio.serve_listeners(handle, listeners)

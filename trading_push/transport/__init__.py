@@ -1,1 +1,1 @@
-"""How bytes reach a peer: the doors, and the stream under them."""
+"""Streams to peers: those that connect to us, and those that we open."""

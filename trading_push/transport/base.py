@@ -76,7 +76,7 @@ def try_write(writer: Writer, data: bytes) -> bool:
 
 
 class Transport(Protocol):
-    """One peer. Every door hands `connection.py` one of these.
+    """One peer. Every endpoint hands a connection one of these.
 
     Frames are ready-made WebSocket text frames (`protocol.frame`).
     """
@@ -126,7 +126,7 @@ class Transport(Protocol):
             TransportClosed: The peer is gone, or a close frame was sent.
 
         Cancellable while it waits for its turn, with nothing sent; not once writing has begun,
-        which the send deadline bounds and `hurry` shortens.
+        which the send deadline bounds and `shorten_deadline` shortens.
         """
         ...
 
@@ -135,7 +135,7 @@ class Transport(Protocol):
         """What writes at once; the same object as long as the transport lives."""
         ...
 
-    def hurry(self, grace_s: float) -> None:
+    def shorten_deadline(self, grace_s: float) -> None:
         """Give a send that is under way no longer than this; then the stream is aborted."""
         ...
 

@@ -1,4 +1,4 @@
-"""The stream under a door: a deadline on every send, and frames written without a task switch.
+"""The stream under an endpoint: a deadline on each send, and writes without a task switch.
 
 Rules, each learnt where it was broken:
 
@@ -120,7 +120,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         self._nursery = nursery
 
     def skip_pongs(self, decoder: FrameDecoder | None) -> None:
-        """Read over the answers to our pings: nobody above has a use for one.
+        """Read over the answers to our pings, which nothing above has a use for.
 
         All that a pong says is in `last_heard`; on its way through the protocol it would cost more
         than a delivery. With thousands of connections that are pushed to and never speak, there is
@@ -251,7 +251,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
             return SendTimeout("the peer did not take a send in time")
         return TransportClosed(why)
 
-    def hurry(self, grace_s: float) -> None:
+    def shorten_deadline(self, grace_s: float) -> None:
         """Give a write that is under way, and each later one, no longer than this."""
         self._send_timeout_s = min(self._send_timeout_s, grace_s)
         if self._writing is not None:
@@ -267,7 +267,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
         """
         if len(data) and data[0] == _CLOSE:
             self._seal()
-            self.hurry(self._close_timeout_s)
+            self.shorten_deadline(self._close_timeout_s)
         try:
             await self._in_turn(data, ours=False)
         except TransportClosed as error:
@@ -364,7 +364,7 @@ class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
             await self._stream.aclose()
 
     def abort(self) -> None:
-        """Close the socket at once, without a farewell; synchronous."""
+        """Close the socket at once, without a last; synchronous."""
         self._seal()
         self._end()
         self._bare_socket().close()

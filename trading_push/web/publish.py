@@ -32,7 +32,7 @@ from trading_push.errors import (
     SourceError,
 )
 
-__all__ = ["Publish", "Publisher"]
+__all__ = ["Publish", "PublishEndpoint"]
 
 KEYS: Final = 10_000
 """How many keys of one publisher are remembered: with more, new ones must wait."""
@@ -80,11 +80,11 @@ class _Done:
 _Keys = cachetools.TTLCache[str, _Done]
 
 
-class Publisher:
+class PublishEndpoint:
     """The endpoint of one service.
 
     Args:
-        check: Whom a token stands for; raises AuthenticationError to refuse, SourceError where it
+        check: Returns the principal of a token; raises AuthenticationError, or SourceError if it
             cannot tell.
         publish: Publishes a batch, all or nothing: where it raises (ValueError, PayloadError),
             nothing; cancelled, all.
@@ -198,7 +198,7 @@ class Publisher:
             address = request.client.host if request.client else "-"
             line = logs.line("internal_error", address=address, error=error)
             logs.emit(line._replace(exception=error))
-            message = "an error of ours; try again later"
+            message = "an error in the server; try again later"
             raise _Refused(500, ErrorCode.INTERNAL, message) from None
         self._refuse_ended(principal)
         return principal

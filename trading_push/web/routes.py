@@ -5,11 +5,11 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from trading_push.web.publish import Publisher
+from trading_push.web.publish import PublishEndpoint
 
 __all__ = ["routes"]
 
 
-def routes(publisher: Publisher) -> Starlette:
+def routes(publisher: PublishEndpoint) -> Starlette:
     """The ASGI application of all routes; for scopes of type `http`."""
     return Starlette(routes=[Route("/publish", publisher.answer, methods=["POST"])])

@@ -1,0 +1,104 @@
+"""The lines that tell who came, subscribed and left, in the order in which operators read them.
+
+A connection that has left is one unit: how it was closed, the rooms and subscriptions that it had,
+and what is left of the service's counts. The order within the unit, and each line of it, are part
+of the product (see docs/logs.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from trading_push import logs
+from trading_push.connections.members import Departure, Member
+from trading_push.logs import Line, line
+from trading_push.topics import Channels, Topic, room_of, symbol_of
+
+__all__ = ["RegistryLines"]
+
+
+class RegistryLines:
+    """Puts the registry's lines together; emits none of them.
+
+    Args:
+        channels: The order in which the log names them.
+        watchers_of: How many users are subscribed to a channel now.
+    """
+
+    def __init__(self, channels: Channels, watchers_of: Callable[[str], int]) -> None:
+        self._channels = channels
+        self._watchers_of = watchers_of
+
+    def subscribed(self, user: str, topic: Topic, subscribers: int) -> list[Line]:
+        """A user has subscribed; so many users are subscribed to the channel with them."""
+        symbol = symbol_of(topic.channel)
+        return [
+            line("subscribed", user=user, data_type=topic.channel)
+            if symbol is None
+            else line("subscribed_symbol", user=user, symbol=symbol),
+            line("subscriber_count", subscribers=subscribers),
+        ]
+
+    def unsubscribed(self, user: str, topic: Topic) -> list[Line]:
+        """A user has unsubscribed on request."""
+        return [self._left_room(user, topic), *self._ended(user, topic)]
+
+    def left(
+        self,
+        member: Member,
+        departure: Departure,
+        topics: Sequence[Topic],
+        errors: Sequence[Exception],
+    ) -> list[Line]:
+        """A connection has left.
+
+        Args:
+            member: The connection.
+            departure: How it was closed.
+            topics: What it was subscribed to, in the order in which it subscribed.
+            errors: What its clean-up has raised.
+        """
+        user, close = member.user, departure.close
+        lines: list[Line] = []
+        if departure.found_by_send and user is None:
+            lines.append(line("peer_gone_unauthenticated"))
+        elif departure.found_by_send:
+            lines.append(line("peer_gone", user=user))
+        lines += (
+            logs.close_line(close.code, close.reason, ours=close.ours),
+            line("disconnected", address=member.address),
+        )
+        lines += [line("unauthenticated_left")] if user is None else self._block(user, topics)
+        lines += [line("cleanup_failed", error=error) for error in errors]
+        if user is not None:
+            lines.append(line("cleaned_up", user=user))
+        return lines
+
+    def _block(self, user: str, topics: Sequence[Topic]) -> list[Line]:
+        # Data types in the order of the channels, symbols in the order subscribed.
+        data = sorted(
+            (topic for topic in topics if symbol_of(topic.channel) is None),
+            key=lambda topic: self._channels.rank_of(topic.channel),
+        )
+        tickers = [topic for topic in topics if symbol_of(topic.channel) is not None]
+        lines = [line("leaving_rooms", user=user)]
+        for group in (data, tickers):
+            lines += [self._left_room(user, topic) for topic in group]
+            for topic in group:
+                lines += self._ended(user, topic)
+        lines.append(line("left_all_rooms", user=user))
+        return lines
+
+    def _left_room(self, user: str, topic: Topic) -> Line:
+        event = "left_room" if symbol_of(topic.channel) is None else "left_symbol_room"
+        return line(event, room=room_of(topic.channel, user))
+
+    def _ended(self, user: str, topic: Topic) -> list[Line]:
+        left = self._watchers_of(topic.channel)
+        symbol = symbol_of(topic.channel)
+        if symbol is None:
+            return [line("unsubscribed", user=user, data_type=topic.channel, subscribers=left)]
+        lines = [line("unsubscribed_symbol", user=user, symbol=symbol, subscribers=left)]
+        if not left:
+            lines.append(line("symbol_removed", symbol=symbol))
+        return lines

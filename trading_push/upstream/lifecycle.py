@@ -1,0 +1,230 @@
+"""What runs upstream while a topic is watched: it begins, ends, fails and is forgotten here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from trading_push import logs
+from trading_push.broker.base import Broker, State, Status
+from trading_push.errors import PayloadError
+from trading_push.settings.schema import Settings
+from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
+from trading_push.topics import Channels, Topic, symbol_of
+from trading_push.upstream.batcher import Answers
+from trading_push.upstream.interest import Demand, Session
+from trading_push.upstream.market_feed import MarketFeed
+from trading_push.upstream.poller import FetchContext, Poller
+
+__all__ = ["Publish", "Upstream"]
+
+Publish = Callable[[Iterable[tuple[str, Any, str | int | None]]], None]
+"""Publishes some values at once: channel, data and user of each."""
+
+_FORGET_EVERY_S: Final = 10
+
+
+class Upstream:
+    """The pollers, the market feed and the users' sessions of a service.
+
+    Args:
+        source: Where users' data come from; None for nowhere.
+        feed: Where tickers come from; None for nowhere.
+        broker: Where values are published, and kept.
+        channels: Those with an interval are polled.
+        settings: Intervals and limits.
+        settled: Told the topics that the source has answered for since they are watched.
+        publish: Publishes what a source tells by itself.
+        fetch_context: Opened anew round each call of the source.
+        user_session: The application's own session of a user.
+    """
+
+    def __init__(
+        self,
+        source: Source | None,
+        feed: TickerFeed | None,
+        broker: Broker,
+        channels: Channels,
+        settings: Settings,
+        *,
+        settled: Callable[[Sequence[Topic]], None],
+        publish: Publish,
+        fetch_context: FetchContext,
+        user_session: Session | None,
+    ) -> None:
+        limits = settings.limits
+        self.failures: Counter[str] = Counter()
+        """How often a session, or the watch over the source, has failed since the start."""
+        self.pollers: dict[str, Poller] = {}
+        """The poller of each data type."""
+        self._broker = broker
+        self._linger_s = limits.topic_linger_s
+        # Since when the topics that nobody watches are idle, on trio's clock.
+        self._idle_since: dict[Topic, float] = {}
+        self._ending = False
+        batcher = Answers(broker)
+        for channel in channels if source is not None else ():
+            if channel.interval_s is not None:
+                assert source is not None
+                self.pollers[channel.name] = Poller(
+                    channel.name,
+                    channel.interval_s,
+                    source,
+                    broker,
+                    limits,
+                    settled=settled,
+                    context=fetch_context,
+                    answers=batcher,
+                )
+        self.feed: MarketFeed | None = None
+        """The market feed, where there is one."""
+        if feed is not None:
+            market = settings.market
+            self.feed = MarketFeed(feed, broker, market.max_hz, market.stale_after_s)
+        self.interest = Demand(
+            limits.watch_linger_s,
+            begin=self._begin,
+            end=self._end,
+            failed=self._failed,
+            session=_sessions(source, user_session),
+            watch=(
+                partial(source.watch, _Changes(publish, self.pollers))
+                if isinstance(source, WatchingSource)
+                else None
+            ),
+        )
+        """Who is watched; its `run` holds the users' sessions."""
+
+    @property
+    def failing_fetches(self) -> int:
+        """For how many watched users and data types the source fails."""
+        return sum(poller.failing for poller in self.pollers.values())
+
+    def awaits(self, topic: Topic) -> bool:
+        """Whether the source has yet to answer for a topic since it is watched."""
+        poller = self.pollers.get(topic.channel)
+        return poller is not None and topic.user is not None and poller.awaits(topic.user)
+
+    def published(self, topic: Topic) -> None:
+        """Somebody has published to a topic: forget it in time if the source can give it again."""
+        if topic.channel in self.pollers and not self.interest.holds(topic):
+            self._idle_since[topic] = trio.current_time()
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is to be kept running, by the name that the log has for it."""
+        for name, poller in self.pollers.items():
+            yield f"{name} poller", poller.run
+        if self.feed is not None:
+            yield "market feed", self.feed.run
+        yield "sweep of idle topics", self._forget_idle_topics
+
+    def end(self) -> None:
+        """Begin nothing more: the service ends, and the registry with it."""
+        self._ending = True
+
+    def _begin(self, topic: Topic) -> None:
+        if self._ending:
+            return
+        self._idle_since.pop(topic, None)
+        symbol = symbol_of(topic.channel)
+        if symbol is not None:
+            if self.feed is not None:
+                self.feed.watch(symbol)
+        elif topic.user is not None and (poller := self.pollers.get(topic.channel)) is not None:
+            poller.watch(topic.user)
+
+    def _end(self, topic: Topic) -> None:
+        symbol = symbol_of(topic.channel)
+        if symbol is not None:
+            if self.feed is not None and self.feed.unwatch(symbol):
+                self._idle_since[topic] = trio.current_time()
+        elif topic.user is not None and (poller := self.pollers.get(topic.channel)) is not None:
+            poller.unwatch(topic.user)
+            if self.interest.holds(topic):  # it is its user's session that has failed
+                return
+            self._idle_since[topic] = trio.current_time()
+            if self._broker.snapshot(topic) is not None:
+                self._broker.mark([topic], Status("stale", "not_watched"))
+
+    def _failed(self, user: str | None, error: Exception, delay: float) -> None:
+        inner = logs.innermost(error)
+        if user is None:
+            self.failures["watch over the source"] += 1
+            logs.emit(logs.line("watch_failed", error=inner, delay=delay))
+            return
+        self.failures["user sessions"] += 1
+        logs.emit(logs.line("session_failed", user=user, error=inner, delay=delay))
+        for topic in (Topic(channel, user) for channel in self.pollers):
+            if self.interest.holds(topic):
+                state: State = "down" if self._broker.snapshot(topic) is None else "stale"
+                self._broker.mark([topic], Status(state, "source_error"))
+
+    async def _forget_idle_topics(self) -> None:
+        while True:
+            await trio.sleep(_FORGET_EVERY_S)
+            now = trio.current_time()
+            for topic, since in list(self._idle_since.items()):
+                if now - since > self._linger_s:
+                    del self._idle_since[topic]
+                    self._broker.forget(topic)
+                    poller = self.pollers.get(topic.channel)
+                    if poller is not None and topic.user is not None:
+                        poller.forget(topic.user)
+
+
+class _Changes:
+    """What a source that watches its own upstream tells; see `sources.base.ChangeSink`."""
+
+    def __init__(self, publish: Publish, pollers: Mapping[str, Poller]) -> None:
+        self._publish = publish
+        self._pollers = pollers
+
+    def changed(self, changes: Iterable[tuple[str, str]]) -> None:
+        users: dict[str, list[str]] = {}
+        for user, data_type in changes:
+            users.setdefault(data_type, []).append(user)
+        for data_type, changed in users.items():
+            if data_type in self._pollers:
+                self._pollers[data_type].changed(changed)
+
+    def missed(self) -> None:
+        for poller in self._pollers.values():
+            poller.missed()
+
+    def publish(self, values: Iterable[tuple[str, Any, str]]) -> None:
+        for value in values:
+            try:
+                self._publish([value])
+            except (PayloadError, ValueError) as error:
+                logs.emit(logs.line("publish_failed", channel=value[0], error=error))
+
+
+def _sessions(source: Source | None, user_session: Session | None) -> Session | None:
+    """The application's session of a user, and within it the source's."""
+    factories = [user_session] if user_session is not None else []
+    if isinstance(source, SessionSource):
+        factories.append(source.session)
+    if not factories:
+        return None
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for factory in factories:
+                await stack.enter_async_context(factory(user))
+            yield
+
+    return session
