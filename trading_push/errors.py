@@ -34,6 +34,8 @@ __all__ = [
     "SourceError",
     "TradingPushError",
     "TransportClosed",
+    "innermost",
+    "may_reconnect",
 ]
 
 
@@ -176,3 +178,15 @@ def may_reconnect(code: int) -> bool:
         CloseCode.INVALID_DATA,
         CloseCode.TOO_BIG,
     )
+
+
+def innermost(error: BaseException, *, first: bool = False) -> BaseException:
+    """Take an exception out of the groups that nurseries have put it in.
+
+    Args:
+        error: An exception, or a group.
+        first: Of several exceptions take the first; otherwise they stay a group.
+    """
+    while isinstance(error, BaseExceptionGroup) and (first or len(error.exceptions) == 1):
+        error = error.exceptions[0]
+    return error

@@ -26,7 +26,7 @@ from trading_push.connections.streams import SharedStream, Stream
 from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
 from trading_push.endpoints.hypercorn.server import guard
-from trading_push.errors import CloseCode, ServiceClosed
+from trading_push.errors import CloseCode, ServiceClosed, innermost
 from trading_push.protocol import messages as protocol
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
@@ -371,7 +371,7 @@ class PushService:
     async def _keep_running(self, part: str, run: Callable[[], Awaitable[None]]) -> None:
         def failed(error: Exception, delay: float) -> None:
             self._failures[part] += 1
-            inner = logs.innermost(error)
+            inner = innermost(error)
             line = logs.line("part_failed", part=part, error=inner, delay=delay)
             logs.emit(line._replace(exception=inner))
 

@@ -21,7 +21,12 @@ import trio
 
 from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
 from trading_push.client.client import Refused, Unreachable
-from trading_push.errors import AuthenticationError, ConfigurationError, TradingPushError
+from trading_push.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    TradingPushError,
+    innermost,
+)
 from trading_push.settings.loading import load_settings
 from trading_push.settings.schema import Settings
 from trading_push.topics import BUILTIN_CHANNELS, TICKER_PREFIX
@@ -64,20 +69,13 @@ class _Main(click.Group):
         except click.Abort:
             raise SystemExit(130) from None
         except BaseExceptionGroup as group:
-            leaf = _leaf(group)
-            if not isinstance(leaf, TradingPushError | OSError):
+            only = innermost(group)
+            if not isinstance(only, TradingPushError | OSError):
                 raise
-            _fail(_explained(leaf))
+            _fail(_explained(only))
         except (TradingPushError, OSError) as error:
             _fail(_explained(error))
         raise SystemExit(status if isinstance(status, int) else 0)
-
-
-def _leaf(group: BaseException) -> BaseException:
-    """The only exception of a group, where it is one alone."""
-    while isinstance(group, BaseExceptionGroup) and len(group.exceptions) == 1:
-        group = group.exceptions[0]
-    return group
 
 
 def _explained(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from trading_push.errors import (
     ServiceClosed,
     SourceError,
     TransportClosed,
+    innermost,
 )
 from trading_push.protocol import messages as protocol
 from trading_push.protocol.rate_limit import MessageRate
@@ -272,7 +273,7 @@ class Connection:
         return self._close
 
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
-        error = logs.innermost(errors)
+        error = innermost(errors)
         logs.emit(
             logs.line("internal_error", address=self._transport.peer, error=error)._replace(
                 exception=error

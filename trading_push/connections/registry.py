@@ -23,7 +23,7 @@ from trading_push.connections.lines import RegistryLines
 from trading_push.connections.members import Departure, Ledger, Member
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import ServiceClosed
-from trading_push.logs.emitter import Line, line
+from trading_push.logs.lines import Line, line
 from trading_push.topics import Channels, Topic
 
 __all__ = ["Registry"]

@@ -17,6 +17,7 @@ import trio
 from trading_push import logs
 from trading_push.broker.base import Broker, Publication, Status, StatusChange
 from trading_push.connections.subscription import Subscription
+from trading_push.errors import innermost
 from trading_push.protocol.messages import encode_data
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic
@@ -58,7 +59,7 @@ class Streams:
 
         def failed(error: Exception, delay: float) -> None:
             self.failures += 1
-            inner = logs.innermost(error)
+            inner = innermost(error)
             line = logs.line("stream_failed", channel=name, error=inner, delay=delay)
             logs.emit(line._replace(exception=inner))
             tell(_FAILED)

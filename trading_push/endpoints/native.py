@@ -23,7 +23,7 @@ from trading_push.connections.connection import Connection
 from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.endpoints.admission import Refused, admit, refuse_unread
-from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
+from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed, innermost
 from trading_push.protocol import messages as protocol
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.proxies import client_address
@@ -233,7 +233,7 @@ async def handle_stream(context: Context, stream: trio.abc.Stream) -> None:
         pass  # trio-websocket answers a ping that comes after our close, and must not
     except* Exception as errors:
         context.connections.count_stopped()
-        error, address = logs.innermost(errors), push_stream.peer
+        error, address = innermost(errors), push_stream.peer
         logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
     finally:
         seat.leave()

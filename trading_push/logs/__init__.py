@@ -1,34 +1,22 @@
-"""The log lines: their texts, their formats, and where they are written."""
+"""The log lines: their texts, their forms, and where they are written."""
 
 from typing import TYPE_CHECKING
 
 from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
-    from trading_push.logs.emitter import (
-        CATALOGUE,
-        JsonFormatter,
-        Line,
-        SafeFormatter,
-        attached,
-        close_line,
-        emit,
-        emit_pushed,
-        enabled,
-        escape,
-        failure,
-        innermost,
-        line,
-        set_language,
-    )
+    from trading_push.logs.catalogue import CATALOGUE, set_language
+    from trading_push.logs.emitter import emit, emit_pushed, enabled
+    from trading_push.logs.lines import Line, close_line, escape, failure, line
+    from trading_push.logs.output import JsonFormatter, SafeFormatter, attached
 else:
     __getattr__ = lazy(
         __name__,
         {
-            "emitter": (
-                "CATALOGUE JsonFormatter Line SafeFormatter attached close_line emit emit_pushed "
-                "enabled escape failure innermost line set_language"
-            ),
+            "catalogue": "CATALOGUE set_language",
+            "emitter": "emit emit_pushed enabled",
+            "lines": "Line close_line escape failure line",
+            "output": "JsonFormatter SafeFormatter attached",
         },
     )
 
@@ -44,7 +32,6 @@ __all__ = [
     "enabled",
     "escape",
     "failure",
-    "innermost",
     "line",
     "set_language",
 ]

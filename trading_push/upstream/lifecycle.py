@@ -20,7 +20,7 @@ import trio
 
 from trading_push import logs
 from trading_push.broker.base import Broker, State, Status
-from trading_push.errors import PayloadError
+from trading_push.errors import PayloadError, innermost
 from trading_push.settings.schema import Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
 from trading_push.topics import Channels, Topic, symbol_of
@@ -160,7 +160,7 @@ class Upstream:
                 self._broker.mark([topic], Status("stale", "not_watched"))
 
     def _failed(self, user: str | None, error: Exception, delay: float) -> None:
-        inner = logs.innermost(error)
+        inner = innermost(error)
         if user is None:
             self.failures["watch over the source"] += 1
             logs.emit(logs.line("watch_failed", error=inner, delay=delay))

@@ -32,6 +32,7 @@ from wsproto.connection import Connection
 
 from trading_push import logs
 from trading_push.endpoints.admission import refuse_unread
+from trading_push.errors import innermost
 from trading_push.settings.schema import Limits
 from trading_push.transport.base import decoder_of
 from trading_push.transport.push_stream import TlsPushStream, wrap
@@ -110,7 +111,7 @@ class GuardedTCPServer(TCPServer):
                 logs.line(
                     "connection_stopped_by_firewall",
                     address=self._peer(),
-                    error=_first(errors),
+                    error=innermost(errors, first=True),
                 )
             )
         finally:
@@ -238,12 +239,6 @@ class GuardedTCPServer(TCPServer):
     def _on_end(self) -> None:
         self._reap_at = trio.current_time() + guard.limits.reap_after_s
         self._limit()
-
-
-def _first(errors: BaseException) -> BaseException:
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    return errors
 
 
 class _Idle:
