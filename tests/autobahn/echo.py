@@ -15,11 +15,10 @@ import hypercorn.config
 import hypercorn.trio
 import trio
 
-from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push import JwtAuthenticator, PushService, logs, open_push_service
 from trading_push.endpoints import asgi, native
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.errors import TransportClosed
-from trading_push.logs import emitter as logs
 from trading_push.protocol import messages as protocol
 from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.transport.base import Transport

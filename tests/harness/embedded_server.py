@@ -38,10 +38,10 @@ from trading_push import (
     MarketSink,
     PushService,
     Ticker,
+    logs,
     open_push_service,
 )
 from trading_push.endpoints.hypercorn import link as hypercorn_link
-from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 

@@ -35,12 +35,12 @@ from trading_push import (
     PushService,
     SourceError,
     Ticker,
+    logs,
     open_push_service,
 )
 from trading_push.broker.base import Publication
 from trading_push.connections import fanout
 from trading_push.connections.registry import Registry
-from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Intervals, Limits, Market, Settings
 from trading_push.sources.function import FunctionSource

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from harness.support import PATIENCE_S
 
-from trading_push import SourceError
-from trading_push.logs import emitter as logs
+from trading_push import SourceError, logs
+from trading_push.logs.lines import FIELD_LENGTH
+from trading_push.logs.output import PROGRESS_S, Output
+from trading_push.logs.output import chunks as chunks_of
 
 
 def fields(template: str) -> set[str]:
@@ -40,7 +42,7 @@ def test_each_line_stands_in_both_languages(event):
 @given(st.text(st.characters(codec=None), max_size=100))
 def test_nothing_that_is_escaped_can_leave_its_line(text):
     escaped = logs.escape(text)
-    assert len(escaped) <= logs.FIELD_LENGTH
+    assert len(escaped) <= FIELD_LENGTH
     assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in escaped)
     assert "'" not in escaped.replace("\\'", "")
     assert len(escaped.splitlines()) <= 1
@@ -105,7 +107,7 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
         while True:
             stuck += os.write(write, b"-" * 4096)
     os.set_blocking(write, True)
-    output = logs._Output(write, logging.Formatter("%(message)s"), 3)
+    output = Output(write, logging.Formatter("%(message)s"), 3)
 
     def say(*numbers: int) -> None:
         for n in numbers:
@@ -130,9 +132,9 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
 
 def test_the_last_lines_are_waited_for_as_long_as_somebody_reads_them():
     read, write = os.pipe()
-    output = logs._Output(write, logging.Formatter("%(message)s"), 100_000)
+    output = Output(write, logging.Formatter("%(message)s"), 100_000)
     expected = [f"{number} {200 * '-'}" for number in range(5000)]
-    output.say(expected)
+    output.enqueue(expected)
     found = []
 
     def read_slowly() -> None:
@@ -151,12 +153,12 @@ def test_the_last_lines_are_waited_for_as_long_as_somebody_reads_them():
 
 def test_a_pipe_that_nobody_reads_is_given_up_in_time():
     read, write = os.pipe()
-    output = logs._Output(write, logging.Formatter("%(message)s"), 100_000)
-    output.say([200 * "-"] * 5000)
+    output = Output(write, logging.Formatter("%(message)s"), 100_000)
+    output.enqueue([200 * "-"] * 5000)
     began = time.monotonic()
     output.end(0.2)
     assert output._thread.is_alive()  # it is stuck
-    assert time.monotonic() - began < 0.2 + 2 * logs._PROGRESS_S
+    assert time.monotonic() - began < 0.2 + 2 * PROGRESS_S
     os.close(read)
     output._thread.join(PATIENCE_S)
     os.close(write)
@@ -165,14 +167,14 @@ def test_a_pipe_that_nobody_reads_is_given_up_in_time():
 def test_what_is_written_at_once_fits_a_pipe_that_others_write_to():
     # Chinese, so that a cut anywhere else would tear a character, too.
     units = [[f"   🚪 退出房间: {n}_{line}" for line in range(n % 300)] for n in range(400)]
-    chunks = list(logs._chunks(units))
+    chunks = list(chunks_of(units))
     assert max(map(len, chunks)) <= select.PIPE_BUF
     assert all(chunk.endswith(b"\n") for chunk in chunks)
     lines = [line for unit in units for line in unit]
     assert b"".join(chunks).decode().splitlines() == lines
     # One that fits is never divided.
     small = [[f"{n} {line}" for line in range(20)] for n in range(300)]
-    for chunk in logs._chunks(small):
+    for chunk in chunks_of(small):
         assert chunk.count(b" 0\n") == chunk.count(b" 19\n")
 
 
@@ -338,7 +340,7 @@ def test_a_field_of_any_type_stays_in_its_line(value):
 
     for each in (value, Odd("4"), type("Odd", (), {"__str__": lambda self: FORGED})()):
         text = logs.line("authenticated", user=each).fields["user"]
-        assert len(text) <= logs.FIELD_LENGTH
+        assert len(text) <= FIELD_LENGTH
         assert len(f"{text}.".splitlines()) == 1
 
 

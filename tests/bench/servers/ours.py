@@ -24,9 +24,8 @@ import trio
 from accounts import DATA_TYPES, MemorySource, sqlite_source, value
 from common import SIZE, TOPICS, collect, each_command, say, ticker
 
-from trading_push import JwtAuthenticator, PushService, open_push_service
+from trading_push import JwtAuthenticator, PushService, logs, open_push_service
 from trading_push.endpoints.hypercorn import link as hypercorn_link
-from trading_push.logs import emitter as logs
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Limits, Settings
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from harness.exchange_server import Dialect, Exchange, Session, exchange
 from harness.support import DATA, free_port, until
 
+from trading_push import logs
 from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.errors import ConfigurationError
-from trading_push.logs import emitter as logs
 from trading_push.models import Ticker
 from trading_push.protocol.messages import encode_data
 from trading_push.sources.base import WatchedFeed
