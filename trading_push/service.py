@@ -27,7 +27,7 @@ from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
 from trading_push.endpoints.hypercorn.server import guard
 from trading_push.errors import CloseCode, ServiceClosed, innermost
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.statistics import Latest, Statistics
@@ -118,7 +118,7 @@ class PushService:
 
         Args:
             channel: A user channel, an application's own, or `ticker.SYMBOL`.
-            data: Any object that msgspec encodes; see `protocol.encode_data`.
+            data: Any object that msgspec encodes; see `payloads.encode_data`.
             user: Whose topic it is, for a channel where every user has their own.
 
         The last value is kept for as long as the service runs, unless the channel is polled too:
@@ -149,7 +149,7 @@ class PushService:
 
     def _publish_now(self, values: Iterable[tuple[str, Any, str | int | None]]) -> None:
         batch = [
-            (self._topic(channel, user), protocol.encode_data(data))
+            (self._topic(channel, user), payloads.encode_data(data))
             for channel, data, user in values
         ]
         self._registry.check_running()  # before anything is numbered and kept

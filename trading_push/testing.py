@@ -28,7 +28,7 @@ import trio
 from trading_push.auth.tokens import Principal
 from trading_push.connections.connection import Connection
 from trading_push.errors import SendTimeout, TransportClosed
-from trading_push.protocol import messages as protocol
+from trading_push.protocol.frames import PING, payload_of, split
 from trading_push.service import PushService
 from trading_push.transport.base import Close
 
@@ -166,7 +166,7 @@ class MemoryTransport:
         return self._write
 
     def _write(self, data: bytes) -> int:
-        self._take(protocol.split(data))
+        self._take(split(data))
         return len(data)
 
     def flush_later(self, rest: bytes) -> None:
@@ -188,10 +188,10 @@ class MemoryTransport:
     def _take(self, frames: Sequence[bytes]) -> None:
         assert self.closed_with is None, "sent after a close"
         for frame in frames:
-            if frame == protocol.PING:
+            if frame == PING:
                 self.pings += 1
             else:
-                self.sent.append(json.loads(protocol.payload_of(frame)))
+                self.sent.append(json.loads(payload_of(frame)))
         self._news.set()
 
     def shorten_deadline(self, grace_s: float) -> None:

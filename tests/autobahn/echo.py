@@ -19,7 +19,7 @@ from trading_push import JwtAuthenticator, PushService, logs, open_push_service
 from trading_push.endpoints import asgi, native
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.errors import TransportClosed
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames
 from trading_push.settings.schema import Auth, Limits, Server, Settings
 from trading_push.transport.base import Transport
 
@@ -49,8 +49,8 @@ class Echo:
 
 def echoed(message: str | bytes) -> bytes:
     if isinstance(message, str):
-        return protocol.frame(message.encode())
-    return BINARY + protocol.frame(message)[1:]
+        return frames.frame(message.encode())
+    return BINARY + frames.frame(message)[1:]
 
 
 async def start(kind: str, service: PushService, nursery: trio.Nursery) -> int:

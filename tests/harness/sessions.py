@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from trading_push import AuthenticationError, Channel, Principal
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import messages
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.protocol.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
 from trading_push.settings.schema import Limits
@@ -38,7 +38,7 @@ def answer(session: Session, message: str | bytes) -> tuple[list[dict[str, Any]]
     while actions:
         match actions.pop(0):
             case Reply(message=reply):
-                replies.append(json.loads(protocol.encode(reply)))
+                replies.append(json.loads(messages.encode(reply)))
             case CheckToken(id=request_id, token=token):
                 if token.startswith("good"):
                     user = token.removeprefix("good ") or "4"
@@ -49,7 +49,7 @@ def answer(session: Session, message: str | bytes) -> tuple[list[dict[str, Any]]
                     )
                     actions += session.refused(request_id, error)
             case Subscribe(reply=reply) | Unsubscribe(reply=reply):
-                replies.append(json.loads(protocol.encode(reply)))
+                replies.append(json.loads(messages.encode(reply)))
             case End() as end:
                 ends.append(end)
     return replies, ends

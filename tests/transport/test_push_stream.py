@@ -16,7 +16,7 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessag
 from wsproto.frame_protocol import FrameProtocol
 
 from trading_push.errors import SendTimeout, TransportClosed
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames
 from trading_push.transport.base import try_write
 from trading_push.transport.push_stream import PushStream
 
@@ -84,7 +84,7 @@ class Reader:
 
 
 def message(number: int, size: int) -> bytes:
-    return protocol.frame(f"{number}:".encode() + b"x" * size)
+    return frames.frame(f"{number}:".encode() + b"x" * size)
 
 
 async def test_frames_of_many_senders_arrive_whole_and_in_order():

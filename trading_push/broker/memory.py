@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from contextlib import suppress
 from trading_push.broker.base import Message, Publication, State, Status, StatusChange
 from trading_push.errors import ServiceClosed
 from trading_push.topics import Channels, Kind, Topic, symbol_of
+from trading_push.values import now_ms
 
 __all__ = ["MemoryBroker"]
 
@@ -64,7 +64,7 @@ class MemoryBroker:
 
     def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
         """Publish one batch of encoded values; a topic that was not live is live then."""
-        now = _now_ms()
+        now = now_ms()
         batch: list[Message] = []
         topics = self._topics
         for topic, data in values:
@@ -83,7 +83,7 @@ class MemoryBroker:
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
         """Set the status of some topics; only changes are handed on."""
-        now = _now_ms()
+        now = now_ms()
         changes: list[Message] = []
         for topic in topics:
             state = self._state(topic)
@@ -150,7 +150,3 @@ class MemoryBroker:
         state = self._topics.pop(topic, None)
         if state is not None:
             self._count(topic, state.status.state, -1)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -31,7 +31,7 @@ from trading_push.errors import (
     TransportClosed,
     innermost,
 )
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames, messages
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.protocol.session import (
     Action,
@@ -192,7 +192,7 @@ class Connection:
         if self.closed:
             return
         if last is not None:
-            self._final_frames.append(protocol.frame(last))
+            self._final_frames.append(frames.frame(last))
         self._end(Close(code, reason, ours=True))
 
     def dismiss(self) -> None:
@@ -202,8 +202,8 @@ class Connection:
         """
         self._flushing = not self.closed
         # Not all at once: who comes back is spread over a few seconds.
-        notice = protocol.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
-        self.stop(CloseCode.SERVICE_RESTART, "service restart", protocol.encode(notice))
+        notice = messages.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
+        self.stop(CloseCode.SERVICE_RESTART, "service restart", messages.encode(notice))
 
     def look_after(self, now: float) -> float:
         """Ping a silent peer, end one that stays so, and tell of a token's end; synchronous.
@@ -216,8 +216,8 @@ class Connection:
         if now >= self._tell_expiry_at():
             self._told_expiry = True
             left = self._limit - self._context.leeway_s - now
-            notice = protocol.Notice("token_expires", expires_in=max(0, int(left)))
-            self._send_at_once(protocol.frame(protocol.encode(notice)))
+            notice = messages.Notice("token_expires", expires_in=max(0, int(left)))
+            self._send_at_once(frames.frame(messages.encode(notice)))
         heard, heartbeat_s = self._transport.last_heard, self._context.limits.heartbeat_s
         if heard is not None and now - heard >= heartbeat_s:
             if now - heard >= 2 * heartbeat_s:
@@ -225,7 +225,7 @@ class Connection:
                 return math.inf
             if self._pinged_at <= heard:
                 self._pinged_at = now
-                self._send_at_once(protocol.PING)
+                self._send_at_once(frames.PING)
         return self._next_look(now)
 
     def _next_look(self, now: float) -> float:
@@ -319,7 +319,7 @@ class Connection:
     async def _carry_out(self, action: Action) -> None:
         match action:
             case Reply(message=message):
-                await self.send([protocol.frame(protocol.encode(message))])
+                await self.send([frames.frame(messages.encode(message))])
             case CheckToken(id=request_id, token=token):
                 await self._check(request_id, token)
             case Subscribe():
@@ -331,7 +331,7 @@ class Connection:
 
     # --- authentication --------------------------------------------------------------------
 
-    async def _check(self, request_id: protocol.Id, token: str) -> None:
+    async def _check(self, request_id: messages.Id, token: str) -> None:
         limit = self._limit
         if self._session.principal is not None:
             self._limit_to(math.inf)  # a renewal that came in time is not cut
@@ -362,14 +362,14 @@ class Connection:
 
     def _internal_error(self) -> bytes:
         internal = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
-        reply = protocol.error_reply(self._session.request_id, internal)
-        return protocol.frame(protocol.encode(reply))
+        reply = messages.error_reply(self._session.request_id, internal)
+        return frames.frame(messages.encode(reply))
 
-    async def _refuse(self, request_id: protocol.Id, error: AuthenticationError) -> None:
+    async def _refuse(self, request_id: messages.Id, error: AuthenticationError) -> None:
         for action in self._session.refused(request_id, error):
             await self._carry_out(action)
 
-    async def _authenticate(self, request_id: protocol.Id, principal: Principal) -> bool:
+    async def _authenticate(self, request_id: messages.Id, principal: Principal) -> bool:
         """Let in whom a token stands for, or extend the session; whether that was done."""
         first = self._session.principal is None
         # No await from here until the session has it: what is looked at now stays so.

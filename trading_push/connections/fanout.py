@@ -20,7 +20,7 @@ from contextlib import suppress
 from trading_push import logs
 from trading_push.broker.base import Message, Publication, StatusChange
 from trading_push.connections.subscription import Siblings, Subscription
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames
 from trading_push.topics import Topic
 from trading_push.transport.base import Transport, try_write
 
@@ -45,8 +45,8 @@ class _Shared:
         self.seq = message.seq
         self.prev = message.seq - 1
         """The `seq` that a subscriber must have been sent last to be sent `frame`."""
-        self.frame = protocol.frame(
-            protocol.push(
+        self.frame = frames.frame(
+            frames.push(
                 head,
                 b"update",
                 message.epoch,

@@ -7,7 +7,6 @@ waits, and its `finally` has run before that task ends.
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -18,9 +17,10 @@ from trading_push import logs
 from trading_push.broker.base import Broker, Publication, Status, StatusChange
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import innermost
-from trading_push.protocol.messages import encode_data
+from trading_push.protocol.payloads import encode_data
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic
+from trading_push.values import now_ms
 
 __all__ = ["SharedStream", "Stream", "Streams"]
 
@@ -93,7 +93,7 @@ class Streams:
             is_live = status is _LIVE
             if not seq and not is_live:
                 status = Status("down", status.reason)
-            subscription.offer(StatusChange(topic, status, _now_ms()))
+            subscription.offer(StatusChange(topic, status, now_ms()))
             subscription.settle()
 
         async def put(data: bytes) -> None:
@@ -103,7 +103,7 @@ class Streams:
             if not is_live:
                 tell(_LIVE)
             seq += 1
-            subscription.offer(Publication(topic, subscription.kind, epoch, seq, _now_ms(), data))
+            subscription.offer(Publication(topic, subscription.kind, epoch, seq, now_ms(), data))
             pushed()
             await trio.lowlevel.checkpoint()
             if subscription.kind == "events":
@@ -172,7 +172,3 @@ class SharedStream:
         if self.awaited:
             self.awaited = False
             self._tell_settled([self._topic])
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -13,7 +13,7 @@ from trading_push.broker.base import Publication, StatusChange
 from trading_push.connections.context import Context
 from trading_push.connections.members import Member
 from trading_push.connections.subscription import Owner, Siblings, Subscription
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames, messages
 from trading_push.protocol.session import Subscribe, Unsubscribe, Wanted
 from trading_push.topics import Topic
 from trading_push.transport.base import Transport
@@ -103,7 +103,7 @@ class Subscriber:
             self._subscriptions[topic].throttle(max_hz)
         # What is published from here on is offered to them, and waits behind the gate.
         context.registry.subscribe(self._member, begun)
-        frames: list[bytes] = []
+        values: list[bytes] = []
         ready: list[Subscription] = []
         pushed: list[Topic] = []
         room = context.limits.pending_bytes - self._siblings.bytes
@@ -114,14 +114,14 @@ class Subscriber:
             if subscription.kind == "events":
                 room -= sum(len(each.data) for each in first)
             ready.append(subscription)
-            frames += map(subscription.frame_of, first)
+            values += map(subscription.frame_of, first)
             status = subscription.status_frame(self._status(wanted.topic))
             if status is not None:
-                frames.append(status)
+                values.append(status)
             if first:
                 pushed.append(wanted.topic)
-        carrier.charge(sum(map(len, frames)))
-        await carrier.send([protocol.frame(protocol.encode(action.reply)), *frames])
+        carrier.charge(sum(map(len, values)))
+        await carrier.send([frames.frame(messages.encode(action.reply)), *values])
         for topic in pushed:
             self._log_pushed(topic)
         for subscription in ready:
@@ -189,7 +189,7 @@ class Subscriber:
                 self._streams.pop(subscription.topic).cancel()
         if ended:
             self._context.registry.unsubscribe(self._member, ended)
-        await carrier.send([protocol.frame(protocol.encode(action.reply))])
+        await carrier.send([frames.frame(messages.encode(action.reply))])
 
     # --- what a sender task asks of the connection: see `subscription.Owner` ---------------
 

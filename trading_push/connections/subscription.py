@@ -15,7 +15,7 @@ import trio
 
 from trading_push.broker.base import Message, Publication, State, StatusChange
 from trading_push.errors import TransportClosed
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames
 from trading_push.topics import Kind, Topic
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Subscription(_AtEachDelivery):
         self.writer = transport.writer
         self.direct = False
         """Whether a frame may be written past the sender task: it is idle and keeps no pace."""
-        self.head = protocol.channel_head(topic.channel)
+        self.head = frames.channel_head(topic.channel)
         self.sent = None
         self.epoch = ""
         self.status: StatusChange | None = None
@@ -296,7 +296,7 @@ class Subscription(_AtEachDelivery):
         first = self.sent is None or publication.epoch != self.epoch or self._dropped > 0
         prev = None if first else self.sent
         merged = 0 if prev is None or publication.seq - prev < 2 else publication.seq - prev
-        payload = protocol.push(
+        payload = frames.push(
             self.head,
             b"snapshot" if first else b"update",
             publication.epoch,
@@ -310,15 +310,15 @@ class Subscription(_AtEachDelivery):
         self._dropped = 0
         self.epoch, self.sent = publication.epoch, publication.seq
         self._sent_at = trio.current_time()
-        return protocol.frame(payload)
+        return frames.frame(payload)
 
     def status_frame(self, change: StatusChange) -> bytes | None:
         """The frame of a status for this peer; None where it was told that already."""
         if change.status.state == self._told:
             return None
         self._told = change.status.state
-        return protocol.frame(
-            protocol.status_push(self.head, change.status.state, change.status.reason, change.ts)
+        return frames.frame(
+            frames.status_push(self.head, change.status.state, change.status.reason, change.ts)
         )
 
     def _take(self) -> list[bytes]:

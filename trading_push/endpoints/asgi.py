@@ -20,7 +20,8 @@ from trading_push.connections.seats import NoSeat
 from trading_push.endpoints.admission import Refused, admit
 from trading_push.endpoints.hypercorn.websocket import PeerFault, find
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import messages
+from trading_push.protocol.frames import REASON_BYTES, payload_of
 from trading_push.transport.base import Close, Writer
 from trading_push.transport.proxies import client_address
 
@@ -132,7 +133,7 @@ class AsgiTransport:
                     # After a disconnect a server's send returns at once, without a checkpoint.
                     if self._ended or self._close_sent:
                         raise TransportClosed("the peer is gone")
-                    text = protocol.payload_of(frame).decode()
+                    text = payload_of(frame).decode()
                     try:
                         await self._send({"type": "websocket.send", "text": text})
                     except PeerFault as error:
@@ -157,7 +158,7 @@ class AsgiTransport:
             return
         async with self._turn:
             self._close_sent = True
-            cut = reason.encode()[: protocol.REASON_BYTES].decode(errors="ignore")
+            cut = reason.encode()[:REASON_BYTES].decode(errors="ignore")
             await self._send({"type": "websocket.close", "code": code, "reason": cut})
         # Left at once, unread bytes of the peer would reset the stream and lose the close frame.
         while not self._ended:
@@ -265,7 +266,7 @@ async def lifespan(receive: Receive, send: Send) -> None:
 
 def _subprotocol(scope: Scope) -> str | None:
     offered = scope.get("subprotocols") or ()
-    return protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
+    return messages.SUBPROTOCOL if messages.SUBPROTOCOL in offered else None
 
 
 def _path(scope: Scope) -> str:

@@ -24,7 +24,7 @@ from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.endpoints.admission import Refused, admit, refuse_unread
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed, innermost
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import frames, messages
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
 from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap
@@ -124,7 +124,7 @@ class NativeTransport:
         """Send a close frame, once, and wait for the peer's."""
         if self._socket.closed is not None:
             return
-        cut = reason.encode()[: protocol.REASON_BYTES].decode(errors="ignore")
+        cut = reason.encode()[: frames.REASON_BYTES].decode(errors="ignore")
         self._our_close = Close(code, cut, ours=True)
         await self._socket.aclose(code, cut)
 
@@ -263,7 +263,7 @@ async def _serve(
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
         offered = request.proposed_subprotocols
-        subprotocol = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
+        subprotocol = messages.SUBPROTOCOL if messages.SUBPROTOCOL in offered else None
         socket = await request.accept(subprotocol=subprotocol)
     if handshake.cancelled_caught:
         return

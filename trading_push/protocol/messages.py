@@ -1,30 +1,28 @@
-"""The wire messages as types, to and from bytes; one WebSocket text frame for one payload.
+"""Requests and replies of version 1 of the protocol, from and to JSON.
 
-Version 1 of the protocol. A request is decoded in two steps, so that a bad one can be answered with
-its `id`: first an envelope (`op`, `id`, everything else skipped), then, by its `op`, the whole
-message strictly. A member that is null counts as absent.
+A request is decoded in two steps, so that a bad one can be answered with its `id`: first an
+envelope (`op` and `id`, everything else skipped), then, by its `op`, the whole message strictly. A
+member that is null counts as absent.
 """
 
 from __future__ import annotations
 
-import re
-import struct
-from datetime import UTC, datetime
-from decimal import Decimal
-from functools import lru_cache
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from trading_push.errors import ErrorCode, PayloadError, RequestError
+from trading_push.errors import ErrorCode, RequestError
 
 __all__ = [
+    "MAX_ITEMS",
     "SUBPROTOCOL",
     "AuthReply",
     "AuthRequest",
+    "BadRequest",
     "ErrorBody",
     "ErrorReply",
+    "Id",
     "ItemResult",
     "ItemsReply",
     "ListReply",
@@ -32,50 +30,58 @@ __all__ = [
     "Notice",
     "PingRequest",
     "Pong",
+    "Reply",
     "Request",
     "Since",
     "SubscribeItem",
     "SubscribeRequest",
     "UnsubscribeRequest",
+    "decode_channel",
+    "decode_item",
     "decode_request",
     "encode",
-    "encode_data",
-    "frame",
-    "payload_of",
-    "push",
-    "status_push",
+    "error_reply",
+    "item_channel",
+    "reply_id",
 ]
 
 SUBPROTOCOL: Final = "trading-push.v1"
-REASON_BYTES: Final = 123
-"""RFC 6455 section 5.5: a control frame carries 125 bytes, and the close code is two of them."""
+"""The WebSocket subprotocol, echoed where a client offers it."""
 MAX_ITEMS: Final = 1024
-"""Items of one request; more is refused whole, so that a small request has no giant reply."""
+"""How many items a request may have. One with more is refused whole, so that a small request has
+no giant reply."""
 
 Id = int | str | None
-_MAX_ID = 2**53
-_MAX_ID_LENGTH = 64
+"""The `id` of a request; None where it has none."""
+_MAX_ID: Final = 2**53
+_MAX_ID_LENGTH: Final = 64
 
 
 # --- requests ---------------------------------------------------------------------------------
 
 
 class _Strict(Struct, forbid_unknown_fields=True):
+    """A request; a field that it does not have is refused."""
+
     op: str
     id: Raw = Raw(b"")
 
 
 class AuthRequest(_Strict, kw_only=True):
+    """Authenticate, or extend the session with a newer token."""
+
     token: str
 
 
 class Since(Struct, forbid_unknown_fields=True):
+    """Where a subscriber was when it lost the connection."""
+
     epoch: str
     seq: Annotated[int, Meta(ge=0, le=_MAX_ID)]
 
 
 class SubscribeItem(Struct, forbid_unknown_fields=True):
-    """What one item of a subscribe request asks for."""
+    """One item of a subscribe request."""
 
     channel: str
     max_hz: int | float | None = None
@@ -83,30 +89,38 @@ class SubscribeItem(Struct, forbid_unknown_fields=True):
 
 
 class SubscribeRequest(_Strict, kw_only=True):
+    """Subscribe to channels; each item is decoded by `decode_item`."""
+
     args: Annotated[list[Raw], Meta(max_length=MAX_ITEMS)]
 
 
 class UnsubscribeRequest(_Strict, kw_only=True):
+    """Unsubscribe from channels; each item is decoded by `decode_channel`."""
+
     args: Annotated[list[Raw], Meta(max_length=MAX_ITEMS)]
 
 
 class ListRequest(_Strict):
-    pass
+    """Ask for the channels that the connection is subscribed to."""
 
 
 class PingRequest(_Strict):
-    pass
+    """Ask for a `pong`."""
 
 
 Request = AuthRequest | SubscribeRequest | UnsubscribeRequest | ListRequest | PingRequest
 
 
 class _Envelope(Struct):
+    """What is read of any request, however bad the rest is."""
+
     op: Raw = Raw(b"")
     id: Raw = Raw(b"")
 
 
 class _ItemEnvelope(Struct):
+    """What is read of a bad item."""
+
     channel: str
 
 
@@ -124,13 +138,17 @@ _decoders: Final[dict[str, Any]] = {
     "ping": msgspec.json.Decoder(PingRequest).decode,
 }
 
-# What decoding hostile JSON can raise: deep nesting is a RecursionError, a lone surrogate in the
-# text a UnicodeEncodeError; DecodeError and ValidationError are MsgspecErrors.
-_DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeError)
+# What decoding hostile JSON can raise: a RecursionError for deep nesting, a UnicodeEncodeError for
+# a lone surrogate in the text. DecodeError and ValidationError are MsgspecErrors.
+_DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeError)
 
 
 class BadRequest(RequestError):
-    """A message that cannot be served; `id` is the request's own where it could be read."""
+    """A message that is not a valid request.
+
+    Attributes:
+        id: The request's own, where it could be read.
+    """
 
     def __init__(self, code: ErrorCode, message: str, request_id: Id = None) -> None:
         super().__init__(code, message)
@@ -138,7 +156,7 @@ class BadRequest(RequestError):
 
 
 def decode_request(text: str | bytes) -> tuple[Id, Request]:
-    """One request of a client, with its `id` (None where it has none).
+    """Decode a request of a client, and its `id`.
 
     Raises:
         BadRequest: `bad_json`, `bad_request` or `unknown_op`, with the request's id.
@@ -183,12 +201,13 @@ def _request_id(raw: Raw) -> Id:
 
 
 def _explain(error: Exception) -> str:
-    # A validation error speaks of types and paths; only the name of an unknown field is the peer's.
+    # A validation error names types and paths. The only text of the peer in it is the name of a
+    # field that does not exist.
     return str(error)[:200] if isinstance(error, msgspec.ValidationError) else "that is not JSON"
 
 
 def decode_item(raw: Raw) -> SubscribeItem:
-    """One item of a subscribe request.
+    """Decode one item of a subscribe request.
 
     Raises:
         RequestError: `bad_request`.
@@ -205,7 +224,7 @@ def decode_item(raw: Raw) -> SubscribeItem:
 
 
 def decode_channel(raw: Raw) -> str:
-    """One item of an unsubscribe request.
+    """Decode one item of an unsubscribe request.
 
     Raises:
         RequestError: `bad_request`.
@@ -217,7 +236,7 @@ def decode_channel(raw: Raw) -> str:
 
 
 def item_channel(raw: Raw) -> str | None:
-    """The channel that a bad item names, where that can be read; cut at 64 characters."""
+    """Read which channel a bad item names, cut at 64 characters; None where that fails."""
     try:
         item = _decode_item_channel(raw)
     except _DECODE_ERRORS:
@@ -229,22 +248,29 @@ def item_channel(raw: Raw) -> str | None:
 
 
 class ErrorBody(Struct):
+    """The `error` of a reply or of an item's result."""
+
     code: str
     message: str
     retryable: bool
 
     @classmethod
     def of(cls, error: RequestError) -> ErrorBody:
+        """Make the body that tells of an error."""
         return cls(error.code.value, error.message, error.retryable)
 
 
 class ErrorReply(Struct, omit_defaults=True, tag_field="op", tag="error"):
+    """The reply to a request that is refused whole."""
+
     id: Id = None
     ok: bool | UnsetType = UNSET
     error: ErrorBody | UnsetType = UNSET
 
 
 class AuthReply(Struct, tag_field="op", tag="auth"):
+    """The token is good; `expires_in` is in seconds, None for a token without an end."""
+
     id: int | str | UnsetType
     ok: bool
     user: str
@@ -254,6 +280,8 @@ class AuthReply(Struct, tag_field="op", tag="auth"):
 
 
 class ItemResult(Struct, omit_defaults=True):
+    """What became of one item; `channel` is None where the item does not name one."""
+
     channel: str | None
     ok: bool
     max_hz: int | float | UnsetType = UNSET
@@ -262,6 +290,8 @@ class ItemResult(Struct, omit_defaults=True):
 
 
 class ItemsReply(Struct):
+    """The reply to `subscribe` and `unsubscribe`; `ok` if all results are."""
+
     op: str
     id: int | str | UnsetType
     ok: bool
@@ -269,17 +299,23 @@ class ItemsReply(Struct):
 
 
 class ListReply(Struct, tag_field="op", tag="list"):
+    """The channels that the connection is subscribed to."""
+
     id: int | str | UnsetType
     ok: bool
     channels: list[str]
 
 
 class Pong(Struct, tag_field="op", tag="pong"):
+    """The reply to `ping`; `ts` is the server's time in milliseconds since the epoch."""
+
     id: int | str | UnsetType
     ts: int
 
 
 class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
+    """What the server says unasked: `shutdown`, `token_expires`."""
+
     code: str
     reconnect_after_ms: int | UnsetType = UNSET
     expires_in: int | UnsetType = UNSET
@@ -287,177 +323,19 @@ class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
 
 Reply = ErrorReply | AuthReply | ItemsReply | ListReply | Pong | Notice
 
-_encoder = msgspec.json.Encoder()
+_encode: Final = msgspec.json.Encoder().encode
 
 
 def encode(reply: Reply) -> bytes:
-    """A reply as JSON."""
-    return _encoder.encode(reply)
+    """Encode a reply as JSON."""
+    return _encode(reply)
 
 
 def error_reply(request_id: Id, error: RequestError) -> ErrorReply:
-    """The reply to a request that is refused whole."""
+    """Make the reply to a request that is refused whole."""
     return ErrorReply(request_id, False, ErrorBody.of(error))
 
 
 def reply_id(request_id: Id) -> int | str | UnsetType:
-    """How an `id` stands in a reply: a request without one gets a reply without one."""
+    """Put a request's `id` in the form of a reply, which has none where the request has none."""
     return UNSET if request_id is None else request_id
-
-
-# --- pushes -----------------------------------------------------------------------------------
-
-# How str(Decimal) or str(datetime) betrays itself in JSON: an exponent, not a number, a date.
-_NOT_PLAIN = re.compile(rb"E[+-]\d|NaN|Infinity|\dT\d\d:")
-
-
-def encode_data(data: Any) -> bytes:
-    """An application's value as the JSON of a payload.
-
-    Args:
-        data: Any object that msgspec encodes (attrs, dataclasses, Structs, dicts, lists, enums);
-            decimals become strings in plain notation, times integer milliseconds since the epoch.
-            `msgspec.Raw` is JSON already and goes out as it is.
-
-    Raises:
-        PayloadError: It cannot be encoded, or a decimal in it is not finite.
-    """
-    if isinstance(data, Raw):
-        return bytes(data)
-    try:
-        encoded = _encoder.encode(data)
-        if _NOT_PLAIN.search(encoded):
-            builtins = msgspec.to_builtins(
-                data, builtin_types=(Decimal, datetime), enc_hook=_decode_raw
-            )
-            encoded = _encoder.encode(_plain(builtins))
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise PayloadError(f"a value cannot be encoded as JSON: {error}") from error
-    return encoded
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_plain_key(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, Decimal):
-        return plain_decimal(value)
-    if isinstance(value, datetime):
-        return milliseconds(value)
-    return value
-
-
-def _plain_key(key: Any) -> Any:
-    plain = _plain(key)
-    return str(plain) if isinstance(key, datetime) else plain
-
-
-def _decode_raw(value: Any) -> Any:
-    if isinstance(value, Raw):
-        return msgspec.json.decode(value)
-    raise TypeError(f"{type(value).__name__} is no type that JSON knows")
-
-
-def plain_decimal(value: Decimal) -> str:
-    """A decimal in plain notation.
-
-    Raises:
-        ValueError: It is not finite.
-    """
-    if not value.is_finite():
-        raise ValueError(f"{value} is not a finite number")
-    return format(value, "f")
-
-
-def milliseconds(moment: datetime) -> int:
-    """A time as milliseconds since the epoch; without a zone it is taken as UTC."""
-    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return round(aware.timestamp() * 1000)
-
-
-def push(
-    head: bytes,
-    type_: bytes,
-    epoch: str,
-    prev: int | None,
-    seq: int,
-    ts: int,
-    data: bytes,
-    *,
-    merged: int = 0,
-    dropped: int = 0,
-) -> bytes:
-    """A snapshot (`prev` None) or update as JSON, round data that are encoded already.
-
-    `head` is `channel_head` of the channel. The `data` of a push is by far its longest part and
-    shared by all subscribers, so it is not gone through again.
-    """
-    middle = b"" if prev is None else b'"prev":%d,' % prev
-    extra = b""
-    if merged:
-        extra = b'"merged":%d,' % merged
-    if dropped:
-        extra += b'"dropped":%d,' % dropped
-    return b'%s"%s","epoch":"%s",%s"seq":%d,%s"ts":%d,"data":%s}' % (
-        head,
-        type_,
-        epoch.encode(),
-        middle,
-        seq,
-        extra,
-        ts,
-        data,
-    )
-
-
-@lru_cache(4096)
-def channel_head(channel: str) -> bytes:
-    """The beginning of every push of a channel; the same object for all who subscribe to it."""
-    return b'{"channel":%s,"type":' % _encoder.encode(channel)
-
-
-def status_push(head: bytes, state: str, reason: str | None, ts: int) -> bytes:
-    """A status push as JSON."""
-    why = b"" if reason is None else b'"reason":%s,' % _encoder.encode(reason)
-    return b'%s"status","state":"%s",%s"ts":%d}' % (head, state.encode(), why, ts)
-
-
-# --- frames (RFC 6455 section 5.2) --------------------------------------------------------------
-
-_TEXT = 0x81  # FIN and the text opcode; a server does not mask
-_head_16 = struct.Struct("!BBH").pack
-
-
-def frame(payload: bytes) -> bytes:
-    """A payload as one unmasked WebSocket text frame."""
-    length = len(payload)
-    if length < 126:
-        return bytes((_TEXT, length)) + payload
-    if length < 65536:
-        return _head_16(_TEXT, 126, length) + payload
-    return bytes((_TEXT, 127)) + length.to_bytes(8, "big") + payload
-
-
-PING: Final = b"\x89\x00"
-"""A ping frame without a payload (RFC 6455 section 5.5.2)."""
-
-
-def payload_of(frame: bytes) -> bytes:
-    """The payload of a frame that `frame` made."""
-    length = frame[1]
-    return frame[2 if length < 126 else 4 if length == 126 else 10 :]
-
-
-def split(data: bytes) -> list[bytes]:
-    """The frames that were joined, each made by `frame`."""
-    frames = []
-    while data:
-        length, head = data[1], 2
-        if length == 126:
-            length, head = int.from_bytes(data[2:4], "big"), 4
-        elif length == 127:
-            length, head = int.from_bytes(data[2:10], "big"), 10
-        frames.append(data[: head + length])
-        data = data[head + length :]
-    return frames

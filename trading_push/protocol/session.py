@@ -1,24 +1,25 @@
-"""The state machine of one connection, without I/O: a message in, actions out.
+"""The state machine of one connection, without I/O: a message goes in, actions come out.
 
     new -> authenticated -> closed
 
-Rules: every message of the peer gets exactly one reply, in order. Before authentication only `auth`
-and `ping` are served. An action that takes time (`CheckToken`, `Subscribe`, `Unsubscribe`) is
-carried out by the owner, who comes back with the outcome and gets the reply; until then no other
-message may be handed in.
+1. Every message of the peer gets exactly one reply, in order.
+2. Before authentication only `auth` and `ping` are served.
+3. The owner carries out the actions. One that takes time (`CheckToken`, `Subscribe`,
+   `Unsubscribe`) is finished before the next message is handed in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Final
 
 import attrs
 from msgspec import UNSET, Raw
 
 from trading_push.auth.tokens import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
-from trading_push.protocol import messages as protocol
+from trading_push.protocol import messages
 from trading_push.protocol.messages import Id, ItemResult, Since
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
@@ -35,19 +36,19 @@ __all__ = [
     "Wanted",
 ]
 
-ITEMS_PER_MESSAGE = 20
-"""So many items of a request count as one message more."""
-ANSWER_BYTES = 65_536
-"""So many bytes of a subscribe request's answer count as one message more."""
-TOKENS = 8
-"""How many tokens that have not expired a session keeps the ids of."""
+ITEMS_PER_MESSAGE: Final = 20
+"""A request counts as one message more for each 20 items."""
+ANSWER_BYTES: Final = 65_536
+"""A subscribe request counts as one message more for each 64 KiB that it is answered with."""
+TOKENS: Final = 8
+"""How many token ids a session keeps, of tokens that have not expired."""
 
 
 @attrs.frozen
 class Reply:
     """Send this reply."""
 
-    message: protocol.Reply
+    message: messages.Reply
 
 
 @attrs.frozen
@@ -60,7 +61,7 @@ class CheckToken:
 
 @attrs.frozen
 class Wanted:
-    """One new subscription; the reply tells in `result` how it went."""
+    """One new subscription; `result` is its part of the reply."""
 
     topic: Topic
     max_hz: float | None
@@ -70,9 +71,9 @@ class Wanted:
 
 @attrs.frozen
 class Subscribe:
-    """Begin `wanted`, change the pace of `throttled`, then send `reply`."""
+    """Begin `wanted`, set the rate of each of `throttled` (times a second), then send `reply`."""
 
-    reply: protocol.ItemsReply
+    reply: messages.ItemsReply
     wanted: tuple[Wanted, ...]
     throttled: tuple[tuple[Topic, float], ...]
 
@@ -81,7 +82,7 @@ class Subscribe:
 class Unsubscribe:
     """End these subscriptions, then send `reply`."""
 
-    reply: protocol.ItemsReply
+    reply: messages.ItemsReply
     topics: tuple[Topic, ...]
 
 
@@ -97,15 +98,20 @@ Action = Reply | CheckToken | Subscribe | Unsubscribe | End
 
 
 class Session:
-    """What one connection may do and has subscribed; never raises for anything a peer says.
+    """What one connection may do and is subscribed to; nothing that a peer sends makes it raise.
 
     Args:
-        channels: The channels that can be named.
-        limits: How many subscriptions and bad messages are borne, and the heartbeat told.
-        connection_id: Told to the client in the reply to `auth`.
-        knows_symbol: Whether a symbol may exist.
-        rate: How many messages the connection may send.
+        channels: The channels that there are.
+        limits: How many subscriptions and bad messages are allowed, and the heartbeat's interval.
+        connection_id: The connection's name in the reply to `auth`.
+        knows_symbol: Whether there may be a ticker of this symbol.
+        rate: The budget of messages.
         clock: The time in seconds since the epoch.
+
+    Attributes:
+        principal: Who has authenticated, with the latest expiry; None before.
+        request_id: The `id` of the request that is being served, for an error reply.
+        topics: What is subscribed, in the order in which it was.
     """
 
     __slots__ = (
@@ -138,8 +144,9 @@ class Session:
         self._knows_symbol = knows_symbol
         self._rate = rate
         self._clock = clock
-        self._bad = 0
-        # The ids of the tokens that the session stands on, and when each of them expires.
+        self._bad = 0  # bad messages in a row
+        # The ids of the tokens that authenticated the session, the opening one first, and when
+        # each expires.
         self._tokens: tuple[tuple[str, float], ...] = ()
         self.request_id: Id = None
         self.principal: Principal | None = None
@@ -151,46 +158,52 @@ class Session:
         return None if self.principal is None else self.principal.user
 
     def receive(self, message: str | bytes) -> list[Action]:
-        """One message of the peer."""
+        """Take one message of the peer."""
         if not isinstance(message, str):
             return [End(CloseCode.UNSUPPORTED_DATA, "binary messages are not served")]
+
+        # Decode it. Several bad messages in a row end the connection.
         self.request_id = None
         try:
-            request_id, request = protocol.decode_request(message)
-        except protocol.BadRequest as error:
+            request_id, request = messages.decode_request(message)
+        except messages.BadRequest as error:
             if not self._rate.spend():
                 return self._over_rate(error.id)
             self._bad += 1
-            actions: list[Action] = [Reply(protocol.error_reply(error.id, error))]
+            actions: list[Action] = [Reply(messages.error_reply(error.id, error))]
             if self._bad >= self._limits.bad_messages:
                 actions.append(End(CloseCode.TOO_MANY_BAD_REQUESTS, "too many bad requests"))
             return actions
+
+        # Charge it.
         if not self._rate.spend(_cost(request)):
             return self._over_rate(request_id)
         self._bad = 0
+
+        # Serve it; only these two without authentication.
         self.request_id = request_id
         match request:
-            case protocol.AuthRequest(token=token):
+            case messages.AuthRequest(token=token):
                 return [CheckToken(request_id, token)]
-            case protocol.PingRequest():
-                now = round(self._clock() * 1000)
-                return [Reply(protocol.Pong(protocol.reply_id(request_id), now))]
+            case messages.PingRequest():
+                now = int(self._clock() * 1000)
+                return [Reply(messages.Pong(messages.reply_id(request_id), now))]
         if self.principal is None:
             return _refuse(
                 request_id,
                 RequestError(ErrorCode.NOT_AUTHENTICATED, "send `auth` with a token first"),
             )
         match request:
-            case protocol.SubscribeRequest(args=args):
+            case messages.SubscribeRequest(args=args):
                 return [self._subscribe(request_id, args, self.principal.user)]
-            case protocol.UnsubscribeRequest(args=args):
+            case messages.UnsubscribeRequest(args=args):
                 return [self._unsubscribe(request_id, args, self.principal.user)]
-            case protocol.ListRequest():
+            case messages.ListRequest():
                 names = sorted(topic.channel for topic in self.topics)
-                return [Reply(protocol.ListReply(protocol.reply_id(request_id), True, names))]
+                return [Reply(messages.ListReply(messages.reply_id(request_id), True, names))]
 
     def charge(self, size: int) -> None:
-        """Count so many bytes that a subscribe request was answered with, where they are many."""
+        """Charge a subscribe request for the bytes that it was answered with."""
         if size > ANSWER_BYTES:
             self._rate.charge(size // ANSWER_BYTES)
 
@@ -211,7 +224,7 @@ class Session:
     # --- authentication ------------------------------------------------------------------
 
     def authenticated(self, request_id: Id, principal: Principal) -> list[Action]:
-        """The token was good; a user who is known already has extended the session."""
+        """Take the outcome of `CheckToken`: it is good, and opens or extends the session."""
         expires_at = principal.expires_at
         if self.principal is not None:
             if principal.user != self.principal.user:
@@ -220,7 +233,7 @@ class Session:
                     RequestError(ErrorCode.FORBIDDEN, "this connection is another user's"),
                 )
             old = self.principal.expires_at
-            # A renewal never shortens a session: the token of before is as good as it was.
+            # A renewal never shortens a session: the earlier token is still good.
             if old is None or (expires_at is not None and expires_at < old):
                 expires_at = old
         self._keep(principal)
@@ -228,8 +241,8 @@ class Session:
         expires_in = None if expires_at is None else max(0, int(expires_at - self._clock()))
         return [
             Reply(
-                protocol.AuthReply(
-                    protocol.reply_id(request_id),
+                messages.AuthReply(
+                    messages.reply_id(request_id),
                     True,
                     principal.user,
                     self._connection_id,
@@ -240,7 +253,7 @@ class Session:
         ]
 
     def authenticated_by(self, token_id: str) -> bool:
-        """Whether the session stands on a token of this id, which has not expired."""
+        """Whether a token of this id, one that has not expired, opened or extended the session."""
         return any(token_id == each for each, _ in self._tokens)
 
     def _keep(self, principal: Principal) -> None:
@@ -254,12 +267,12 @@ class Session:
             if until > now and token_id != principal.token_id
         ]
         tokens.append((principal.token_id, expires_at))
-        if len(tokens) > TOKENS:  # neither the one that has opened it, nor the one it ends with
+        if len(tokens) > TOKENS:  # but keep the token that opened it, and the last one to expire
             tokens.remove(min(tokens[1:], key=lambda token: token[1]))
         self._tokens = tuple(tokens)
 
     def refused(self, request_id: Id, error: AuthenticationError) -> list[Action]:
-        """The token was not good: the end, unless the session has authenticated already."""
+        """Take the outcome of `CheckToken`: it is refused, which ends an unopened session."""
         actions = _refuse(request_id, error)
         if self.principal is None:
             if error.not_yet:
@@ -278,9 +291,10 @@ class Session:
         wanted: list[Wanted] = []
         throttled: list[tuple[Topic, float]] = []
         for raw in args:
-            name = protocol.item_channel(raw)
+            # Each item succeeds or fails alone. One that is subscribed already may change its rate.
+            name = messages.item_channel(raw)
             try:
-                item = protocol.decode_item(raw)
+                item = messages.decode_item(raw)
                 topic = self._resolve(item.channel, user)
                 max_hz = None if item.max_hz is None else float(item.max_hz)
                 told_hz = UNSET if item.max_hz is None else item.max_hz
@@ -307,9 +321,9 @@ class Session:
         results: list[ItemResult] = []
         ended: list[Topic] = []
         for raw in args:
-            name = protocol.item_channel(raw)
+            name = messages.item_channel(raw)
             try:
-                topic = self._channels.resolve(protocol.decode_channel(raw), user)
+                topic = self._channels.resolve(messages.decode_channel(raw), user)
                 if topic in self.topics:
                     del self.topics[topic]
                     ended.append(topic)
@@ -326,23 +340,23 @@ class Session:
         return topic
 
 
-def _cost(request: protocol.Request) -> int:
+def _cost(request: messages.Request) -> int:
     """How many messages a request counts as."""
     match request:
-        case protocol.SubscribeRequest(args=args) | protocol.UnsubscribeRequest(args=args):
+        case messages.SubscribeRequest(args=args) | messages.UnsubscribeRequest(args=args):
             return 1 + len(args) // ITEMS_PER_MESSAGE
         case _:
             return 1
 
 
 def _refuse(request_id: Id, error: RequestError) -> list[Action]:
-    return [Reply(protocol.error_reply(request_id, error))]
+    return [Reply(messages.error_reply(request_id, error))]
 
 
 def _failed(channel: str | None, error: RequestError) -> ItemResult:
-    return ItemResult(channel, False, error=protocol.ErrorBody.of(error))
+    return ItemResult(channel, False, error=messages.ErrorBody.of(error))
 
 
-def _items_reply(op: str, request_id: Id, results: list[ItemResult]) -> protocol.ItemsReply:
+def _items_reply(op: str, request_id: Id, results: list[ItemResult]) -> messages.ItemsReply:
     ok = all(result.ok for result in results)
-    return protocol.ItemsReply(op, protocol.reply_id(request_id), ok, results)
+    return messages.ItemsReply(op, messages.reply_id(request_id), ok, results)

@@ -78,7 +78,7 @@ def try_write(writer: Writer, data: bytes) -> bool:
 class Transport(Protocol):
     """One peer. Every endpoint hands a connection one of these.
 
-    Frames are ready-made WebSocket text frames (`protocol.frame`).
+    Frames are ready-made WebSocket text frames (`protocol.frames.frame`).
     """
 
     @property

@@ -16,7 +16,7 @@ from trading_push import logs
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import PayloadError
 from trading_push.models import Ticker
-from trading_push.protocol.messages import encode_data
+from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import TickerFeed, WatchedFeed
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic, ticker_topic

@@ -26,7 +26,7 @@ import trio
 from trading_push import logs
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
-from trading_push.protocol.messages import encode_data
+from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Limits
 from trading_push.sources.base import Source
 from trading_push.topics import Topic

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Mapping
 from decimal import Decimal, localcontext
 
@@ -18,6 +17,7 @@ import trio
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.ticker_state import DECIMALS
+from trading_push.values import now_ms
 
 __all__ = ["SimulatedMarket"]
 
@@ -147,15 +147,11 @@ class SimulatedMarket:
 
         Cancellation leaves the market between two steps.
         """
-        sink.update(self.tickers(_now_ms()))
+        sink.update(self.tickers(now_ms()))
         due = trio.current_time()
         while True:
             # From the time the step was due; after a long halt the steps missed are left out.
             due = max(due + STEP_S, trio.current_time())
             await trio.sleep_until(due)
-            if moved := self.step(_now_ms()):
+            if moved := self.step(now_ms()):
                 sink.update(moved)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from decimal import Decimal, localcontext
@@ -22,6 +21,7 @@ from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
 from trading_push.sources.paper.traders import SYMBOLS, Traders
+from trading_push.values import now_ms
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 
@@ -168,7 +168,7 @@ class PaperExchange:
         moved, self._moved = list(self._moved.values()), {}
         try:
             # Not abandoned on cancellation: the step owns the connection until it has committed.
-            await trio.to_thread.run_sync(trading.step, moved, _now_ms())
+            await trio.to_thread.run_sync(trading.step, moved, now_ms())
             self._failing = False
         except sqlite3.Error as error:
             # A full disk, say. The market goes on, and the next step writes this one too.
@@ -198,10 +198,6 @@ class PaperExchange:
             elif not stale and trio.current_time() - changed_at > STALE_S:
                 stale = True
                 sink.stale("source_timeout")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 @asynccontextmanager

@@ -21,6 +21,7 @@ from trading_push.sources.paper.book import (
     Holding,
     OpenOrder,
 )
+from trading_push.values import plain_decimal
 
 __all__ = ["Ledger", "last_prices", "plain", "read_tickers"]
 
@@ -35,7 +36,7 @@ _Row = tuple[str | int | None, ...]
 
 def plain(value: Decimal) -> str:
     """A decimal in plain notation, as short as it goes."""
-    return format(value.normalize(EXACT), "f") if value else "0"
+    return plain_decimal(value.normalize(EXACT)) if value else "0"
 
 
 def last_prices(tickers: Mapping[str, Ticker]) -> dict[str, Decimal]:
@@ -215,7 +216,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _text(value: Decimal | None) -> str | None:
     """A market's decimal in plain notation, with the digits that the market gave."""
-    return None if value is None else format(value, "f")
+    return None if value is None else plain_decimal(value)
 
 
 def _decimal(text: str | None) -> Decimal | None:

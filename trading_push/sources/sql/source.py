@@ -25,7 +25,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleErr
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.schema import Query
 from trading_push.sources.sql import sqlite_json
+from trading_push.values import milliseconds, plain_decimal
 
 __all__ = ["SqlSource", "parse"]
 
@@ -439,12 +440,9 @@ def _convert(plan: _Plan, column: str, value: Any) -> Any:
             retryable=False,
         )
     if isinstance(value, Decimal):
-        return format(value, "f")
+        return plain_decimal(value)
     if isinstance(value, datetime):
-        moment = value if value.tzinfo else value.replace(tzinfo=UTC)
-        # From the parts: a float of seconds would round the last digit.
-        since = moment - datetime(1970, 1, 1, tzinfo=UTC)
-        return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
+        return milliseconds(value)
     if isinstance(value, list):  # an array
         return [_convert(plan, column, each) for each in value]
     return value
