@@ -27,7 +27,7 @@ from trading_push import (
     Ticker,
     open_push_service,
 )
-from trading_push.protocol.messages import encode_data
+from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Auth, Limits, Settings
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic

@@ -20,7 +20,7 @@ from harness.sources import Table, serving
 from harness.support import hypercorn_serving, trio_client, until
 
 from trading_push import JwtAuthenticator, SourceError, open_push_service
-from trading_push.protocol.messages import payload_of, split
+from trading_push.protocol.frames import payload_of, split
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.testing import MemoryTransport
 

@@ -29,7 +29,7 @@ from trading_push.broker.base import Publication, Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.errors import ConfigurationError
 from trading_push.models import Ticker
-from trading_push.protocol.messages import encode_data
+from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import WatchedFeed
 from trading_push.sources.exchanges import binance, bybit
 from trading_push.sources.exchanges.binance import BinanceFeed
