@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
-    from trading_push.auth.tokens import Authenticate, JwtAuthenticator, Principal, issue_token
+    from trading_push.auth.principal import Authenticate, Principal
+    from trading_push.auth.tokens import JwtAuthenticator, issue_token
     from trading_push.client.client import Push, open_client
     from trading_push.endpoints.hypercorn.link import guard_hypercorn
     from trading_push.errors import (
@@ -58,7 +59,8 @@ else:
     __getattr__ = lazy(
         __name__,
         {
-            "auth.tokens": "Authenticate JwtAuthenticator Principal issue_token",
+            "auth.principal": "Authenticate Principal",
+            "auth.tokens": "JwtAuthenticator issue_token",
             "client.client": "Push open_client",
             "errors": (
                 "AuthenticationError CloseCode ConfigurationError ErrorCode LinkError PayloadError "

@@ -7,7 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from trading_push.auth.tokens import Authenticate, JwtAuthenticator, data_dir, demo_secret
+from trading_push.auth.demo import data_dir, demo_secret
+from trading_push.auth.principal import Authenticate
+from trading_push.auth.tokens import JwtAuthenticator
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
 from trading_push.settings import import_string as named

@@ -17,7 +17,7 @@ import hypercorn.trio
 import trio
 
 from trading_push import logs
-from trading_push.auth.tokens import Authenticate
+from trading_push.auth.principal import Authenticate
 from trading_push.endpoints.hypercorn.link import install
 from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service

@@ -16,7 +16,8 @@ import trio
 
 from trading_push import logs
 from trading_push.auth.check import TokenCheck
-from trading_push.auth.tokens import Authenticate, JwtAuthenticator
+from trading_push.auth.principal import Authenticate
+from trading_push.auth.tokens import JwtAuthenticator
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connections.context import Context
 from trading_push.connections.members import Member

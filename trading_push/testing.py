@@ -25,7 +25,7 @@ from typing import Any
 
 import trio
 
-from trading_push.auth.tokens import Principal
+from trading_push.auth.principal import Principal
 from trading_push.connections.connection import Connection
 from trading_push.errors import SendTimeout, TransportClosed
 from trading_push.protocol.frames import PING, payload_of, split

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 from harness.tokens import RSA, SECRET, claims, pem, signed
 
 from trading_push.auth import tokens as auth
-from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
+from trading_push.auth.demo import data_dir, demo_secret
+from trading_push.auth.tokens import JwtAuthenticator, issue_token
 from trading_push.errors import (
     AuthenticationError,
     ConfigurationError,

@@ -9,8 +9,8 @@ from typing import Final
 import trio
 
 from trading_push import logs
+from trading_push.auth.principal import Authenticate, Principal
 from trading_push.auth.revocation import RevokedTokens
-from trading_push.auth.tokens import Authenticate, Principal
 from trading_push.errors import SourceError
 
 __all__ = ["TokenCheck"]

@@ -19,7 +19,8 @@ from typing import Any, Final, NoReturn
 import click
 import trio
 
-from trading_push.auth.tokens import JwtAuthenticator, data_dir, demo_secret, issue_token
+from trading_push.auth.demo import data_dir, demo_secret
+from trading_push.auth.tokens import JwtAuthenticator, issue_token
 from trading_push.client.client import Refused, Unreachable
 from trading_push.errors import (
     AuthenticationError,

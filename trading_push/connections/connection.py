@@ -13,7 +13,7 @@ import time
 import trio
 
 from trading_push import logs
-from trading_push.auth.tokens import Principal
+from trading_push.auth.principal import Principal
 from trading_push.connections import ending
 from trading_push.connections.context import Context
 from trading_push.connections.members import Departure, Member

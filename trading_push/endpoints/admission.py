@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from trading_push import logs
-from trading_push.auth.tokens import Principal
+from trading_push.auth.principal import Principal
 from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError

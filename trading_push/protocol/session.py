@@ -17,7 +17,7 @@ from typing import Final
 import attrs
 from msgspec import UNSET, Raw
 
-from trading_push.auth.tokens import Principal
+from trading_push.auth.principal import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
 from trading_push.protocol import messages
 from trading_push.protocol.messages import Id, ItemResult, Since

@@ -22,8 +22,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from trading_push import logs
+from trading_push.auth.principal import Principal
 from trading_push.auth.revocation import RevokedTokens
-from trading_push.auth.tokens import Principal
 from trading_push.errors import (
     AuthenticationError,
     ErrorCode,

@@ -1,0 +1,68 @@
+"""The secret of the demo, and the directory that it is kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+import platformdirs
+
+from trading_push.errors import ConfigurationError
+from trading_push.settings.validators import SECRET_BYTES
+
+__all__ = ["data_dir", "demo_secret"]
+
+
+def data_dir() -> Path:
+    """The user's data directory for this program; it may not exist yet."""
+    return platformdirs.user_data_path("trading-push", appauthor=False)
+
+
+def demo_secret(directory: Path) -> str:
+    """Read the secret of the demo, or make it when there is none yet.
+
+    It is kept in `directory` with mode 0600. Processes that ask at the same moment get the same
+    one.
+
+    Raises:
+        ConfigurationError: It cannot be made or read, or other users can read it.
+    """
+    path = directory / "jwt-secret"
+    try:
+        if not path.exists():
+            _make_secret(path)
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise ConfigurationError(
+                f"other users can read the demo's secret {str(path)!r}: delete it, and a new one "
+                "is made"
+            )
+        secret = path.read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"cannot keep the demo's secret in {str(path)!r}: {why}; "
+            "set TRADING_PUSH_JWT_SECRET to a random text of 32 bytes or more"
+        ) from error
+    if len(secret) < SECRET_BYTES:
+        raise ConfigurationError(
+            f"the demo's secret {str(path)!r} is damaged: delete it, and a new one is made"
+        )
+    return secret
+
+
+def _make_secret(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        # A link appears whole or not at all, and never replaces another process's secret.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
