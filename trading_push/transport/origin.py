@@ -1,4 +1,4 @@
-"""Which web pages may connect: a handshake's `Origin` (RFC 6454) against the allow list."""
+"""Decide which web pages may connect, by the `Origin` of a handshake (RFC 6454)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from urllib.parse import urlsplit
 
 __all__ = ["is_allowed", "is_origin"]
 
-_HOST: Final = re.compile(r"[a-z0-9._:-]+", re.ASCII)  # a colon in an address of IPv6
+_HOST: Final = re.compile(r"[a-z0-9._:-]+", re.ASCII)  # colons are in IPv6 addresses
 _PORTS: Final = {"http": 80, "https": 443}
 
-Parts = tuple[str, str, int | None]
+# Scheme, host and port; no port where the scheme has no default one.
+_Parts = tuple[str, str, int | None]
 
 
 def is_origin(text: str) -> bool:
-    """Whether it is an origin that can be allowed: scheme://host[:port], `null`, or `*` for all."""
+    """Whether a text can stand in the list: scheme://host[:port], `null`, or `*` for all."""
     return text in ("*", "null") or _parts(text) is not None
 
 
@@ -24,9 +25,9 @@ def is_allowed(origins: Sequence[str], host: str | None, allowed: Collection[str
     """Whether a handshake may go on.
 
     Args:
-        origins: Its `Origin` headers; a browser sends one, and nobody two.
+        origins: Its `Origin` headers. A browser sends one; with several, all must be allowed.
         host: Its `Host` header.
-        allowed: What `is_origin` is true of; empty allows the pages of the same host and port.
+        allowed: Texts that `is_origin` accepts; empty allows the pages of the same host and port.
     """
     if "*" in allowed:
         return True
@@ -34,18 +35,18 @@ def is_allowed(origins: Sequence[str], host: str | None, allowed: Collection[str
 
 
 def _is_one_allowed(origin: str, host: str | None, allowed: Collection[str]) -> bool:
-    if origin == "null":  # a sandboxed frame, a file: anybody's page can be one
+    if origin == "null":  # a sandboxed frame or a file, which any page can be
         return "null" in allowed
     parts = _parts(origin)
     if parts is None:
         return False
     if allowed:
         return any(parts == _parts(each) for each in allowed)
-    # A proxy may end the TLS, so that the scheme of the page is not known to be ours.
+    # Compared by the page's own scheme: a proxy may have ended the TLS.
     return host is not None and _parts(f"{parts[0]}://{host}") == parts
 
 
-def _parts(origin: str) -> Parts | None:
+def _parts(origin: str) -> _Parts | None:
     try:
         split = urlsplit(origin)
         port = split.port
@@ -53,7 +54,7 @@ def _parts(origin: str) -> Parts | None:
         return None
     plain = f"{split.scheme}://{split.netloc}"
     if not split.scheme or not split.hostname or origin.lower() != plain.lower():
-        return None  # a path, a query: no origin
+        return None  # it has a path or a query
     if not _HOST.fullmatch(split.hostname) or "@" in split.netloc:
         return None
     return split.scheme, split.hostname, port if port is not None else _PORTS.get(split.scheme)

@@ -1,4 +1,4 @@
-"""Whose `X-Forwarded-For` is believed: the client's address behind reverse proxies."""
+"""Find the address of a client behind reverse proxies, by `X-Forwarded-For`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Network = IPv4Network | IPv6Network
 
 
 def networks(text: str) -> tuple[Network, ...]:
-    """The networks that a setting names, with blanks between them.
+    """Parse addresses and networks that are separated by spaces.
 
     Raises:
-        ValueError: One of them is no address and no network.
+        ValueError: One of them is neither.
     """
     return tuple(ip_network(each, strict=False) for each in text.split())
 
@@ -24,20 +24,19 @@ def client_address(
 ) -> str:
     """The address of the client itself.
 
-    Each proxy adds to the end of the header the address that it was asked from. So from the end on
-    it is true as long as a trusted proxy has said it, and whatever stands before that was said by
-    somebody whom nobody vouches for.
+    Each proxy appends the address that it was asked from. Read from its end, the header is true as
+    long as a trusted proxy wrote the entry; anyone may have written what stands before.
 
     Args:
         peer: The address at the other end of the connection.
-        headers: The handshake's, names in lower case.
-        trusted: The proxies' own networks.
+        headers: The headers of the handshake, with names in lower case.
+        trusted: The networks of the proxies.
     """
     if not trusted or not _is_trusted(peer, trusted):
         return peer
     values = (value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for")
-    for said in reversed([part for value in values for part in value.split(",")]):
-        address = _address(said.strip())
+    for entry in reversed([part for value in values for part in value.split(",")]):
+        address = _address(entry.strip())
         if address is None:
             break
         peer = address
@@ -56,7 +55,7 @@ def _is_trusted(address: str, trusted: Sequence[Network]) -> bool:
 
 
 def _address(text: str) -> str | None:
-    # Some proxies add the port: 10.0.0.1:4711, [2001:db8::1]:4711.
+    # Some proxies add a port: 10.0.0.1:4711, [2001:db8::1]:4711.
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
