@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from trading_push import logs
-from trading_push.auth.principal import Principal
+from trading_push.auth.principal import Principal, bearer
 from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
@@ -67,7 +67,8 @@ async def admit(
         raise Refused(403, "pages of this origin may not connect: see server.origins")
     if not context.connections.accepting:
         raise Refused(503, "shutting down")
-    token = _bearer(headers)
+    tokens = (bearer(value) for value in _values(headers, b"authorization"))
+    token = next((token for token in tokens if token is not None), None)
     if token is None:
         try:
             seat.hold_unauthenticated(address)
@@ -106,12 +107,3 @@ async def refuse_unread(stream: PushStream) -> None:
 
 def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[str]:
     return [value.decode("latin-1").strip() for name, value in headers if name == wanted]
-
-
-def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, token = value.decode("latin-1").partition(" ")
-            if scheme.lower() == "bearer":
-                return token.strip()
-    return None

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from trading_push import logs
-from trading_push.auth.principal import Principal
+from trading_push.auth.principal import Principal, bearer
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.errors import (
     AuthenticationError,
@@ -182,13 +182,13 @@ class PublishEndpoint:
         return len(values)
 
     async def _principal(self, request: Request) -> Principal:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
+        token = bearer(request.headers.get("authorization", ""))
+        if token is None:
             message = "send Authorization: Bearer with a token that may publish"
             raise _unauthorized(ErrorCode.NOT_AUTHENTICATED, message)
         try:
             with trio.fail_after(self._check_timeout_s):
-                principal = await self._check(token.strip())
+                principal = await self._check(token)
         except AuthenticationError as error:
             raise _unauthorized(error.code, error.message) from None
         except (SourceError, trio.TooSlowError):
