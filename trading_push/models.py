@@ -1,18 +1,60 @@
-"""The shapes of the payloads: balance, positions, PnL, orders, fills and tickers.
+"""The shapes of the payloads (balance, positions, PnL, orders, fills, tickers), and of their parts.
 
-Frozen attrs classes; prices, quantities and amounts are `decimal.Decimal` (decimal strings in plain
-notation on the wire), times are integer milliseconds since the epoch, UTC. They have no slots
-because JSON names the fields in the order of `__dict__`, which slots would lose.
+Frozen attrs classes. Prices, quantities and amounts are `decimal.Decimal`, which `plain_decimal`
+writes on the wire; times are integer milliseconds since the epoch, UTC, which `milliseconds` and
+`now_ms` give. The classes have no slots because msgspec writes the fields of an attrs class in the
+order of its `__dict__`, which slots would lose.
 """
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
-__all__ = ["Balance", "Fill", "Order", "Pnl", "Position", "SymbolPnl", "Ticker"]
+__all__ = [
+    "Balance",
+    "Fill",
+    "Order",
+    "Pnl",
+    "Position",
+    "SymbolPnl",
+    "Ticker",
+    "milliseconds",
+    "now_ms",
+    "plain_decimal",
+]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+
+def plain_decimal(value: Decimal) -> str:
+    """Write a decimal in plain notation, with all of its digits.
+
+    Raises:
+        ValueError: It is not finite.
+    """
+    if not value.is_finite():
+        raise ValueError(f"{value} is not a finite number")
+    return format(value, "f")
+
+
+def milliseconds(moment: datetime) -> int:
+    """Convert a time to milliseconds since the epoch, rounded down; without a zone it is UTC.
+
+    It counts in integers, because a float of seconds would round the last digit.
+    """
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return (aware - _EPOCH) // _MILLISECOND
+
+
+def now_ms() -> int:
+    """Read the clock, in milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
 
 
 @attrs.frozen(slots=False)
@@ -92,10 +134,10 @@ class Fill:
 
 @attrs.frozen(slots=False)
 class Ticker:
-    """The market of one symbol; what its source does not know is None (null on the wire).
+    """The prices of one symbol; what its source does not know is None (null on the wire).
 
-    `open`, `high`, `low`, `volume` and `change` (last - open; `change_pct` in percent of open) are
-    over the window that the source knows; `source_ts` is the source's own time.
+    `open`, `high`, `low`, `volume` and `change` (last - open; `change_pct` in percent of open)
+    cover the window that the source knows; `source_ts` is the source's own time.
     """
 
     symbol: str

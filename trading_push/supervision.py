@@ -1,8 +1,7 @@
-"""Keeps a part of the service running: what raises is told of, and started again after a pause.
+"""Restart a part of the service that fails: report what it raised, wait, and run it again.
 
-A loop of its own, without a library: one that retries has a switch for the whole process, which an
-application's tests turn off, and then the first error would be the end of the part, and with it of
-the service.
+The loop is written here, without a library: retry libraries have a switch for the whole process,
+which an application's tests turn off. The first error would then end the part, and the service.
 """
 
 from __future__ import annotations
@@ -13,12 +12,21 @@ from typing import Final, TypeVar
 
 import trio
 
-__all__ = ["keep_running"]
+__all__ = ["back_off", "keep_running"]
 
 _FIRST_PAUSE_S: Final = 1.0
 _LAST_PAUSE_S: Final = 60.0
 
 _Error = TypeVar("_Error", bound=Exception)
+
+
+def back_off(failures: int, first_s: float, last_s: float) -> float:
+    """Compute the pause after some failures in a row, in seconds.
+
+    It is `first_s` after the first failure, and doubles up to `last_s`.
+    """
+    # The exponent is bounded because a float would overflow after a thousand failures.
+    return min(first_s * 2.0 ** min(max(failures - 1, 0), 100), last_s)
 
 
 async def keep_running(
@@ -30,30 +38,29 @@ async def keep_running(
     last_s: float = _LAST_PAUSE_S,
     jitter_s: float = 0.0,
 ) -> None:
-    """Run until `run` returns; each time it raises, start it again.
+    """Run until `run` returns; each time it raises, start it again after a pause.
 
-    The pause is a second at first and doubles up to a minute; who has run for longer than that
-    begins with a second again. Cancellation ends it at once.
+    The pauses are those of `back_off`; a run that lasted longer than `last_s` starts them anew.
+    Cancellation ends the loop at once.
 
     Args:
-        run: What is to go on.
-        failed: Told the exception, and the seconds until the next start, jitter left out.
-        on: What is answered with another start; anything else is raised.
+        run: The part to keep running.
+        failed: Called with the exception and the seconds until the next start, without the jitter.
+        on: Which exceptions are answered with another start; others are raised.
         first_s: The first pause, in seconds.
-        last_s: The longest pause.
-        jitter_s: How much longer, at random, a pause is at most, so that many do not come back at
-            the same moment.
+        last_s: The longest pause, in seconds.
+        jitter_s: Up to how many random seconds a pause is extended by, so that many parts do not
+            come back at the same moment.
     """
-    next_s = first_s
+    failures = 0
     while True:
         began = trio.current_time()
         try:
             await _run(run, on, failed)
             return
         except on as error:
-            pause_s, next_s = next_s, min(2 * next_s, last_s)
-            if trio.current_time() - began > last_s:
-                pause_s = next_s = first_s
+            failures = 0 if trio.current_time() - began > last_s else failures + 1
+            pause_s = back_off(failures, first_s, last_s)
             failed(error, pause_s)
         await trio.sleep(pause_s + random.uniform(0, jitter_s))
 
@@ -64,8 +71,8 @@ async def _run(
     try:
         await run()
     except BaseExceptionGroup as group:
-        # Cancelled, a nursery in it may raise more than that: the scope that it was cancelled by
-        # must see nothing else, or it would raise the rest where nobody expects it.
+        # A cancelled nursery may raise other exceptions beside Cancelled. The scope that was
+        # cancelled must see nothing else, or it would raise the rest where it is not expected.
         cancelled, rest = group.split(trio.Cancelled)
         if cancelled is None:
             raise

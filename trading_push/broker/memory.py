@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from trading_push.broker.base import Message, Publication, State, Status, StatusChange
 from trading_push.errors import ServiceClosed
+from trading_push.models import now_ms
 from trading_push.topics import Channels, Kind, Topic, symbol_of
 from trading_push.values import now_ms
 

@@ -14,7 +14,7 @@ import trio
 
 from trading_push import logs
 from trading_push.errors import SourceError
-from trading_push.models import Ticker
+from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.ticker_state import DECIMALS
 from trading_push.sources.paper.book import Book

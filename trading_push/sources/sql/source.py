@@ -49,6 +49,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from trading_push.errors import ConfigurationError, SourceError
+from trading_push.models import milliseconds, plain_decimal
 from trading_push.settings.schema import Query
 from trading_push.sources.sql import sqlite_json
 from trading_push.values import milliseconds, plain_decimal
