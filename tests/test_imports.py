@@ -16,7 +16,7 @@ PACKAGE = Path(trading_push.__file__).parent
 
 # Each layer may import from those before it. Within one, no two packages import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "supervision", "values", "lazy"),
+    ("errors", "models", "supervision", "lazy"),
     ("topics", "logs", "transport"),
     ("settings",),
     ("auth", "broker", "sources"),

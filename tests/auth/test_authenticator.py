@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from harness.tokens import RSA, SECRET, claims, pem, signed
 
-from trading_push.auth import tokens as auth
+from trading_push.auth import jwks as jwks_keys
 from trading_push.auth.demo import data_dir, demo_secret
 from trading_push.auth.tokens import JwtAuthenticator, issue_token
 from trading_push.errors import (
@@ -122,11 +122,11 @@ async def test_a_far_future_is_a_finite_number() -> None:
     ("changes", "says"),
     [
         ({"aud": None}, "has no aud"),
-        ({"aud": "other"}, "aud is not ours"),
-        ({"aud": ["other", 5]}, "aud is not ours"),
+        ({"aud": "other"}, "aud is not the configured one"),
+        ({"aud": ["other", 5]}, "aud is not the configured one"),
         ({"iss": None}, "has no iss"),
-        ({"iss": "other"}, "iss is not ours"),
-        ({"iss": ["i"]}, "iss is not ours"),
+        ({"iss": "other"}, "iss is not the configured one"),
+        ({"iss": ["i"]}, "iss is not the configured one"),
     ],
 )
 async def test_audience_and_issuer_where_configured(changes: dict[str, Any], says: str) -> None:
@@ -281,7 +281,7 @@ async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [1]  # not asked again a moment later
     with pytest.raises(AuthenticationError, match="algorithm"):  # which no key could help
         await authenticate(jwt.encode(claims(), SECRET, "HS256", {"kid": "one"}))
-    monkeypatch.setattr(auth, "JWKS_RETRY_S", 0)
+    monkeypatch.setattr(jwks_keys, "RETRY_S", 0)
 
     body[0] = key_set(one=RSA)
     async with trio.open_nursery() as nursery:
@@ -297,7 +297,7 @@ async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> 
         await authenticate(rotated)
     assert refused.value.not_yet  # by then the keys will have been fetched again
     assert asked == [2]  # ids that anyone can invent make us ask only now and then
-    monkeypatch.setattr(auth, "JWKS_COOLDOWN_S", -1)
+    monkeypatch.setattr(jwks_keys, "COOLDOWN_S", -1)
     assert (await authenticate(rotated)).user == "4"
     assert asked == [3]
     invented = jwt.encode(claims(), other, "RS256", {"kid": "nobody's"})
@@ -305,13 +305,13 @@ async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> 
         await authenticate(invented)  # and asked for just now
     assert not refused.value.not_yet
 
-    monkeypatch.setattr(auth, "JWKS_LIFESPAN_S", -1)
+    monkeypatch.setattr(jwks_keys, "LIFESPAN_S", -1)
     for outage in (b"", b"[" * 100_000, b"<html>Log in here</html>", b"SSH-2.0\r\n\r\n"):
         body[0] = outage
         assert (await authenticate(token)).user == "4"  # an outage does not forget what is known
     body[0] = b""
-    monkeypatch.setattr(auth, "JWKS_LIFESPAN_S", 300)
-    monkeypatch.setattr(auth, "JWKS_COOLDOWN_S", 30)
+    monkeypatch.setattr(jwks_keys, "LIFESPAN_S", 300)
+    monkeypatch.setattr(jwks_keys, "COOLDOWN_S", 30)
     for bad in (
         jwt.encode(claims(), RSA, "RS256"),  # which of them is meant?
         jwt.encode(claims(), other, "RS256", {"kid": "one"}),
@@ -378,7 +378,7 @@ def test_a_secret_that_others_can_read_or_that_is_damaged_is_not_used(tmp_path: 
     demo_secret(tmp_path)
     path = tmp_path / "jwt-secret"
     path.chmod(0o640)
-    with pytest.raises(ConfigurationError, match="others can read"):
+    with pytest.raises(ConfigurationError, match="other users can read"):
         demo_secret(tmp_path)
     path.chmod(0o600)
     path.write_text("")

@@ -11,7 +11,6 @@ from trading_push.broker.base import Message, Publication, State, Status, Status
 from trading_push.errors import ServiceClosed
 from trading_push.models import now_ms
 from trading_push.topics import Channels, Kind, Topic, symbol_of
-from trading_push.values import now_ms
 
 __all__ = ["MemoryBroker"]
 

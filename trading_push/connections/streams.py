@@ -17,10 +17,10 @@ from trading_push import logs
 from trading_push.broker.base import Broker, Publication, Status, StatusChange
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import innermost
+from trading_push.models import now_ms
 from trading_push.protocol.payloads import encode_data
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic
-from trading_push.values import now_ms
 
 __all__ = ["SharedStream", "Stream", "Streams"]
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Raw
 
 from trading_push.errors import PayloadError
-from trading_push.values import milliseconds, plain_decimal
+from trading_push.models import milliseconds, plain_decimal
 
 __all__ = ["encode_data"]
 

@@ -17,7 +17,6 @@ import trio
 from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.ticker_state import DECIMALS
-from trading_push.values import now_ms
 
 __all__ = ["SimulatedMarket"]
 

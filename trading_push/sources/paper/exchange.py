@@ -21,7 +21,6 @@ from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
 from trading_push.sources.paper.traders import SYMBOLS, Traders
-from trading_push.values import now_ms
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 

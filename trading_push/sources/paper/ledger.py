@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from trading_push.models import Fill, Ticker
+from trading_push.models import Fill, Ticker, plain_decimal
 from trading_push.sources.paper.book import (
     CURRENCY,
     EXACT,
@@ -21,7 +21,6 @@ from trading_push.sources.paper.book import (
     Holding,
     OpenOrder,
 )
-from trading_push.values import plain_decimal
 
 __all__ = ["Ledger", "last_prices", "plain", "read_tickers"]
 

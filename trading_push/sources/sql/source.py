@@ -52,7 +52,6 @@ from trading_push.errors import ConfigurationError, SourceError
 from trading_push.models import milliseconds, plain_decimal
 from trading_push.settings.schema import Query
 from trading_push.sources.sql import sqlite_json
-from trading_push.values import milliseconds, plain_decimal
 
 __all__ = ["SqlSource", "parse"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trading_push.values import milliseconds, plain_decimal
+from trading_push.models import milliseconds, plain_decimal
 
 
 @given(st.datetimes())
