@@ -1,4 +1,4 @@
-"""What the README prints is run as printed, and its table of settings is the settings."""
+"""What the README and the pages print is run as printed; the table of settings is the settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import trio
 
 from harness import loopback_exchange
 from harness.exchange_server import exchange
-from harness.readme import README, block
+from harness.readme import PAGES, PRINTED, block
 from harness.support import (
     PATIENCE_S,
     SECRET,
@@ -53,17 +53,10 @@ PRINTED_PORT = "127.0.0.1:8000"
 
 
 def test_every_marked_block_is_tested_here():
-    marked = re.findall(r"<!-- tested: (\w+) -->", README)
+    marked = re.findall(r"^<!-- tested: (\w+) -->$", PRINTED, re.M)
     source = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
     assert len(marked) == len(set(marked)) > 0
     assert [name for name in marked if f'block("{name}")' not in source] == []
-
-
-def test_the_table_of_the_benchmark_is_what_it_found():
-    from bench import report
-
-    [table] = re.findall(r"<!-- nox -s bench -- --table -->\n(.*?)\n\n", README, re.S)
-    assert table == report.markdown(report.earlier(TESTS / "bench" / "results"))
 
 
 def test_embedding_and_client_run_as_printed(tmp_path):
@@ -407,7 +400,8 @@ def unit_of(setting: str) -> str:
 
 
 def test_table_of_settings_is_complete_and_right():
-    table = README.split("| setting | default | unit | meaning |", 1)[1].split("\n\n", 1)[0]
+    page = PAGES["docs/configuration.md"]
+    [table] = re.findall(r"<!-- settings -->\n(.*?)\n<!-- end of settings -->", page, re.S)
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     printed = {}
     for name, default, unit, meaning in rows:
