@@ -11,6 +11,7 @@ import asyncio
 import gzip
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pkgutil
@@ -55,6 +56,7 @@ from trading_push import (
     JwtAuthenticator,
     PushService,
     Settings,
+    Statistics,
     Ticker,
     issue_token,
     load_settings,
@@ -395,6 +397,34 @@ def status_reasons() -> set[str]:
 def test_reasons_of_a_status():
     printed = {code(row[0]) for row in rows("docs/protocol.md", "| `reason` | when |")}
     assert printed == status_reasons()
+
+
+def statuses(path: str) -> set[int]:
+    """The HTTP statuses of errors that a file names."""
+    tree = ast.parse((ROOT / "trading_push" / path).read_text(encoding="utf-8"))
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and type(node.value) is int and 400 <= node.value < 600
+    }
+
+
+def test_statuses_of_http():
+    handshake = rows("docs/protocol.md", "| status | when |")
+    assert {int(row[0]) for row in handshake} == statuses("endpoints/admission.py")
+    publish = rows("docs/publishing.md", "| status | when |")
+    assert {int(row[0]) for row in publish} == statuses("web/publish.py") | {200}
+
+
+def test_parameters_and_statistics_of_a_service():
+    parameters = rows("docs/embedding.md", "| parameter | what it is |")
+    assert {code(row[0]) for row in parameters} == set(
+        inspect.signature(open_push_service).parameters
+    )
+    fields = rows("docs/embedding.md", "| field | what it says |")
+    assert {name for row in fields for name in re.findall(r"`(\w+)`", row[0])} == {
+        field.name for field in attrs.fields(Statistics)
+    }
 
 
 def test_notices():
