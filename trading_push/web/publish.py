@@ -116,7 +116,7 @@ class PublishEndpoint:
         )
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request; see the README for what it takes and gives."""
+        """Answer a request; see docs/publishing.md for what it takes and gives."""
         try:
             published = await self._take(request)
         except _Refused as refused:
