@@ -21,7 +21,9 @@ from harness.tokens import signed
 
 from trading_push import JwtAuthenticator, Principal, open_push_service
 from trading_push.client import client as client_module
-from trading_push.client.client import Push, Refused, Unreachable, open_client
+from trading_push.client.client import open_client
+from trading_push.client.ending import Refused, Unreachable
+from trading_push.client.messages import Push
 from trading_push.errors import AuthenticationError, ConfigurationError
 from trading_push.settings.schema import Auth, Limits, Settings
 

@@ -21,7 +21,7 @@ import trio
 
 from trading_push.auth.demo import data_dir, demo_secret
 from trading_push.auth.tokens import JwtAuthenticator, issue_token
-from trading_push.client.client import Refused, Unreachable
+from trading_push.client.ending import Refused, Unreachable
 from trading_push.errors import (
     AuthenticationError,
     ConfigurationError,

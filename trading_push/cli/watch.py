@@ -18,7 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trading_push.client.client import Client, Push, open_client
+from trading_push.client.client import Client, open_client
+from trading_push.client.messages import Push
 from trading_push.errors import TradingPushError
 from trading_push.topics import symbol_of
 

@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
-    from trading_push.client.client import Client, Push, Refused, Unreachable, open_client
+    from trading_push.client.client import Client, open_client
+    from trading_push.client.ending import Refused, Unreachable
+    from trading_push.client.messages import Push
 else:
     __getattr__ = lazy(
         __name__,
         {
-            "client": "Client Push Refused Unreachable open_client",
+            "client": "Client open_client",
+            "ending": "Refused Unreachable",
+            "messages": "Push",
         },
     )
 

@@ -1,21 +1,52 @@
-"""Where a WebSocket is, and the stream to it; for those of us who are clients."""
+"""A WebSocket that we open: its address, its life from connect to close, and what can end it.
+
+The client and the feeds of exchanges both stand on this.
+"""
 
 from __future__ import annotations
 
 import ssl
 import urllib.parse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import attrs
+import h11
 import trio
+import trio_websocket
+import wsproto.utilities
 
 from trading_push.errors import ConfigurationError
 
-__all__ = ["Address"]
+__all__ = ["CLOSE_TIMEOUT_S", "CONNECTION_ERRORS", "Address", "OutboundWebSocket", "first_of"]
+
+CLOSE_TIMEOUT_S: Final = 1.0
+"""How long a polite close waits for the peer's close frame."""
+
+CONNECTION_ERRORS: Final = (
+    OSError,
+    UnicodeError,  # a host name that IDNA refuses
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+    trio_websocket.ConnectionClosed,
+    trio_websocket.HandshakeError,
+    wsproto.utilities.ProtocolError,  # also raised by a ping that comes after our own close
+    h11.ProtocolError,  # a handshake so wrong that trio-websocket fails at answering it
+)
+"""What a network, or a peer that is not the server it should be, can make of a connection."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the first exception of a group, however deep it stands."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 @attrs.frozen
 class Address:
-    """Where a WebSocket is."""
+    """Where a WebSocket server listens, and which resource is asked for."""
 
     host: str
     port: int
@@ -24,14 +55,14 @@ class Address:
 
     @classmethod
     def of(cls, url: str, advice: str) -> Address:
-        """What a URL says.
+        """Parse a URL.
 
         Args:
             url: `ws://` or `wss://`.
-            advice: The error's text.
+            advice: The text of the error.
 
         Raises:
-            ConfigurationError: It is no URL of a WebSocket.
+            ConfigurationError: It is not the URL of a WebSocket.
         """
         try:
             parts = urllib.parse.urlsplit(url)
@@ -46,12 +77,12 @@ class Address:
 
     @property
     def host_header(self) -> str:
-        """What the handshake says."""
+        """The `Host` header of the handshake."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
     async def connect(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
-        """A stream to the address; cancelled, it leaves none open."""
+        """Open a stream to the address; cancellation leaves none open."""
         if not self.tls:
             return await trio.open_tcp_stream(self.host, self.port)
         stream = await trio.open_ssl_over_tcp_stream(
@@ -66,3 +97,96 @@ class Address:
             await trio.aclose_forcefully(stream)
             raise
         return stream
+
+
+class OutboundWebSocket:
+    """One WebSocket connection that we open: connect, talk, close politely.
+
+    Args:
+        address: Where to connect.
+        connect_timeout_s: How long TCP, TLS and the handshake may take together.
+        message_bytes: How long a message of the peer may be.
+        buffered_messages: How many messages are read ahead of who takes them.
+        subprotocols: The subprotocols to ask for.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        connect_timeout_s: float,
+        message_bytes: int,
+        buffered_messages: int = 1,
+        subprotocols: Sequence[str] | None = None,
+    ) -> None:
+        self._address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._message_bytes = message_bytes
+        self._buffered_messages = buffered_messages
+        self._subprotocols = subprotocols
+        # The nursery in which trio-websocket reads; there from the beginning of `run`.
+        self._nursery: trio.Nursery | None = None
+        # What `run` has to close in any case, as soon as it is open.
+        self._stream: trio.abc.Stream | None = None
+        self.socket: trio_websocket.WebSocketConnection | None = None
+        """The connection, once its handshake is done."""
+
+    async def run(self, talk: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        """Talk until `talk` returns or raises or `scope` is cancelled; then close politely.
+
+        The polite close takes `CLOSE_TIMEOUT_S` at most. Cancellation from outside of `scope`
+        drops the connection at once. Nothing stays open in either case.
+
+        Args:
+            talk: Calls `connect`, and uses the connection.
+            scope: Entered around `talk`; cancel it to end the connection politely.
+
+        Raises:
+            BaseExceptionGroup: What `talk` raised, and what trio-websocket's reader did.
+        """
+        try:
+            # trio-websocket reads in this nursery, which has to outlive the polite close.
+            async with trio.open_nursery() as self._nursery:
+                failure: Exception | None = None
+                try:
+                    with scope:
+                        await talk()
+                except Exception as error:
+                    failure = error  # and not out of the nursery yet, which would end the reader
+                if self.socket is not None:
+                    # It would wait without limit for the peer's own close frame.
+                    with trio.move_on_after(CLOSE_TIMEOUT_S):
+                        await self.socket.aclose()
+                self._nursery.cancel_scope.cancel()
+                if failure is not None:
+                    raise failure
+        finally:
+            if self._stream is not None:
+                await trio.aclose_forcefully(self._stream)
+
+    async def connect(
+        self, wrap: Callable[[trio.abc.Stream], trio.abc.Stream] = lambda stream: stream
+    ) -> trio_websocket.WebSocketConnection:
+        """Connect and shake hands; to be called once, by `talk`.
+
+        Args:
+            wrap: Makes the stream that trio-websocket uses of the stream to the server.
+
+        Raises:
+            trio.TooSlowError: It took longer than `connect_timeout_s`.
+            Exception: One of `CONNECTION_ERRORS`.
+        """
+        assert self._nursery is not None
+        with trio.fail_after(self._connect_timeout_s):
+            self._stream = wrap(await self._address.connect())
+            self.socket = await trio_websocket.wrap_client_stream(
+                self._nursery,
+                # It is annotated as a SocketStream, and uses what any Stream has.
+                self._stream,  # type: ignore[arg-type]
+                self._address.host_header,
+                self._address.resource,
+                subprotocols=self._subprotocols,
+                message_queue_size=self._buffered_messages,
+                max_message_size=self._message_bytes,
+            )
+        return self.socket
