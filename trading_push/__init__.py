@@ -13,7 +13,8 @@ from trading_push.lazy import lazy
 if TYPE_CHECKING:
     from trading_push.auth.principal import Authenticate, Principal
     from trading_push.auth.tokens import JwtAuthenticator, issue_token
-    from trading_push.client.client import Push, open_client
+    from trading_push.client.client import open_client
+    from trading_push.client.messages import Push
     from trading_push.endpoints.hypercorn.link import guard_hypercorn
     from trading_push.errors import (
         AuthenticationError,
@@ -61,7 +62,8 @@ else:
         {
             "auth.principal": "Authenticate Principal",
             "auth.tokens": "JwtAuthenticator issue_token",
-            "client.client": "Push open_client",
+            "client.client": "open_client",
+            "client.messages": "Push",
             "errors": (
                 "AuthenticationError CloseCode ConfigurationError ErrorCode LinkError PayloadError "
                 "RequestError SendTimeout ServiceClosed SourceError TradingPushError "

@@ -20,20 +20,21 @@ from harness.support import SECRET, hypercorn_serving, token, until
 from harness.tokens import signed
 
 from trading_push import JwtAuthenticator, Principal, open_push_service
-from trading_push.client import client as client_module
+from trading_push.client import Client, connection, ending
 from trading_push.client.client import open_client
 from trading_push.client.ending import Refused, Unreachable
 from trading_push.client.messages import Push
 from trading_push.errors import AuthenticationError, ConfigurationError
 from trading_push.settings.schema import Auth, Limits, Settings
+from trading_push.transport import outbound
 
 
 @pytest.fixture(autouse=True)
 def _quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr(ending, "BACKOFF_FIRST_S", 0.01)
 
 
-async def take(client: client_module.Client, count: int) -> list[Push]:
+async def take(client: Client, count: int) -> list[Push]:
     return [await anext(client) for _ in range(count)]
 
 
@@ -347,9 +348,9 @@ async def test_the_back_off_begins_anew_after_a_connection_that_lasted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("LASTING_S", "BACKOFF_MOST_S"):
-        monkeypatch.setattr(client_module, name, 0.5, raising=False)
+        monkeypatch.setattr(ending, name, 0.5)
     waited: list[int] = []
-    back_off = client_module._back_off
+    back_off = ending.back_off
 
     def counted(failures: int) -> float:
         waited.append(failures)
@@ -370,7 +371,7 @@ async def test_the_back_off_begins_anew_after_a_connection_that_lasted(
             await trio.sleep(0.6)  # which makes no connection a lasting one
         return "t"
 
-    monkeypatch.setattr(client_module, "_back_off", counted)
+    monkeypatch.setattr(ending, "back_off", counted)
     async with server(script) as url, open_client(url, next_token, channels=["balance"]) as client:
         await take(client, 6)
         assert waited == [1, 2, 3, 1, 2]
@@ -515,7 +516,7 @@ async def test_what_is_no_websocket_server_fails_at_once(answer: bytes, hangs_up
             async with open_client(f"ws://127.0.0.1:{port}/", "t"):
                 pytest.fail("it must not get in")
         nursery.cancel_scope.cancel()
-    assert trio.current_time() - started_at < client_module.CONNECT_TIMEOUT_S
+    assert trio.current_time() - started_at < connection.CONNECT_TIMEOUT_S
 
 
 @pytest.mark.parametrize(
@@ -645,7 +646,7 @@ MADE_UP = {
 async def test_what_our_own_library_makes_of_it_is_not_the_servers_word(
     monkeypatch: pytest.MonkeyPatch, what: str, is_first: bool
 ) -> None:
-    monkeypatch.setattr(client_module, "MESSAGE_BYTES", 50_000)
+    monkeypatch.setattr(connection, "MESSAGE_BYTES", 50_000)
 
     async def script(peer: Peer, number: int) -> None:
         if number or not is_first:
@@ -743,7 +744,7 @@ async def test_leaving_does_not_wait_for_a_server_that_does_not_answer() -> None
             await is_stuck.wait()
             started_at = trio.current_time()
         seconds = trio.current_time() - started_at
-    assert client_module.CLOSE_TIMEOUT_S * 0.9 < seconds < client_module.CLOSE_TIMEOUT_S + 2
+    assert outbound.CLOSE_TIMEOUT_S * 0.9 < seconds < outbound.CLOSE_TIMEOUT_S + 2
 
 
 @pytest.mark.parametrize("point", ["connecting", "authenticating", "reading"])
@@ -790,8 +791,8 @@ async def test_cancellation_leaves_nothing_behind(point: str) -> None:
 
 
 def test_the_back_off_grows_to_a_bound_and_is_never_the_same_for_all() -> None:
-    waits = [client_module._back_off(n) for n in range(1, 5000)]
-    assert all(0 < wait <= client_module.BACKOFF_MOST_S for wait in waits)
-    assert waits[0] <= client_module.BACKOFF_FIRST_S
+    waits = [ending.back_off(n) for n in range(1, 5000)]
+    assert all(0 < wait <= ending.BACKOFF_MOST_S for wait in waits)
+    assert waits[0] <= ending.BACKOFF_FIRST_S
     assert len(set(waits[-20:])) > 1
-    assert min(waits[-20:]) >= client_module.BACKOFF_MOST_S / 2
+    assert min(waits[-20:]) >= ending.BACKOFF_MOST_S / 2
