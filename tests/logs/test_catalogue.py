@@ -65,12 +65,10 @@ def _is_maker(function: ast.expr) -> bool:
 
 
 def _text_taken_out(function: ast.expr) -> str | None:
-    """The event of `CATALOGUE["event"][language].format`."""
+    """The event of `template("event").format`."""
     match function:
         case ast.Attribute(
-            value=ast.Subscript(
-                value=ast.Subscript(value=ast.Name(id="CATALOGUE"), slice=ast.Constant(value=event))
-            ),
+            value=ast.Call(func=ast.Name(id="template"), args=[ast.Constant(value=event)]),
             attr="format",
         ):
             return str(event)
@@ -176,7 +174,7 @@ def test_lines_are_made_in_no_other_way():
         ("def f():\n e = 'a' if x else 'b'\n line(e, x=1)", [("a", "x"), ("b", "x")]),
         ("def f():\n e, m = 'a', 1\n line(e, x=m)", [("a", "x")]),
         ("def f():\n d = {'x': 1, 'y': 2}\n line('a', z=1, **d)", [("a", "xyz")]),
-        ("CATALOGUE['a'][1].format(x=1)", [("a", "x")]),
+        ("template('a').format(x=1)", [("a", "x")]),
         ("headline('a', x=1); other.line('a', x=1)", []),
     ],
 )
