@@ -56,7 +56,7 @@ class _Application:
             except* Exception as errors:
                 # Hypercorn would serve on without us: this ends the worker, and its parent, which
                 # starts a new one only for a worker that ends in order.
-                logs.emit(logs.line("service_failed", error=errors)._replace(exception=errors))
+                logs.emit(logs.traced("service_failed", errors))
                 context = worker()
                 if self._endpoint is None or context is None:
                     await send({"type": "lifespan.startup.failed", "message": str(errors)})

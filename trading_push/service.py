@@ -244,7 +244,9 @@ class PushService:
 
         To have the clients told of the end, `drain` the service before it is cancelled.
         """
-        await native.serve(self.context, host, port, ssl_context, task_status)
+        listeners = await native.listen(host, port)
+        task_status.started(listeners)
+        await native.serve(self.context, listeners, ssl_context)
 
     def kick(
         self,
@@ -373,8 +375,7 @@ class PushService:
         def failed(error: Exception, delay: float) -> None:
             self._failures[part] += 1
             inner = innermost(error)
-            line = logs.line("part_failed", part=part, error=inner, delay=delay)
-            logs.emit(line._replace(exception=inner))
+            logs.emit(logs.traced("part_failed", inner, part=part, delay=delay))
 
         await keep_running(run, failed)
 

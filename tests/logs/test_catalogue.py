@@ -19,7 +19,7 @@ import trading_push
 from trading_push.logs import CATALOGUE
 
 PACKAGE = Path(trading_push.__file__).parent
-MAKER = "line"  # `line(...)`, `logs.line(...)`
+MAKERS = {"line": 1, "traced": 2}  # `line(...)`, `logs.line(...)`, and their positional arguments
 # Fields that a call may give and the texts do not name.
 MORE = {"fetch_failed": {"suppressed"}}  # made by one call with `fetch_failed_again`
 
@@ -45,12 +45,16 @@ def emitted_by(source: str, name: str) -> Iterator[Emitted]:
 
 def _emitted(node: ast.AST, name: str, within: list[Function]) -> Iterator[Emitted]:
     if isinstance(node, Function):
+        if node.name in MAKERS:  # what it is called with is read where it is called
+            return
         within = [*within, node]
     if isinstance(node, ast.Call):
         at = f"{name}:{node.lineno}"
-        if _is_maker(node.func):
-            assert len(node.args) == 1, f"{at}: a line has one event"
+        if (maker := _maker(node.func)) is not None:
+            assert len(node.args) == MAKERS[maker], f"{at}: a line has one event"
             fields = frozenset(_keywords(node, at, within))
+            if maker == "traced":  # which is given the error
+                fields |= {"error"}
             yield from (Emitted(at, event, fields) for event in _texts(node.args[0], at, within))
         elif (event := _text_taken_out(node.func)) is not None:
             yield Emitted(at, event, frozenset(_keywords(node, at, within)))
@@ -58,10 +62,10 @@ def _emitted(node: ast.AST, name: str, within: list[Function]) -> Iterator[Emitt
         yield from _emitted(child, name, within)
 
 
-def _is_maker(function: ast.expr) -> bool:
-    if isinstance(function, ast.Attribute):
-        return function.attr == MAKER and ast.unparse(function.value).endswith("logs")
-    return isinstance(function, ast.Name) and function.id == MAKER
+def _maker(function: ast.expr) -> str | None:
+    if isinstance(function, ast.Attribute) and ast.unparse(function.value).endswith("logs"):
+        return function.attr if function.attr in MAKERS else None
+    return function.id if isinstance(function, ast.Name) and function.id in MAKERS else None
 
 
 def _text_taken_out(function: ast.expr) -> str | None:

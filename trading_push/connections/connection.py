@@ -274,11 +274,7 @@ class Connection:
 
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
         error = innermost(errors)
-        logs.emit(
-            logs.line("internal_error", address=self._transport.peer, error=error)._replace(
-                exception=error
-            )
-        )
+        logs.emit(logs.traced("internal_error", error, address=self._transport.peer))
         self._final_frames.append(self._internal_error())
         self._end(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
@@ -292,8 +288,7 @@ class Connection:
         except TransportClosed:
             pass  # the peer went first
         except Exception as error:
-            line = logs.line("internal_error", address=self._transport.peer, error=error)
-            logs.emit(line._replace(exception=error))
+            logs.emit(logs.traced("internal_error", error, address=self._transport.peer))
 
     # --- receiving -------------------------------------------------------------------------
 

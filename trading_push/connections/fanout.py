@@ -183,8 +183,6 @@ def _decide(
 
 
 def _drop(transport: Transport, error: Exception) -> None:
-    logs.emit(
-        logs.line("internal_error", address=transport.peer, error=error)._replace(exception=error)
-    )
+    logs.emit(logs.traced("internal_error", error, address=transport.peer))
     with suppress(Exception):
         transport.abort()

@@ -148,7 +148,7 @@ class Registry:
             try:
                 await self._work()
             except BaseException as error:
-                logs.emit(line("registry_died", error=error)._replace(exception=error))
+                logs.emit(logs.traced("registry_died", error))
                 raise
             finally:
                 self._closed = self._ended = True

@@ -60,8 +60,7 @@ class Streams:
         def failed(error: Exception, delay: float) -> None:
             self.failures += 1
             inner = innermost(error)
-            line = logs.line("stream_failed", channel=name, error=inner, delay=delay)
-            logs.emit(line._replace(exception=inner))
+            logs.emit(logs.traced("stream_failed", inner, channel=name, delay=delay))
             tell(_FAILED)
 
         async def once() -> None:

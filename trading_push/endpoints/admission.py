@@ -83,8 +83,7 @@ async def admit(
     except (SourceError, trio.TooSlowError):
         raise Refused(503, "the token cannot be checked now") from None
     except Exception as error:  # the application's own code: one trace, one answer
-        line = logs.line("internal_error", address=address, error=error)
-        logs.emit(line._replace(exception=error))
+        logs.emit(logs.traced("internal_error", error, address=address))
         raise Refused(500, "an error in the server; try again later") from None
     if not context.connections.accepting:  # while the token was being checked, the end has come
         raise Refused(503, "shutting down")

@@ -213,8 +213,7 @@ class AsgiEndpoint:
             try:
                 await self._http(scope, receive, send)
             except Exception as error:  # Starlette has answered 500; a server's own log is not ours
-                line = logs.line("internal_error", address=_peer(scope), error=error)
-                logs.emit(line._replace(exception=error))
+                logs.emit(logs.traced("internal_error", error, address=_peer(scope)))
         else:
             await _answer(send, "http.response", Refused(404, "there is nothing here"))
 

@@ -29,7 +29,7 @@ from trading_push.transport.base import Close, Writer, decoder_of, most_fragment
 from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap
 
-__all__ = ["NativeTransport", "handle_stream", "serve"]
+__all__ = ["NativeTransport", "handle_stream", "listen", "serve"]
 
 _BACKLOG: Final = 4096
 
@@ -277,16 +277,15 @@ async def _serve(
             await transport.close(CloseCode.SERVICE_RESTART, "service restart")
 
 
+async def listen(host: str, port: int) -> list[trio.SocketListener]:
+    """Listen; raises OSError if the address cannot be listened on."""
+    return await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
+
+
 async def serve(
-    context: Context,
-    host: str,
-    port: int,
-    ssl_context: ssl.SSLContext | None,
-    task_status: trio.TaskStatus[list[trio.SocketListener]],
+    context: Context, listeners: list[trio.SocketListener], ssl_context: ssl.SSLContext | None
 ) -> None:
-    """Listen, and serve every connection, until cancelled; see `PushService.serve_native`."""
-    listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
-    task_status.started(listeners)
+    """Serve every connection of some listeners until cancelled, over TLS with `ssl_context`."""
 
     async def handle(stream: trio.SocketStream) -> None:
         if ssl_context is None:

@@ -7,7 +7,7 @@ from trading_push.lazy import lazy
 if TYPE_CHECKING:
     from trading_push.logs.catalogue import CATALOGUE, set_language
     from trading_push.logs.emitter import emit, emit_pushed, enabled
-    from trading_push.logs.lines import Line, close_line, escape, failure, line
+    from trading_push.logs.lines import Line, close_line, escape, failure, line, traced
     from trading_push.logs.output import JsonFormatter, SafeFormatter, attached
 else:
     __getattr__ = lazy(
@@ -15,7 +15,7 @@ else:
         {
             "catalogue": "CATALOGUE set_language",
             "emitter": "emit emit_pushed enabled",
-            "lines": "Line close_line escape failure line",
+            "lines": "Line close_line escape failure line traced",
             "output": "JsonFormatter SafeFormatter attached",
         },
     )
@@ -34,4 +34,5 @@ __all__ = [
     "failure",
     "line",
     "set_language",
+    "traced",
 ]

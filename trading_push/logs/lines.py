@@ -19,6 +19,7 @@ __all__ = [
     "line",
     "one_line",
     "safe_str",
+    "traced",
     "without_tokens",
 ]
 
@@ -62,6 +63,11 @@ def line(event: str, **fields: Any) -> Line:
             limit = ERROR_LENGTH if name in ("error", "path") else FIELD_LENGTH
             fields[name] = escape(safe_str(value), limit)
     return Line(event, fields)
+
+
+def traced(event: str, error: BaseException, **fields: Any) -> Line:
+    """A line that tells of a bug, or of what an application's code raised, with its stack trace."""
+    return line(event, error=error, **fields)._replace(exception=error)
 
 
 def close_line(code: int, reason: str, *, ours: bool) -> Line:

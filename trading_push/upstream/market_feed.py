@@ -84,8 +84,7 @@ class MarketFeed:
             tell(symbol)
         except Exception as error:  # an application's own code: nobody else is to suffer
             self.failures += 1
-            line = logs.line("feed_failed_at", symbol=symbol, error=error)
-            logs.emit(line._replace(exception=error))
+            logs.emit(logs.traced("feed_failed_at", error, symbol=symbol))
 
     def update(self, tickers: Sequence[Ticker]) -> None:
         """Take the newest value of some symbols."""

@@ -196,8 +196,7 @@ class PublishEndpoint:
             raise _Refused(503, ErrorCode.INTERNAL, message) from None
         except Exception as error:  # the application's own code: one trace, one answer
             address = request.client.host if request.client else "-"
-            line = logs.line("internal_error", address=address, error=error)
-            logs.emit(line._replace(exception=error))
+            logs.emit(logs.traced("internal_error", error, address=address))
             message = "an error in the server; try again later"
             raise _Refused(500, ErrorCode.INTERNAL, message) from None
         self._refuse_ended(principal)
