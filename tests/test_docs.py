@@ -191,9 +191,7 @@ def test_each_name_of_the_package_can_be_imported():
 # What pages name and the tree does not have yet. When the long files are split and the tests stand
 # in folders, what is still missing is a name to correct in the page: then remove this.
 AWAITED = {
-    "trading_push/client/ending.py",
     "trading_push/settings/consistency.py",
-    "trading_push/upstream/fetching.py",
 }
 
 

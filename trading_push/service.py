@@ -42,9 +42,9 @@ from trading_push.topics import (
     symbol_of,
 )
 from trading_push.transport.proxies import networks
-from trading_push.upstream.interest import Session
+from trading_push.upstream.fetching import FetchContext
+from trading_push.upstream.interest import SessionFactory
 from trading_push.upstream.lifecycle import Upstream
-from trading_push.upstream.poller import FetchContext
 from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
@@ -65,7 +65,7 @@ class PushService:
         authenticate: Authenticate,
         channels: Channels,
         fetch_context: FetchContext,
-        user_session: Session | None,
+        user_session: SessionFactory | None,
         on_leave: Callable[[Member], None],
     ) -> None:
         self._settings = settings
@@ -420,7 +420,7 @@ async def open_push_service(
     authenticate: Authenticate | None = None,
     channels: Iterable[Channel] = (),
     fetch_context: FetchContext = nullcontext,
-    user_session: Session | None = None,
+    user_session: SessionFactory | None = None,
     on_leave: Callable[[Member], None] = lambda member: None,
 ) -> AsyncIterator[PushService]:
     """Run a push service while the context is open.

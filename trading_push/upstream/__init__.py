@@ -1,1 +1,1 @@
-"""From a source to the broker: who is asked for, when, and what becomes of the answers."""
+"""From a source to the broker: who is asked for and when, one call of a source, and its answers."""

@@ -1,7 +1,7 @@
-"""What the pollers were answered, published: what comes at about the same time goes together.
+"""Publish together the answers that come at about the same time.
 
-A user's types are due at the same times, so that their answers come within moments of each other.
-Published together, they reach each connection in one write.
+The data types of one user are due at the same times, so that their answers come within moments of
+each other. Published together, they reach each connection in one write.
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ import trio
 from trading_push.broker.base import Broker, Status
 from trading_push.topics import Topic
 
-__all__ = ["Answers", "Taker"]
+__all__ = ["Batcher", "ChangeDetector"]
 
 _SLICE_S: Final = 0.0002
+"""For how long the event loop is held before other tasks have their turn."""
 _MANY: Final = 16
 """An answer for fewer users is not worth waiting for others."""
 _GATHER_S: Final = 0.02
 
 
-class Taker(Protocol):
-    """Who has asked."""
+class ChangeDetector(Protocol):
+    """Knows what was published before; the poller that asked."""
 
-    def take(self, user: str, answer: Any | None, now: float) -> tuple[Topic, bytes] | Topic | None:
-        """What becomes of an answer that has come now, by trio's clock.
+    def detect_change(
+        self, user: str, answer: Any | None, now: float
+    ) -> tuple[Topic, bytes] | Topic | None:
+        """Compare an answer, which has come now, with what was published before.
+
+        Args:
+            user: Whose answer it is.
+            answer: What the source gave; None where it has nothing to say.
+            now: The time on trio's clock.
 
         Returns:
             A topic and its new value; the topic alone where it is unchanged; None where there is
@@ -38,15 +46,18 @@ class Taker(Protocol):
 
 
 @attrs.define(eq=False)
-class _Answer:
-    taker: Taker
+class _Submission:
+    """The answers of one call, until they have been published."""
+
+    detector: ChangeDetector
     users: Sequence[str]
     answers: Mapping[str, Any | None]
     published: bool = False
     error: Exception | None = None
+    """What the answers themselves made `detect_change` raise."""
 
 
-class Answers:
+class Batcher:
     """Publishes answers in slices, so that the event loop is never held for all of them at once.
 
     Args:
@@ -55,20 +66,21 @@ class Answers:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        # Held by the one who publishes everything that waits.
         self._turn = trio.Lock()
-        self._waiting: list[_Answer] = []
+        self._waiting: list[_Submission] = []
 
-    async def publish(
-        self, taker: Taker, users: Sequence[str], answers: Mapping[str, Any | None]
+    async def submit(
+        self, detector: ChangeDetector, users: Sequence[str], answers: Mapping[str, Any | None]
     ) -> None:
-        """Publish what has changed for some users, together with others' answers.
+        """Publish what has changed for some users, together with the answers that wait as well.
 
-        Cancelled before its turn, nothing of it has been published, else all.
+        Cancelled before its turn, nothing of it has been published; else all of it.
 
         Raises:
-            Exception: The answer itself is of no use; the others' are published all the same.
+            Exception: The answers themselves cannot be used; others' are published all the same.
         """
-        mine = _Answer(taker, users, answers)
+        mine = _Submission(detector, users, answers)
         self._waiting.append(mine)
         try:
             if len(users) >= _MANY:
@@ -84,8 +96,9 @@ class Answers:
         if mine.error is not None:
             raise mine.error
 
-    async def _publish(self, waiting: Sequence[_Answer]) -> None:
-        by_user: dict[str, list[_Answer]] = {}
+    async def _publish(self, waiting: Sequence[_Submission]) -> None:
+        # User by user, so that all of a user's topics are in the same slice.
+        by_user: dict[str, list[_Submission]] = {}
         for each in waiting:
             each.published = True
             for user in each.users:
@@ -94,20 +107,21 @@ class Answers:
         unchanged: list[Topic] = []
         until = time.perf_counter() + _SLICE_S
         now = trio.current_time()
-        for user, given in by_user.items():
-            for each in given:
+        for user, submissions in by_user.items():
+            for each in submissions:
                 if each.error is not None:
                     continue
-                try:  # whatever a source has given: it is nobody else's trouble
-                    taken = each.taker.take(user, each.answers.get(user), now)
+                try:  # a source may have given anything, which must not trouble the others
+                    found = each.detector.detect_change(user, each.answers.get(user), now)
                 except Exception as error:
                     each.error = error
                     continue
-                if isinstance(taken, Topic):
-                    unchanged.append(taken)
-                elif taken is not None:
-                    changed.append(taken)
+                if isinstance(found, Topic):
+                    unchanged.append(found)
+                elif found is not None:
+                    changed.append(found)
             if time.perf_counter() > until:
+                # The slice is over: publish it, and let other tasks run.
                 self._hand_on(changed, unchanged)
                 changed, unchanged = [], []
                 await trio.lowlevel.checkpoint()

@@ -1,8 +1,8 @@
-"""Who is watched upstream: it begins with a topic's first watcher, and ends a while after the last.
+"""Start upstream work for a topic when its first watcher arrives; stop it when the last has left.
 
-A page that is loaded again must not start everything anew: so a topic is held for a linger after
-its last watcher has gone. With a user's first topic a session of theirs is opened, and with the
-first user the watch over the source begins.
+It stops only after a linger, because a page that is loaded again must not start everything anew.
+With a user's first topic the session of that user is opened, and with the first user the watch over
+the source begins.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from trading_push.errors import SourceError
 from trading_push.supervision import keep_running
 from trading_push.topics import Topic
 
-__all__ = ["Demand", "Session"]
+__all__ = ["Interest", "SessionFactory"]
 
-Session = Callable[[str], AbstractAsyncContextManager[Any]]
-"""Takes a user's id; see `sources.base.SessionSource.session`."""
+SessionFactory = Callable[[str], AbstractAsyncContextManager[Any]]
+"""Opens the session of a user, by the user's id; see `sources.base.SessionSource.session`."""
 
 _JITTER_S: Final = 0.5
-"""So that the sessions of all users, cut at the same moment, do not all come back at another."""
+"""Keeps the sessions of all users, cut at the same moment, from coming back all at once."""
 _CLOSE_S: Final = 1.0
 """How long a session may take to close before it is cancelled."""
 
@@ -36,38 +36,40 @@ class _User:
     """A user with a topic that is held."""
 
     topics: dict[Topic, None] = attrs.field(factory=dict)
-    session: _Session | None = None
+    session: _UserSession | None = None
 
 
-class _Session:
-    """What is held open for a user, or is about to be."""
+class _UserSession:
+    """The session of one user: about to be opened, open, or closing."""
 
     def __init__(self) -> None:
         self.is_open = False
-        self.waits_for: _Session | None = None
-        """The one before, which has not ended."""
+        self.waits_for: _UserSession | None = None
+        """The user's session before this one, which has not ended yet."""
         self.released = trio.Event()
+        """Set when the session is to close."""
         self.ended = trio.Event()
-        # A cancelled service closes sessions in order, too.
+        """Set when it has closed; the next one of the user may open then."""
         self.scope = trio.CancelScope(shield=True)
+        """Around the session; shielded, so that a cancelled service closes it in order, too."""
 
     def release(self) -> None:
-        """Let it close, within its time."""
+        """Let the session close, within `_CLOSE_S`."""
         self.released.set()
         self.scope.deadline = trio.current_time() + _CLOSE_S
 
 
-class Demand:
+class Interest:
     """Turns the comings and goings of watchers into work upstream.
 
     Args:
-        linger_s: How long a topic is held after its last watcher has gone.
-        begin: Called with a topic that is held from now on, when its user's session is open.
+        linger_s: How long a topic is held after its last watcher has left.
+        begin: Called with a topic that is held from now on, once its user's session is open.
         end: Called with a topic that is no longer held, or whose user's session has failed.
-        failed: Told whose session has failed (None: it was the watch), the exception, and the
-            seconds until the next try.
-        session: Held open for each user; None for nothing.
-        watch: Run while any user is held; None for nothing.
+        failed: Called with whose session has failed (None where it was the watch), the exception,
+            and the seconds until the next try.
+        session: What is held open for each user, if anything.
+        watch: What is run while any user is held, if anything.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Demand:
         begin: Callable[[Topic], None],
         end: Callable[[Topic], None],
         failed: Callable[[str | None, Exception, float], None],
-        session: Session | None = None,
+        session: SessionFactory | None = None,
         watch: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._linger_s = linger_s
@@ -86,13 +88,21 @@ class Demand:
         self._failed = failed
         self._session = session
         self._watch = watch
+        # The topics that are watched, or linger.
         self._held: set[Topic] = set()
-        self._leaving: dict[Topic, float] = {}  # until when they are held, the next one first
+        # Until when the topics that linger are held, the next one first.
+        self._leaving: dict[Topic, float] = {}
+        # The users with a topic that is held.
         self._users: dict[str, _User] = {}
-        self._sessions: dict[str, _Session] = {}  # the last of each user that has not ended
+        # The last session of each user that has not ended; it may outlive its user's entry above.
+        self._sessions: dict[str, _UserSession] = {}
+        # Set while there is a user.
         self._anybody = trio.Event()
+        # Cancelled when the last user has left; None while the watch does not run.
         self._watching: trio.CancelScope | None = None
+        # Where sessions run; None before `run` and after its end has begun.
         self._nursery: trio.Nursery | None = None
+        # Set when a topic begins to linger.
         self._wake = trio.Event()
 
     def holds(self, topic: Topic) -> bool:
@@ -100,7 +110,7 @@ class Demand:
         return topic in self._held
 
     def watched(self, topic: Topic, watched: bool) -> None:
-        """A topic's first watcher has come, or its last one has gone; synchronous."""
+        """Note that a topic's first watcher has arrived, or its last one has left; synchronous."""
         if not watched:
             self._leaving[topic] = trio.current_time() + self._linger_s
             self._wake.set()
@@ -117,7 +127,7 @@ class Demand:
             user = self._users[topic.user] = _User()
             self._anybody.set()
             if self._session is not None and self._nursery is not None:
-                user.session = _Session()
+                user.session = _UserSession()
                 self._nursery.start_soon(self._keep_open, topic.user, user.session, user.topics)
         user.topics[topic] = None
         if user.session is None or user.session.is_open:
@@ -140,13 +150,14 @@ class Demand:
                 self._watching.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Work until cancelled; every session has been left then, within a second."""
+        """Work until cancelled; then every session is closed, within `_CLOSE_S`."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             if self._watch is not None:
                 nursery.start_soon(self._watch_while_held)
             task_status.started()
             try:
+                # Let go of each topic whose linger is over.
                 while True:
                     with trio.move_on_at(next(iter(self._leaving.values()), math.inf)):
                         await self._wake.wait()
@@ -156,7 +167,7 @@ class Demand:
                         del self._leaving[topic]
                         self._let_go(topic)
             finally:
-                self._nursery = None  # who comes while the service ends has nothing opened
+                self._nursery = None  # for a user who comes from now on nothing is opened
                 for user in self._users.values():
                     if user.session is not None:
                         user.session.release()
@@ -169,14 +180,15 @@ class Demand:
                 continue
             with trio.CancelScope() as self._watching:
                 await keep_running(self._watch, partial(self._failed, None))
-                await trio.sleep_forever()  # it has nothing more to tell
+                await trio.sleep_forever()  # the watch has returned: it has nothing more to tell
             self._watching = None
 
-    async def _keep_open(self, user: str, session: _Session, topics: Iterable[Topic]) -> None:
+    async def _keep_open(self, user: str, session: _UserSession, topics: Iterable[Topic]) -> None:
         session.waits_for = self._sessions.get(user)
         self._sessions[user] = session
         try:
             with session.scope:
+                # Sessions of one user never overlap.
                 while session.waits_for is not None:
                     await session.waits_for.ended.wait()
                     # That one may have been cancelled while it waited itself.
@@ -194,7 +206,7 @@ class Demand:
                 else:
                     self._sessions[user] = session.waits_for
 
-    async def _open(self, user: str, session: _Session, topics: Iterable[Topic]) -> None:
+    async def _open(self, user: str, session: _UserSession, topics: Iterable[Topic]) -> None:
         assert self._session is not None
         if session.released.is_set():
             return
@@ -207,7 +219,7 @@ class Demand:
             if not session.released.is_set():
                 raise SourceError("it has ended by itself")
         finally:
-            # It may have ended by itself, with an exception: nothing is asked meanwhile.
+            # It may have ended by itself, with an exception: nothing is asked until it is open.
             session.is_open = False
             for topic in topics:
                 self._end(topic)

@@ -24,10 +24,11 @@ from trading_push.errors import PayloadError, innermost
 from trading_push.settings.schema import Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
 from trading_push.topics import Channels, Topic, symbol_of
-from trading_push.upstream.batcher import Answers
-from trading_push.upstream.interest import Demand, Session
+from trading_push.upstream.batcher import Batcher
+from trading_push.upstream.fetching import FetchContext
+from trading_push.upstream.interest import Interest, SessionFactory
 from trading_push.upstream.market_feed import MarketFeed
-from trading_push.upstream.poller import FetchContext, Poller
+from trading_push.upstream.poller import Poller
 
 __all__ = ["Publish", "Upstream"]
 
@@ -63,7 +64,7 @@ class Upstream:
         settled: Callable[[Sequence[Topic]], None],
         publish: Publish,
         fetch_context: FetchContext,
-        user_session: Session | None,
+        user_session: SessionFactory | None,
     ) -> None:
         limits = settings.limits
         self.failures: Counter[str] = Counter()
@@ -75,7 +76,7 @@ class Upstream:
         # Since when the topics that nobody watches are idle, on trio's clock.
         self._idle_since: dict[Topic, float] = {}
         self._ending = False
-        batcher = Answers(broker)
+        batcher = Batcher(broker)
         for channel in channels if source is not None else ():
             if channel.interval_s is not None:
                 assert source is not None
@@ -87,14 +88,14 @@ class Upstream:
                     limits,
                     settled=settled,
                     context=fetch_context,
-                    answers=batcher,
+                    batcher=batcher,
                 )
         self.feed: MarketFeed | None = None
         """The market feed, where there is one."""
         if feed is not None:
             market = settings.market
             self.feed = MarketFeed(feed, broker, market.max_hz, market.stale_after_s)
-        self.interest = Demand(
+        self.interest = Interest(
             limits.watch_linger_s,
             begin=self._begin,
             end=self._end,
@@ -212,7 +213,7 @@ class _Changes:
                 logs.emit(logs.line("publish_failed", channel=value[0], error=error))
 
 
-def _sessions(source: Source | None, user_session: Session | None) -> Session | None:
+def _sessions(source: Source | None, user_session: SessionFactory | None) -> SessionFactory | None:
     """The application's session of a user, and within it the source's."""
     factories = [user_session] if user_session is not None else []
     if isinstance(source, SessionSource):

@@ -1,7 +1,7 @@
-"""The market feed: each symbol's latest value, published at most so many times a second.
+"""Publish the latest ticker of each symbol, at most so many times a second.
 
-A source of tickers may be far faster than anybody reads; all symbols that changed since the last
-time go out in one batch.
+A source of tickers may be far faster than anyone can read. All symbols that have changed since the
+last time go out in one batch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from trading_push.topics import Topic, ticker_topic
 
 __all__ = ["MarketFeed"]
 
-# Ten publications must not fall into one second even where they are not evenly delivered.
 _MARGIN = 1.03
+"""Lengthens the period, so that uneven delivery brings no publication too many into a second."""
 
 
 class MarketFeed:
@@ -34,7 +34,7 @@ class MarketFeed:
         feed: Where tickers come from.
         broker: Where they are published.
         max_hz: How often a second a symbol is published at most.
-        stale_after_s: After how long without an update a symbol is said to be stale.
+        stale_after_s: How long a symbol may go without an update before it is stale.
     """
 
     def __init__(
@@ -43,38 +43,45 @@ class MarketFeed:
         self.failures = 0
         """How often the feed has raised since the start."""
         self._feed = feed
+        # The feed again, where it wants to be told what is watched; and what is.
         self._watched_feed = feed if isinstance(feed, WatchedFeed) else None
         self._watched: set[str] = set()
         self._broker = broker
         self._period_s = _MARGIN / max_hz
         self._stale_after_s = stale_after_s
+        # The last ticker of each symbol, and which are still to be published.
         self._latest: dict[str, Ticker] = {}
         self._changed: dict[str, None] = {}
-        self._heard: dict[str, float] = {}  # when each live symbol was last updated, oldest first
-        self._to_tell: dict[str, str] = {}  # which symbols are stale from now on, and why
-        self._told_stale: set[str] = set()
-        self._told_unusable: set[str] = set()
+        # When each live symbol was last updated, on trio's clock, the oldest first.
+        self._heard: dict[str, float] = {}
+        # Which symbols are to be marked stale at the next publication, and the reason.
+        self._newly_stale: dict[str, str] = {}
+        # Which were logged as stale, until they are live again.
+        self._logged_stale: set[str] = set()
+        # Which were logged as unusable, once for the life of the service.
+        self._logged_unusable: set[str] = set()
+        # Set when there is something to publish.
         self._wake = trio.Event()
 
     def watch(self, symbol: str) -> None:
-        """A symbol's first watcher has come."""
+        """Tell the feed that a symbol's first watcher has arrived."""
         if self._watched_feed is not None:
             self._watched.add(symbol)
             self._tell_feed(self._watched_feed.watch, symbol)
 
     def unwatch(self, symbol: str) -> bool:
-        """A symbol's last watcher has gone; who comes next is told that the value is old.
+        """Tell the feed that a symbol's last watcher has left; from now on the value is stale.
 
         Returns:
-            Whether nothing more comes of the symbol.
+            Whether nothing more comes of the symbol: False for a feed that gives all it has.
         """
         if self._watched_feed is None:
             return False
         self._watched.discard(symbol)
         self._tell_feed(self._watched_feed.unwatch, symbol)
-        for kept in (self._changed, self._heard, self._to_tell):
+        for kept in (self._changed, self._heard, self._newly_stale):
             kept.pop(symbol, None)
-        self._told_stale.discard(symbol)
+        self._logged_stale.discard(symbol)
         if self._latest.pop(symbol, None) is not None:
             self._broker.mark([ticker_topic(symbol)], Status("stale", "not_watched"))
         return True
@@ -82,7 +89,7 @@ class MarketFeed:
     def _tell_feed(self, tell: Callable[[str], None], symbol: str) -> None:
         try:
             tell(symbol)
-        except Exception as error:  # an application's own code: nobody else is to suffer
+        except Exception as error:  # the application's own code must not end anything else
             self.failures += 1
             logs.emit(logs.traced("feed_failed_at", error, symbol=symbol))
 
@@ -92,19 +99,19 @@ class MarketFeed:
         for ticker in tickers:
             symbol = ticker.symbol
             if self._watched_feed is not None and symbol not in self._watched:
-                continue  # on its way when it was unwatched
+                continue  # it was under way when the symbol was unwatched
             self._latest[symbol] = ticker
             self._changed[symbol] = None
             self._heard.pop(symbol, None)
             self._heard[symbol] = now
-            self._to_tell.pop(symbol, None)
+            self._newly_stale.pop(symbol, None)
         self._wake.set()
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
-        """Symbols stand still: said of each, after what is still to be published."""
+        """Mark symbols that stand still, after what is still to be published of them."""
         for symbol in list(self._latest) if symbols is None else symbols:
             if symbol in self._latest:
-                self._to_tell[symbol] = reason
+                self._newly_stale[symbol] = reason
                 self._heard.pop(symbol, None)
         self._wake.set()
 
@@ -143,6 +150,7 @@ class MarketFeed:
         self.stale("feed_error")
 
     def _publish(self) -> None:
+        # What has changed since the last time, encoded.
         batch: list[tuple[Topic, bytes]] = []
         unchanged: list[Topic] = []
         for symbol in self._changed:
@@ -150,29 +158,30 @@ class MarketFeed:
             try:
                 data = encode_data(self._latest[symbol])
             except PayloadError as error:
-                self._say_unusable(symbol, error)
-                self._to_tell[symbol] = "unusable"
+                self._log_unusable(symbol, error)
+                self._newly_stale[symbol] = "unusable"
                 continue
             last = self._broker.snapshot(topic)
             if last is None or last.data != data:
                 batch.append((topic, data))
             else:
                 unchanged.append(topic)
-        recovered = self._told_stale.intersection(self._changed) - self._to_tell.keys()
-        self._told_stale -= recovered
+        # Values first, then what is stale after them; each turn is logged once.
+        recovered = self._logged_stale.intersection(self._changed) - self._newly_stale.keys()
+        self._logged_stale -= recovered
         for symbol in sorted(recovered):
             logs.emit(logs.line("symbol_recovered", symbol=symbol))
         self._changed.clear()
         self._broker.mark(unchanged, Status("live"))
         self._broker.publish(batch)
-        for symbol, reason in self._to_tell.items():
+        for symbol, reason in self._newly_stale.items():
             self._broker.mark([ticker_topic(symbol)], Status("stale", reason))
-            if symbol not in self._told_stale:
+            if symbol not in self._logged_stale:
                 logs.emit(logs.line("symbol_stale", symbol=symbol))
-        self._told_stale.update(self._to_tell)
-        self._to_tell.clear()
+        self._logged_stale.update(self._newly_stale)
+        self._newly_stale.clear()
 
-    def _say_unusable(self, symbol: str, error: PayloadError) -> None:
-        if symbol not in self._told_unusable:
-            self._told_unusable.add(symbol)
+    def _log_unusable(self, symbol: str, error: PayloadError) -> None:
+        if symbol not in self._logged_unusable:
+            self._logged_unusable.add(symbol)
             logs.emit(logs.line("ticker_unusable", symbol=symbol, error=error))
