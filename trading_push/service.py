@@ -6,11 +6,10 @@ import math
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
-import attrs
 import msgspec
 import trio
 
@@ -26,12 +25,11 @@ from trading_push.connections.roster import Peer
 from trading_push.connections.streams import SharedStream, Stream
 from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
-from trading_push.endpoints.hypercorn.server import guard
 from trading_push.errors import CloseCode, ServiceClosed, innermost
 from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
-from trading_push.statistics import Latest, Statistics
+from trading_push.statistics import Latest, Statistics, collect
 from trading_push.supervision import keep_running
 from trading_push.topics import (
     BUILTIN_CHANNELS,
@@ -39,7 +37,6 @@ from trading_push.topics import (
     Channels,
     Kind,
     Topic,
-    symbol_of,
 )
 from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
@@ -306,35 +303,7 @@ class PushService:
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""
-        counts = self._registry.counts()
-        return Statistics(
-            users_online=self._registry.users_online(),
-            connections=self._registry.connections,
-            subscribers_by_data_type={
-                name: count for name, count in counts.items() if symbol_of(name) is None
-            },
-            subscribers_by_symbol={
-                symbol: count
-                for name, count in counts.items()
-                if (symbol := symbol_of(name)) is not None
-            },
-            topics=self._broker.states(),
-            ledger=attrs.evolve(self._registry.ledger),
-            streams=self.context.streams.running,
-            failing_fetches=self._upstream.failing_fetches,
-            failures={part: count for part, count in self._all_failures() if count},
-            connections_stopped=guard.stopped + self.context.connections.stopped,
-            connections_refused=guard.refused + self.context.seats.refused,
-            connections_reaped=guard.reaped,
-        )
-
-    def _all_failures(self) -> Iterator[tuple[str, int]]:
-        yield from self._failures.items()
-        yield from self._upstream.failures.items()
-        yield "clean-up", self._registry.cleanup_failures
-        yield "streams", self.context.streams.failures
-        if self._upstream.feed is not None:
-            yield "feed", self._upstream.feed.failures
+        return collect(self.context, self._upstream, self._failures)
 
     @property
     def limits(self) -> Limits:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 import msgspec
 
 from trading_push.broker.base import State, Status
+from trading_push.connections.context import Context
 from trading_push.connections.members import Ledger
+from trading_push.endpoints.hypercorn.server import guard
+from trading_push.topics import symbol_of
+from trading_push.upstream.lifecycle import Upstream
 
-__all__ = ["Latest", "Statistics"]
+__all__ = ["Latest", "Statistics", "collect"]
 
 
 @attrs.frozen
@@ -59,3 +65,34 @@ class Latest:
     ts: int
     age_s: float
     status: Status
+
+
+def collect(context: Context, upstream: Upstream, failures: Mapping[str, int]) -> Statistics:
+    """Take the statistics of a service; `failures` are those of its parts."""
+    registry = context.registry
+    counts = registry.counts()
+    every_failure = {
+        **failures,
+        **upstream.failures,
+        "clean-up": registry.cleanup_failures,
+        "streams": context.streams.failures,
+        "feed": 0 if upstream.feed is None else upstream.feed.failures,
+    }
+    return Statistics(
+        users_online=registry.users_online(),
+        connections=registry.connections,
+        subscribers_by_data_type={
+            name: count for name, count in counts.items() if symbol_of(name) is None
+        },
+        subscribers_by_symbol={
+            symbol: count for name, count in counts.items() if (symbol := symbol_of(name))
+        },
+        topics=context.broker.states(),
+        ledger=attrs.evolve(registry.ledger),
+        streams=context.streams.running,
+        failing_fetches=upstream.failing_fetches,
+        failures={part: count for part, count in every_failure.items() if count},
+        connections_stopped=guard.stopped + context.connections.stopped,
+        connections_refused=guard.refused + context.seats.refused,
+        connections_reaped=guard.reaped,
+    )

@@ -7,7 +7,6 @@ more), every task of the nursery ended, the leave posted, the transport closed.
 from __future__ import annotations
 
 import math
-import random
 import time
 
 import trio
@@ -23,8 +22,6 @@ from trading_push.connections.subscription import Subscription
 from trading_push.errors import (
     AuthenticationError,
     CloseCode,
-    ErrorCode,
-    RequestError,
     SendTimeout,
     ServiceClosed,
     SourceError,
@@ -49,7 +46,6 @@ __all__ = ["Connection"]
 # Trio makes a name for each task anew where it is given none.
 _RECEIVER = "trading_push.connections.connection.Connection._receive_loop"
 _SENDER = "trading_push.connections.subscription.Subscription.run"
-_RECONNECT_AFTER_MS = (500, 3000)
 
 
 class Connection:
@@ -201,9 +197,7 @@ class Connection:
         What is still pending goes out first, then the notice and 1012.
         """
         self._flushing = not self.closed
-        # Not all at once: who comes back is spread over a few seconds.
-        notice = messages.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS))
-        self.stop(CloseCode.SERVICE_RESTART, "service restart", messages.encode(notice))
+        self.stop(CloseCode.SERVICE_RESTART, "service restart", ending.shutdown_notice())
 
     def look_after(self, now: float) -> float:
         """Ping a silent peer, end one that stays so, and tell of a token's end; synchronous.
@@ -275,7 +269,7 @@ class Connection:
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
         error = innermost(errors)
         logs.emit(logs.traced("internal_error", error, address=self._transport.peer))
-        self._final_frames.append(self._internal_error())
+        self._final_frames.append(ending.internal_error(self._session.request_id))
         self._end(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
     async def _close_transport(self, close: Close) -> None:
@@ -335,9 +329,9 @@ class Connection:
         except AuthenticationError as error:
             await self._refuse(request_id, error)
         except trio.TooSlowError:
-            await self.send([self._internal_error()])
+            await self.send([ending.internal_error(self._session.request_id)])
         except SourceError:  # no token is to blame; a session goes on as it was
-            await self.send([self._internal_error()])
+            await self.send([ending.internal_error(self._session.request_id)])
             if self._session.principal is None:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
@@ -355,11 +349,6 @@ class Connection:
         with trio.fail_after(self._context.limits.authentication_timeout_s):
             return await self._context.tokens.principal(token)
 
-    def _internal_error(self) -> bytes:
-        internal = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
-        reply = messages.error_reply(self._session.request_id, internal)
-        return frames.frame(messages.encode(reply))
-
     async def _refuse(self, request_id: messages.Id, error: AuthenticationError) -> None:
         for action in self._session.refused(request_id, error):
             await self._carry_out(action)
@@ -373,8 +362,14 @@ class Connection:
         except AuthenticationError as error:  # while the handshake was under way
             await self._refuse(request_id, error)
             return False
-        if first and not self._take_seat(principal.user):
-            return False
+        if first:
+            if self.closed:
+                return False
+            try:
+                self._seat.hold_user(principal.user, self)
+            except NoSeat as error:
+                self.stop(CloseCode.CONNECTION_LIMIT, str(error))
+                return False
         before = self._session.principal
         actions = self._session.authenticated(request_id, principal)
         if first:
@@ -391,16 +386,6 @@ class Connection:
             self._context.heartbeat.add(self, self._tell_expiry_at())
         for action in actions:
             await self._carry_out(action)
-        return True
-
-    def _take_seat(self, user: str) -> bool:
-        if self.closed:
-            return False
-        try:
-            self._seat.hold_user(user, self)
-        except NoSeat as error:
-            self.stop(CloseCode.CONNECTION_LIMIT, str(error))
-            return False
         return True
 
     # --- what its subscriptions ask of it: see `subscriber.Carrier` ------------------------

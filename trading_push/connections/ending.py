@@ -1,13 +1,24 @@
-"""How a connection is closed where no close frame of its peer has said so."""
+"""How a connection is closed if its peer has sent no close frame, and the last words to it."""
 
 from __future__ import annotations
 
+import random
 from typing import Final
 
-from trading_push.errors import CloseCode, SendTimeout, TransportClosed
+from trading_push.errors import CloseCode, ErrorCode, RequestError, SendTimeout, TransportClosed
+from trading_push.protocol import frames, messages
 from trading_push.transport.base import ABNORMAL, Close
 
-__all__ = ["RESTART", "at_cancellation", "at_deadline", "of_transport"]
+__all__ = [
+    "RESTART",
+    "at_cancellation",
+    "at_deadline",
+    "internal_error",
+    "of_transport",
+    "shutdown_notice",
+]
+
+_RECONNECT_AFTER_MS: Final = (500, 3000)
 
 RESTART: Final = Close(CloseCode.SERVICE_RESTART, "service restart", ours=True)
 """The service ends."""
@@ -34,3 +45,14 @@ def at_cancellation(gone: bool | None) -> Close:
     False, and not None) is it the server itself that ends.
     """
     return RESTART if gone is False else ABNORMAL
+
+
+def shutdown_notice() -> bytes:
+    """The last message before the service ends, with a time to come back that differs for each."""
+    return messages.encode(messages.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS)))
+
+
+def internal_error(request_id: messages.Id) -> bytes:
+    """The frame of the reply to a request that the server has failed at."""
+    error = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
+    return frames.frame(messages.encode(messages.error_reply(request_id, error)))
