@@ -85,6 +85,13 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def settings(session: nox.Session) -> None:
+    """Write the table of settings and the sample file, which mirror trading_push/settings."""
+    session.install("-e", ".")
+    session.run("python", "-m", "trading_push.settings.reference", str(ROOT))
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, its ASYNC rules among others, and flake8-async, which knows more of trio."""
     session.install("ruff == 0.17.*", "flake8 == 7.*", "flake8-async == 26.*")

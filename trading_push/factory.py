@@ -12,8 +12,9 @@ from trading_push.auth.principal import Authenticate
 from trading_push.auth.tokens import JwtAuthenticator
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
-from trading_push.settings import import_string as named
-from trading_push.settings.schema import Auth, Ccxt, Database, Function, Http, Settings
+from trading_push.settings import import_string
+from trading_push.settings.schema import Auth, Settings
+from trading_push.settings.sources import Ccxt, Database, Function, Http
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
@@ -161,13 +162,13 @@ async def _paper_exchange(
 
 
 def _functions(fetch: str, settings: Function) -> Source:
-    asked = named.function("function.fetch", fetch)
+    asked = import_string.function("function.fetch", fetch)
     many = None
     if settings.fetch_many is not None:
-        many = named.function("function.fetch_many", settings.fetch_many)
+        many = import_string.function("function.fetch_many", settings.fetch_many)
     if settings.flask_app is None:
         return FunctionSource(asked, fetch_many=many)
-    app = named.flask_app("function.flask_app", settings.flask_app)
+    app = import_string.flask_app("function.flask_app", settings.flask_app)
     return FlaskSource(app, asked, fetch_many=many)
 
 

@@ -402,8 +402,8 @@ async def open_push_service(
         channels: The application's own, after balance, positions, pnl, orders and fills.
         fetch_context: A context manager factory, opened anew round each call of the source.
         user_session: Takes a user's id, returns an async context manager: entered when the user's
-            first watcher comes, left when the last one has gone, after `limits.watch_linger_s`; for
-            an upstream session, say. Nothing is fetched for the user while it is not open. What it
+            first watcher comes, left `polling.watch_linger_s` after the last one has gone; for an
+            upstream session, say. Nothing is fetched for the user while it is not open. What it
             raises is logged, and it is entered again after a growing delay. To leave it may take a
             second, also when the service is cancelled.
         on_leave: Called for each connection that has left; what it raises is logged.

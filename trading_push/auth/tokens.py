@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from trading_push.auth.jwks import Jwks
 from trading_push.auth.principal import USER_CHARACTERS, Principal, is_user
 from trading_push.errors import AuthenticationError, ConfigurationError
+from trading_push.settings.consistency import check_auth
 from trading_push.settings.schema import Auth
 from trading_push.settings.validators import SECRET_BYTES
 
@@ -47,25 +48,13 @@ class JwtAuthenticator:
         # One of the two: keys that are fetched, or the only key.
         self._jwks: Jwks | None = None
         self._key: PublicKey | jwt.PyJWK | None = None
-        by_public_key = settings.public_key_file is not None or settings.jwks_url is not None
+        check_auth(settings)
         if settings.algorithm == "HS256":
-            if by_public_key:
-                raise ConfigurationError(
-                    "auth has a public key, and auth.algorithm is HS256, which has none: "
-                    "set auth.algorithm to RS256, ES256 or EdDSA"
-                )
             self._key = _prepared(_hmac_key(secret))
-        elif settings.public_key_file is not None and settings.jwks_url is not None:
-            raise ConfigurationError("set auth.public_key_file or auth.jwks_url, not both")
         elif settings.jwks_url is not None:
             self._jwks = Jwks(settings.jwks_url)
         elif settings.public_key_file is not None:
             self._key = _public_key(settings.public_key_file, settings.algorithm)
-        else:
-            raise ConfigurationError(
-                f"auth.algorithm is {settings.algorithm}: "
-                "set auth.public_key_file or auth.jwks_url to the key that tokens are checked with"
-            )
 
     async def __call__(self, token: str) -> Principal:
         """Check a token and return its principal.

@@ -1,4 +1,4 @@
-"""The settings: what they are, how they are checked, and how they are read."""
+"""The settings: their definitions, how they are loaded and how they are checked."""
 
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Limits,
         Log,
         Market,
+        Polling,
         Query,
         Server,
         Settings,
@@ -26,7 +27,8 @@ else:
         {
             "loading": "load_settings",
             "schema": (
-                "Auth Ccxt Database Function Http Intervals Limits Log Market Query Server Settings"
+                "Auth Ccxt Database Function Http Intervals Limits Log Market Polling Query Server "
+                "Settings"
             ),
         },
     )
@@ -41,6 +43,7 @@ __all__ = [
     "Limits",
     "Log",
     "Market",
+    "Polling",
     "Query",
     "Server",
     "Settings",

@@ -1,4 +1,4 @@
-"""An application's objects by their names `module:attribute`, as a configuration gives them."""
+"""Import an application's objects by their names `module:attribute`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def resolve(setting: str, name: str) -> Any:
     """Import what `module:attribute` names; the current directory can be imported from.
 
     Args:
-        setting: Which setting names it, for the message of an error.
+        setting: The setting that names it, for the message of an error.
+        name: The name.
 
     Raises:
         ConfigurationError: There is no such module or attribute, or the import raises.
     """
     if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # a script's path begins with the directory of the script
+        sys.path.insert(0, os.getcwd())  # for a script, sys.path begins with the script's directory
     module_name, _, attributes = name.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -49,10 +50,10 @@ def resolve(setting: str, name: str) -> Any:
 
 
 def function(setting: str, name: str) -> Any:
-    """The function that `module:attribute` names.
+    """Import a function.
 
     Raises:
-        ConfigurationError: As `resolve`, or it is no function.
+        ConfigurationError: As `resolve`, or it is not a function.
     """
     found = resolve(setting, name)
     if not callable(found):
@@ -63,10 +64,10 @@ def function(setting: str, name: str) -> Any:
 
 
 def flask_app(setting: str, name: str) -> Any:
-    """The Flask application that `module:attribute` names, or that the function of the name makes.
+    """Import a Flask application, or the function that makes it.
 
     Raises:
-        ConfigurationError: As `resolve`; the function raises, or there is no application.
+        ConfigurationError: As `resolve`; or the function raises, or gives something else.
     """
     found = resolve(setting, name)
     if isinstance(found, type) or (callable(found) and not hasattr(found, "app_context")):
@@ -83,7 +84,7 @@ def flask_app(setting: str, name: str) -> Any:
 
 
 def _raised(setting: str, what: str, error: BaseException) -> ConfigurationError:
-    """What an application's code raised, and where, in one line."""
+    """Tell in one line what an application's code raised, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     here = os.path.join(os.getcwd(), "")
     own = [each for each in frames if each.filename.startswith(here)] or frames

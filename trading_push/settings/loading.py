@@ -1,142 +1,126 @@
-"""The settings put together from defaults < TOML file < environment < flags."""
+"""Load the settings: defaults < TOML file < environment < flags."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import attrs
 import typed_settings
 from typed_settings.converters import TSConverter
 from typed_settings.dict_utils import set_path
 from typed_settings.exceptions import ConfigFileNotFoundError, TsError
-from typed_settings.loaders import EnvLoader, Loader, TomlFormat
+from typed_settings.loaders import Loader, TomlFormat
 from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionList, SettingsDict
 
 from trading_push.errors import ConfigurationError
-from trading_push.settings.schema import Intervals, Query, Settings
+from trading_push.logs.lines import ERROR_LENGTH, one_line
+from trading_push.settings.consistency import DATA_TYPES, check
+from trading_push.settings.schema import MOVED, Settings
+from trading_push.settings.sources import Query
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings"]
 
-ENVIRONMENT_PREFIX = "TRADING_PUSH_"
-_CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
-# These begin like a setting and are none: which file to read, and the token of `watch`.
-_OTHER_VARIABLES = (
+ENVIRONMENT_PREFIX: Final = "TRADING_PUSH_"
+_CONFIG_VARIABLE: Final = ENVIRONMENT_PREFIX + "CONFIG"
+# These begin like a setting and are none: the file to read, the token of `watch`, and whether an
+# unknown Hypercorn may be used.
+_OTHER_VARIABLES: Final = (
     _CONFIG_VARIABLE,
     ENVIRONMENT_PREFIX + "TOKEN",
     ENVIRONMENT_PREFIX + "UNGUARDED",
 )
-_DATA_TYPES = tuple(field.name for field in attrs.fields(Intervals))
+
+_logger: Final = logging.getLogger("trading_push.settings")
 
 
 def load_settings(*, config: Path | None, flags: Mapping[str, Any]) -> Settings:
-    """Put the settings together: defaults < TOML file < environment < flags.
+    """Load the settings: defaults < TOML file < environment < flags.
+
+    A setting that was given by an old name is used, and a WARNING names the new one.
 
     Args:
         config: The TOML file; None reads the one that `TRADING_PUSH_CONFIG` names, if any.
             Relative paths in it start at its own directory.
-        flags: Values by setting (`server.port`), as text or as they are; None is "not given".
+        flags: Values by setting (`server.port`), as text or in their own types; None is "not
+            given".
 
     Raises:
-        ConfigurationError: One line with where a value came from, what is wrong and what to do.
+        ConfigurationError: One line that says where a value came from, what is wrong and what to
+            do.
     """
     if config is None and os.environ.get(_CONFIG_VARIABLE):
         config = Path(os.environ[_CONFIG_VARIABLE])
-    # click_options() would read the files while it decorates, and --config could not work: the
-    # flags are one more loader instead.
-    loaders: list[Loader] = [_load_environment, _FlagLoader(flags)]
+    # click_options() would read the files while it decorates, and --config could not work. So the
+    # flags are one more loader.
+    names = _Names()
+    loaders: list[Loader] = [_EnvironmentLoader(names), _FlagLoader(names, flags)]
     if config is not None:
-        loaders.insert(0, _FileLoader(config))
+        loaders.insert(0, _FileLoader(names, config))
     try:
         settings = typed_settings.load_settings(
             Settings, loaders, converter=TSConverter(resolve_paths=False)
         )
-    except TsError as error:  # pragma: no cover - what the loaders let through, nothing known
+    except TsError as error:  # pragma: no cover - nothing known gets past the loaders
         raise ConfigurationError(" ".join(str(error).split())) from error
-    _check_accounts(settings)
-    _check_market(settings)
+    names.check()
+    check(settings)
+    names.warn()
     return settings
 
 
-def _check_accounts(settings: Settings) -> None:
-    """What does not go together of the places that accounts are read from."""
-    database, http = settings.database, settings.http
-    function, ccxt = settings.function, settings.ccxt
-    places = {
-        "database.url": database.url,
-        "database.path": database.path,
-        "http.url": http.url,
-        "function.fetch": function.fetch,
-        "ccxt.credentials_file": ccxt.credentials_file,
-        "ccxt.credentials": ccxt.credentials,
-    }
-    given = [name for name, value in places.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigurationError(
-            f"{given[0]} and {given[1]} are both set: keep the one to read accounts from"
-        )
-    if database.notify_channel is not None and database.url is None:
-        raise ConfigurationError(
-            "database.notify_channel is set without database.url: set the url of a PostgreSQL "
-            "database, or remove the channel"
-        )
-    if http.url is None and http.batch_url is not None:
-        raise ConfigurationError("http.batch_url is set without http.url: give that one as well")
-    if database.url is not None and not database.queries:
-        raise ConfigurationError(
-            "database.url is set without queries: write a table [database.queries.NAME] with the "
-            f"sql of each data type ({', '.join(_DATA_TYPES)}) in the configuration file"
-        )
-    for name in ("fetch_many", "flask_app"):
-        if getattr(function, name) is not None and function.fetch is None:
-            raise ConfigurationError(
-                f"function.{name} is set without function.fetch: name the function that reads "
-                "one user's data"
-            )
+class _Names:
+    """The names by which settings were given, of which some are old."""
 
+    def __init__(self) -> None:
+        self._given: set[str] = set()  # paths
+        self._old: dict[str, tuple[str, str, str]] = {}  # by old path: both names, and the place
 
-def _check_market(settings: Settings) -> None:
-    """What does not go together of the market, and of an exchange that may be both."""
-    market, ccxt = settings.market, settings.ccxt
-    if market.tape is not None and market.feed != "simulated":
-        raise ConfigurationError(
-            f"market.tape and market.feed = {market.feed!r} are both set: keep the one to take "
-            "tickers from"
-        )
-    if market.url is not None and market.feed not in ("binance", "bybit"):
-        raise ConfigurationError(
-            "market.url is set without an exchange: set market.feed to binance or bybit"
-        )
-    has_keys = ccxt.credentials_file is not None or ccxt.credentials is not None
-    if ccxt.exchange is None and (has_keys or market.feed == "ccxt"):
-        what = "ccxt.credentials" if has_keys else "market.feed = 'ccxt'"
-        raise ConfigurationError(
-            f"{what} is set without ccxt.exchange: name the exchange that it is for"
-        )
-    if ccxt.exchange is not None and not has_keys and market.feed != "ccxt":
-        raise ConfigurationError(
-            "ccxt.exchange is set and not used: give ccxt.credentials_file to read accounts there, "
-            "or set market.feed to ccxt"
-        )
-    if ccxt.exchange is not None and ccxt.timeout_s >= settings.limits.fetch_timeout_s:
-        raise ConfigurationError(
-            f"ccxt.timeout_s is {ccxt.timeout_s}: give less than limits.fetch_timeout_s"
-        )
+    def path_of(self, path: str, where: str, old_name: str = "", new_name: str = "") -> str:
+        """Note that a setting was given, and return its present path.
+
+        Args:
+            path: The path that it was given by.
+            where: The place that it was given in, for the warning.
+            old_name: How it is called there; by default its path.
+            new_name: How it must be called there.
+        """
+        self._given.add(path)
+        if path not in MOVED:
+            return path
+        self._old[path] = (old_name or path, new_name or MOVED[path], where)
+        return MOVED[path]
+
+    def check(self) -> None:
+        """Refuse a setting that was given by both of its names, in whatever places."""
+        for path in self._old:
+            if MOVED[path] in self._given:
+                raise ConfigurationError(
+                    f"{path} and {MOVED[path]} are both set: keep {MOVED[path]}"
+                )
+
+    def warn(self) -> None:
+        """Log one WARNING for each old name."""
+        for old, new, where in self._old.values():
+            text = f"{where}: {old} is now called {new}: rename it"
+            _logger.warning("%s", one_line(text, ERROR_LENGTH))
 
 
 class _FileLoader:
-    """The settings of one TOML file, which must be there and hold nothing unknown."""
+    """Load one TOML file, which must exist and hold nothing unknown."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, names: _Names, path: Path) -> None:
+        self._names = names
         self._path = path
 
     def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
         path = self._path
         try:
-            # Without a section: with one, a mistyped section would be passed over in silence.
+            # Without a section: with one, a mistyped section would be ignored in silence.
             raw = TomlFormat(None)(path, settings_cls, options)
         except ConfigFileNotFoundError as error:
             raise ConfigurationError(
@@ -150,36 +134,51 @@ class _FileLoader:
         known = {option.path: option for option in options}
         settings: SettingsDict = {}
         for name, value in _flatten(raw, known, str(path)):
-            set_path(
-                settings, name, _checked(known[name], value, str(path), path.parent.absolute())
-            )
+            option = known[self._names.path_of(name, str(path))]
+            checked = _checked(option, value, name, str(path), path.parent.absolute())
+            set_path(settings, option.path, checked)
         return LoadedSettings(settings, LoaderMeta(self))
 
 
-def _load_environment(settings_cls: type, options: OptionList) -> LoadedSettings:
-    """The settings from the environment, which must name nothing unknown with our prefix."""
-    loader = EnvLoader(ENVIRONMENT_PREFIX)
-    known = {loader.get_envvar(option): option for option in options}
-    settings: SettingsDict = {}
-    for name, value in os.environ.items():
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in _OTHER_VARIABLES:
-            continue
-        if name not in known:
-            hint = _hint(name, [*known, *_OTHER_VARIABLES])
-            raise ConfigurationError(
-                f"the environment variable {name} is no setting{hint or ': unset it'}"
-            )
-        if not value:
-            raise ConfigurationError(f"{name} is empty: give it a value, or unset it")
-        option = known[name]
-        set_path(settings, option.path, _checked(option, _parsed(option, value), name, Path.cwd()))
-    return LoadedSettings(settings, LoaderMeta("environment"))
+class _EnvironmentLoader:
+    """Load the environment, in which no variable with the prefix may be unknown."""
+
+    def __init__(self, names: _Names) -> None:
+        self._names = names
+
+    def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
+        known = {_variable(option.path): option for option in options}
+        moved = {_variable(old): old for old in MOVED}
+        settings: SettingsDict = {}
+        for name, value in os.environ.items():
+            if not name.startswith(ENVIRONMENT_PREFIX) or name in _OTHER_VARIABLES:
+                continue
+            if name not in known and name not in moved:
+                hint = _hint(name, [*known, *_OTHER_VARIABLES])
+                raise ConfigurationError(
+                    f"the environment variable {name} is no setting{hint or ': unset it'}"
+                )
+            if not value:
+                raise ConfigurationError(f"{name} is empty: give it a value, or unset it")
+            given = moved[name] if name in moved else known[name].path
+            new_name = _variable(MOVED.get(given, given))
+            self._names.path_of(given, "environment", name, new_name)
+            option = known[new_name]
+            parsed = _parsed(option, value)
+            set_path(settings, option.path, _checked(option, parsed, given, name, Path.cwd()))
+        return LoadedSettings(settings, LoaderMeta("environment"))
+
+
+def _variable(path: str) -> str:
+    """The environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + path.replace(".", "_").upper()
 
 
 class _FlagLoader:
-    """The settings that the command line gave."""
+    """Load what the command line gave."""
 
-    def __init__(self, flags: Mapping[str, Any]) -> None:
+    def __init__(self, names: _Names, flags: Mapping[str, Any]) -> None:
+        self._names = names
         self._flags = flags
 
     def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
@@ -188,24 +187,25 @@ class _FlagLoader:
         for name, value in self._flags.items():
             if value is None:
                 continue
-            if name not in known:
+            if name not in known and name not in MOVED:
                 raise ConfigurationError(
                     f"command line: there is no setting {name!r}{_hint(name, known)}"
                 )
-            option = known[name]
+            option = known[self._names.path_of(name, "command line")]
             parsed = _parsed(option, value) if isinstance(value, str) else value
-            set_path(settings, name, _checked(option, parsed, "command line", Path.cwd()))
+            checked = _checked(option, parsed, name, "command line", Path.cwd())
+            set_path(settings, option.path, checked)
         return LoadedSettings(settings, LoaderMeta(self))
 
 
 def _flatten(
     raw: Mapping[str, Any], known: Collection[str], where: str, section: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """The settings of a parsed file with their whole names; an unknown one is refused."""
+    """Give each value of a parsed file with its whole name; refuse an unknown one."""
     sections = {name.rpartition(".")[0] for name in known} - {""}
     for key, value in raw.items():
         name = f"{section}{key}"
-        if name in known:
+        if name in known or name in MOVED:
             yield name, value
         elif name not in sections:
             raise ConfigurationError(
@@ -221,7 +221,7 @@ def _flatten(
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    """`: did you mean ...?`, or nothing where nothing is alike."""
+    """Make `: did you mean ...?`, or nothing if no name is similar."""
     last = name.rpartition(".")[2]
     alike = [other for other in known if other.rpartition(".")[2] == last]
     alike = alike or difflib.get_close_matches(name, known, n=1)
@@ -229,9 +229,9 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def _parsed(option: OptionInfo, value: str) -> Any:
-    """A text as the number or the switch it stands for; the text itself where it is none.
+    """Read a text as the number or switch that it stands for, or leave it a text.
 
-    What stays a text here is refused by the setting's own check.
+    The setting's validator refuses what should not have stayed a text.
     """
     switches = {"true": True, "yes": True, "on": True, "1": True}
     switches |= {"false": False, "no": False, "off": False, "0": False}
@@ -247,30 +247,37 @@ def _parsed(option: OptionInfo, value: str) -> Any:
     return value
 
 
-def _checked(option: OptionInfo, value: Any, where: str, base: Path) -> Any:
-    """The value in the type of its setting, after the check of that setting.
+def _checked(option: OptionInfo, value: Any, name: str, where: str, base: Path) -> Any:
+    """Check a value by its setting's validator, before typed-settings sees it.
 
-    typed-settings would make 9.7 the port 9 and `true` the number 1, and would say a secret aloud
-    in its messages: so each value is checked before it gets there.
+    typed-settings would make 9.7 the port 9 and `true` the number 1, and would show secrets in its
+    messages.
+
+    Args:
+        option: The setting.
+        value: The value, which is returned in the setting's type.
+        name: The name that the setting was given by.
+        where: The place that it was given in.
+        base: The directory that a relative path starts at.
     """
     if Path in get_args(option.cls) and isinstance(value, str) and value:
         try:
             value = base / Path(value).expanduser()
         except RuntimeError as error:
-            raise ConfigurationError(f"{where}: {option.path}: {error}") from error
+            raise ConfigurationError(f"{where}: {name}: {error}") from error
     attribute = getattr(attrs.fields(option.parent_cls), option.name)
     try:
         if option.path == "database.queries":
             return _queries(value)
         if attribute.validator is not None:
-            attribute.validator(None, attribute.evolve(name=option.path), value)
+            attribute.validator(None, attribute.evolve(name=name), value)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
     return value
 
 
 def _queries(tables: object) -> dict[str, Query]:
-    """The tables [database.queries.NAME] as queries."""
+    """Make queries of the tables [database.queries.NAME]."""
     if not isinstance(tables, dict):
         raise ConfigurationError(
             "database.queries: write a table [database.queries.NAME] for each data type, in the "
@@ -280,9 +287,9 @@ def _queries(tables: object) -> dict[str, Query]:
     fields = [field.name for field in attrs.fields(Query)]
     for name, table in tables.items():
         path = f"database.queries.{name}"
-        if name not in _DATA_TYPES:
+        if name not in DATA_TYPES:
             raise ConfigurationError(
-                f"{path}: there is no such data type: use {', '.join(_DATA_TYPES)}"
+                f"{path}: there is no such data type: use {', '.join(DATA_TYPES)}"
             )
         if not isinstance(table, dict) or "sql" not in table:
             raise ConfigurationError(f"{path} has no query: write sql = ... below [{path}]")

@@ -1,44 +1,40 @@
-"""Every setting and every bound in one tree of frozen attrs classes.
+"""Every setting, each described where it is defined, in one tree of frozen attrs classes.
 
-Units stand in the names: `_s` seconds, `_ms` milliseconds, `_bytes`, `_hz` times a second.
-Defaults are the ones of the wire protocol. Values are checked when an object is made, so that a
-setting from a file, the environment, a flag or an application's code meets the same check.
+Units stand in the names: `_s` seconds, `_ms` milliseconds, `_bytes`, `_hz` times a second. Values
+are checked when an object is made, so that a setting from a file, the environment, a flag or an
+application's code meets the same check.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import attrs
 
+from trading_push.errors import ConfigurationError
+from trading_push.settings.definition import section, setting
+from trading_push.settings.sources import Ccxt, Database, Function, Http, Market, Query
 from trading_push.settings.validators import (
-    columns,
     file_path,
-    headers,
     is_host,
-    is_identifier,
-    is_json,
-    is_object_name,
     is_path,
-    is_pointer,
-    is_query,
-    is_token,
     is_url,
-    is_websocket_url,
     networks,
     number,
     one_of,
+    optional,
     origins,
     secret,
     switch,
     text,
-    url_template,
     whole,
-    words,
 )
 
 __all__ = [
+    "MOVED",
     "Auth",
     "Ccxt",
     "Database",
@@ -48,277 +44,326 @@ __all__ = [
     "Limits",
     "Log",
     "Market",
+    "Polling",
     "Query",
     "Server",
     "Settings",
 ]
 
-optional = attrs.validators.optional
-_object_name = optional(text("give module:attribute, as in shop.push:fetch", is_object_name))
-
 
 @attrs.frozen
 class Server:
-    """Where the server listens."""
+    """Where the server listens, and who may connect."""
 
-    host: str = attrs.field(
-        default="127.0.0.1", validator=text("give an address or a host name", is_host)
+    host: str = setting(
+        "127.0.0.1",
+        text("give an address or a host name", is_host),
+        "The address that `serve` listens on. Clients of other machines need a secret of your own "
+        "first.",
     )
-    port: int = attrs.field(default=8000, validator=whole(0, 65535))
-    path: str = attrs.field(
-        default="/ws", validator=text("give a path that begins with /", is_path)
+    port: int = setting(8000, whole(0, 65535), "The port; 0 takes any free one.")
+    path: str = setting(
+        "/ws", text("give a path that begins with /", is_path), "The path of the WebSocket."
     )
-    origins: str = attrs.field(default="", validator=origins)
-    """The web pages that may connect, by a blank between them; empty allows those of our host."""
-    origin_required: bool = attrs.field(default=False, validator=switch)
-    """Whether a handshake without `Origin`, which no browser sends, is refused."""
-    trusted_proxies: str = attrs.field(default="", validator=networks)
-    """Addresses or networks, with blanks between them, whose `X-Forwarded-For` is believed."""
+    origins: str = setting(
+        "",
+        origins,
+        "The web pages that may connect, separated by spaces (`https://app.example.com`); `*` "
+        "allows all, and an empty list those of the same host.",
+    )
+    origin_required: bool = setting(
+        False, switch, "Refuse clients that send no `Origin`, which every browser sends."
+    )
+    trusted_proxies: str = setting(
+        "",
+        networks,
+        "The reverse proxies whose `X-Forwarded-For` is believed: addresses or networks, separated "
+        "by spaces.",
+    )
 
 
 @attrs.frozen
 class Auth:
-    """How a token is checked; the secret itself is `Settings.jwt_secret`.
+    """How tokens are checked. The secret of HS256 is `Settings.jwt_secret`."""
 
-    `public_key_file` (PEM) or `jwks_url` serve RS256, ES256 and EdDSA; the secret serves HS256.
-    """
-
-    algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = attrs.field(
-        default="HS256", validator=one_of("HS256", "RS256", "ES256", "EdDSA")
+    algorithm: Literal["HS256", "RS256", "ES256", "EdDSA"] = setting(
+        "HS256",
+        one_of("HS256", "RS256", "ES256", "EdDSA"),
+        "How tokens are signed: `HS256` (with `jwt_secret`), `RS256`, `ES256` or `EdDSA` (checked "
+        "with one of the two keys below). No other algorithm is accepted in a token.",
     )
-    public_key_file: Path | None = attrs.field(default=None, validator=optional(file_path))
-    jwks_url: str | None = attrs.field(
-        default=None, validator=optional(text("give a URL that begins with https://", is_url))
+    public_key_file: Path | None = setting(
+        None, optional(file_path), "A public key in PEM.", example='"key.pem"'
     )
-    audience: str | None = attrs.field(
-        default=None, validator=optional(text("give the `aud` that tokens carry"))
+    jwks_url: str | None = setting(
+        None,
+        optional(text("give a URL that begins with https://", is_url)),
+        "The URL of a JWKS with the public keys.",
+        example='"https://id.example.com/jwks.json"',
     )
-    issuer: str | None = attrs.field(
-        default=None, validator=optional(text("give the `iss` that tokens carry"))
+    audience: str | None = setting(
+        None,
+        optional(text("give the `aud` that tokens carry")),
+        "The `aud` that a token must carry.",
+        example='"trading-push"',
     )
-    leeway_s: float = attrs.field(default=5.0, validator=number(0, 300))
+    issuer: str | None = setting(
+        None,
+        optional(text("give the `iss` that tokens carry")),
+        "The `iss` that a token must carry.",
+        example='"https://id.example.com/"',
+    )
+    leeway_s: float = setting(5.0, number(0, 300), "How much clocks may differ.", unit="s")
 
 
 @attrs.frozen
 class Intervals:
-    """Seconds between two polls of the source, for each user channel."""
+    """The time between two polls of the source, for each data type."""
 
-    balance: float = attrs.field(default=10, validator=number(0.1))
-    positions: float = attrs.field(default=5, validator=number(0.1))
-    pnl: float = attrs.field(default=5, validator=number(0.1))
-    orders: float = attrs.field(default=15, validator=number(0.1))
+    balance: float = setting(
+        10, number(0.1), "The time between two polls of a user's balance.", unit="s"
+    )
+    positions: float = setting(
+        5, number(0.1), "The time between two polls of a user's positions.", unit="s"
+    )
+    pnl: float = setting(5, number(0.1), "The time between two polls of a user's PnL.", unit="s")
+    orders: float = setting(
+        15, number(0.1), "The time between two polls of a user's open orders.", unit="s"
+    )
+
+
+class _MovedNames:
+    """Holds what was given to `Limits` under a name that has moved to `Polling`.
+
+    A base class, because a slot of its own makes no attrs field, and so no setting.
+    """
+
+    __slots__ = ("_moved",)
+    _moved: dict[str, Any]
 
 
 @attrs.frozen
-class Limits:
+class Limits(_MovedNames):
     """The bounds that keep one connection from harming the others."""
 
-    authentication_timeout_s: float = attrs.field(default=10, validator=number(0.1))
-    handshake_timeout_s: float = attrs.field(default=10, validator=number(0.1))
-    header_bytes: int = attrs.field(default=16_384, validator=whole(1024))
-    """How long a request's head may be, under `serve`."""
-    heartbeat_s: float = attrs.field(default=15, validator=number(0.1))
-    expiry_notice_s: float = attrs.field(default=30, validator=number(0))
-    send_timeout_s: float = attrs.field(default=10, validator=number(0.1))
-    drain_timeout_s: float = attrs.field(default=4, validator=number(0))
-    close_timeout_s: float = attrs.field(default=1, validator=number(0.1))
-    """How long a polite close may take before the stream is aborted."""
-    reap_after_s: float = attrs.field(default=5, validator=number(0.1))
-    """How long a handler may go on after its peer's end of file."""
-    handler_timeout_s: float = attrs.field(default=30, validator=number(1))
-    """How long a handler may leave its peer's bytes unread."""
-    connections: int = attrs.field(default=10_000, validator=whole(1))
-    unauthenticated_per_address: int = attrs.field(default=200, validator=whole(1))
-    connections_per_user: int = attrs.field(default=50, validator=whole(1))
-    over_user_limit: Literal["reject", "replace"] = attrs.field(
-        default="reject", validator=one_of("reject", "replace")
+    authentication_timeout_s: float = setting(
+        10, number(0.1), "How long a client may take to authenticate.", unit="s"
     )
-    """What happens to a user's connection too many: it is refused, or takes the oldest's place."""
-    subscriptions: int = attrs.field(default=200, validator=whole(1))
-    messages_per_s: float = attrs.field(default=20, validator=number(0.1))
-    """How many messages of a connection are served, on an average of some seconds."""
-    messages_burst: int = attrs.field(default=60, validator=whole(1))
-    """How many at once; as many again may be refused before the connection ends."""
-    message_bytes: int = attrs.field(default=65_536, validator=whole(128))
-    publish_bytes: int = attrs.field(default=1_048_576, validator=whole(128))
-    """How long the body of a `POST /publish` may be."""
-    bad_messages: int = attrs.field(default=10, validator=whole(1))
-    pending_bytes: int = attrs.field(default=1_048_576, validator=whole(65_536))
-    first_value_wait_s: float = attrs.field(default=1, validator=number(0))
-    """How long a subscription waits for the source's first value before it is told `down`."""
-    fetch_timeout_s: float = attrs.field(default=60, validator=number(0.1))
-    """How long one fetch from the source may take."""
-    fetches: int = attrs.field(default=40, validator=whole(1, 1000))
-    """How many fetches of one data type may be under way at the same time."""
-    fetch_batch: int = attrs.field(default=500, validator=whole(1, 10_000))
-    """How many users one `fetch_many` is asked for."""
-    stale_after_s: float = attrs.field(default=30, validator=number(0.1))
-    """After how long without an answer of the source a polled value is said to be stale, where two
-    intervals are not longer."""
-    watch_linger_s: float = attrs.field(default=1, validator=number(0))
-    """How long the source is still asked for what nobody watches any more."""
-    topic_linger_s: float = attrs.field(default=60, validator=number(0))
-    """How long a polled topic that nobody watches keeps its value and its numbering."""
+    handshake_timeout_s: float = setting(
+        10, number(0.1), "How long a request may take to come in.", unit="s"
+    )
+    header_bytes: int = setting(
+        16_384, whole(1024), "How long the head of a request may be, under `serve`.", unit="bytes"
+    )
+    heartbeat_s: float = setting(
+        15,
+        number(0.1),
+        "After this time of silence a client is pinged; after twice this time it is dropped.",
+        unit="s",
+    )
+    expiry_notice_s: float = setting(
+        30, number(0), "How long before its token expires a client is told.", unit="s"
+    )
+    send_timeout_s: float = setting(
+        10, number(0.1), "How long a client may take to accept what is sent to it.", unit="s"
+    )
+    drain_timeout_s: float = setting(
+        4, number(0), "How long clients have to leave when the server stops.", unit="s"
+    )
+    close_timeout_s: float = setting(
+        1,
+        number(0.1),
+        "How long a polite close may take before the connection is aborted.",
+        unit="s",
+    )
+    reap_after_s: float = setting(
+        5,
+        number(0.1),
+        "How long a handler may go on after its client's end of file.",
+        unit="s",
+    )
+    handler_timeout_s: float = setting(
+        30, number(1), "How long a handler may leave its client's bytes unread.", unit="s"
+    )
+    connections: int = setting(
+        10_000, whole(1), "Connections of one process. Further ones get HTTP 503."
+    )
+    unauthenticated_per_address: int = setting(
+        200,
+        whole(1),
+        "Connections of one address that have not authenticated. Further ones get HTTP 503.",
+    )
+    connections_per_user: int = setting(50, whole(1), "Connections of one user in one process.")
+    over_user_limit: Literal["reject", "replace"] = setting(
+        "reject",
+        one_of("reject", "replace"),
+        "What happens to one connection too many of a user: `reject` closes it (4504), `replace` "
+        "closes the user's oldest one (4505).",
+    )
+    subscriptions: int = setting(200, whole(1), "Subscriptions of one connection.")
+    messages_per_s: float = setting(
+        20,
+        number(0.1),
+        "Messages of one connection that are served, on average. One counts as one more for each "
+        "20 items in it, and for each 64 KiB that a subscribe request is answered with.",
+        unit="1/s",
+    )
+    messages_burst: int = setting(
+        60,
+        whole(1),
+        "Messages of one connection that are served at once. As many again are refused "
+        "(`rate_limited`) before it is closed (4501).",
+    )
+    message_bytes: int = setting(
+        65_536, whole(128), "How long a message of a client may be.", unit="bytes"
+    )
+    publish_bytes: int = setting(
+        1_048_576, whole(128), "How long the body of a `POST /publish` may be.", unit="bytes"
+    )
+    bad_messages: int = setting(
+        10, whole(1), "Bad messages in a row, before the connection is closed."
+    )
+    pending_bytes: int = setting(
+        1_048_576, whole(65_536), "Events that may wait for one connection.", unit="bytes"
+    )
+    first_value_wait_s: float = setting(
+        1,
+        number(0),
+        "How long a subscription waits for its first value before it is told `down`.",
+        unit="s",
+    )
 
 
 @attrs.frozen
-class Market:
-    """Where tickers come from: the simulation, a recorded tape, or an exchange.
+class Polling:
+    """How the source is asked for the data of users who are watched."""
 
-    `url` is another address of the exchange: its test network, another category, a loopback.
-    """
-
-    feed: Literal["simulated", "binance", "bybit", "ccxt"] = attrs.field(
-        default="simulated", validator=one_of("simulated", "binance", "bybit", "ccxt")
+    fetch_timeout_s: float = setting(60, number(0.1), "How long one fetch may take.", unit="s")
+    fetches: int = setting(
+        40, whole(1, 1000), "Fetches of one data type that may run at the same time."
     )
-    url: str | None = attrs.field(
-        default=None,
-        validator=optional(text("give a URL that begins with wss:// or ws://", is_websocket_url)),
+    fetch_batch: int = setting(
+        500, whole(1, 10_000), "Users that one call of `fetch_many` asks for."
     )
-    seed: int = attrs.field(default=1, validator=whole(0))
-    tape: Path | None = attrs.field(default=None, validator=optional(file_path))
-    speed: float = attrs.field(default=1.0, validator=number(0.001, 100_000))
-    loop: bool = attrs.field(default=False, validator=switch)
-    max_hz: float = attrs.field(default=10, validator=number(0.1, 1000))
-    """How often a second a symbol's latest value is published at most."""
-    stale_after_s: float = attrs.field(default=60, validator=number(0.1))
-    """After how long without an update a symbol is said to be stale."""
-
-
-@attrs.frozen
-class Query:
-    """How one data type is read from an SQL database.
-
-    Args:
-        sql: With an expanding `:user_ids` and a `user_id` column in its result (many users in one
-            go), or with `:user_id` (one user a query).
-        single: The value is one object, the row itself; otherwise it is the list of the rows.
-        json_columns: Columns whose text is JSON and goes into the value as it is.
-        empty: The JSON of a user without rows; None is `[]`, or nothing to say where `single`.
-    """
-
-    sql: str = attrs.field(validator=text("it must select by :user_ids or :user_id", is_query))
-    single: bool = attrs.field(default=False, validator=switch)
-    json_columns: tuple[str, ...] = attrs.field(default=(), validator=columns)
-    empty: str | None = attrs.field(default=None, validator=optional(text("give JSON", is_json)))
-
-
-@attrs.frozen
-class Database:
-    """Where accounts are read from.
-
-    `url` (SQLAlchemy) is a production database, which is only read, by `queries` (a query for each
-    data type). Without it a paper exchange trades in the SQLite file `path` (by default in the
-    user's data directory) and brings its own queries.
-    """
-
-    url: str | None = attrs.field(
-        default=None, repr=False, validator=optional(text("give a URL of SQLAlchemy"))
+    stale_after_s: float = setting(
+        30,
+        number(0.1),
+        "After this time without an answer of the source, and after two intervals, a value is "
+        "stale.",
+        unit="s",
     )
-    path: Path | None = attrs.field(default=None, validator=optional(file_path))
-    queries: dict[str, Query] = attrs.field(factory=dict)
-    threads: int = attrs.field(default=4, validator=whole(1, 100))
-    statement_timeout_s: float = attrs.field(default=30, validator=number(0.1))
-    """How long one query may take, where the database can be told (PostgreSQL and SQLite)."""
-    notify_channel: str | None = attrs.field(
-        default=None,
-        validator=optional(text("give a name of a-z, 0-9 and _", is_identifier)),
+    watch_linger_s: float = setting(
+        1,
+        number(0),
+        "How long the source is still asked for what no client watches any more.",
+        unit="s",
     )
-    """PostgreSQL's channel on which the database tells of changes, so that they push at once."""
-
-
-@attrs.frozen
-class Http:
-    """The HTTP service that accounts are read from."""
-
-    url: str | None = attrs.field(
-        default=None, repr=False, validator=optional(url_template("user_id", "data_type"))
+    topic_linger_s: float = setting(
+        60,
+        number(0),
+        "How long a polled value that no client watches is kept, with its numbering.",
+        unit="s",
     )
-    batch_url: str | None = attrs.field(
-        default=None, repr=False, validator=optional(url_template("user_ids", "data_type"))
-    )
-    """Where many users are read in one request."""
-    pointer: str = attrs.field(
-        default="", validator=text("give a JSON pointer, like /data", is_pointer)
-    )
-    """Where in an answer the data are (RFC 6901); empty is the whole answer."""
-    token: str | None = attrs.field(
-        default=None,
-        repr=False,
-        validator=optional(text("give the token as it stands behind `Bearer`", is_token)),
-    )
-    headers: dict[str, str] = attrs.field(factory=dict, repr=False, validator=headers)
-    timeout_s: float = attrs.field(default=10, validator=number(0.1))
-    connections: int = attrs.field(default=20, validator=whole(1, 1000))
-
-
-@attrs.frozen
-class Function:
-    """An application's own functions, each as `module:attribute`, to read accounts by."""
-
-    fetch: str | None = attrs.field(default=None, validator=_object_name)
-    """Called with a user's id and a data type."""
-    fetch_many: str | None = attrs.field(default=None, validator=_object_name)
-    """Called in its place, with many users' ids."""
-    flask_app: str | None = attrs.field(default=None, validator=_object_name)
-    """A Flask application, or what makes one, a fresh context of which is round each call."""
-
-
-@attrs.frozen
-class Ccxt:
-    """An exchange that ccxt knows: accounts by their credentials, tickers by `market.feed`."""
-
-    exchange: str | None = attrs.field(
-        default=None, validator=optional(text("give its name in ccxt, as binance"))
-    )
-    credentials_file: Path | None = attrs.field(default=None, validator=optional(file_path))
-    """TOML with a table [users.ID] for each user, which nobody but its owner may read."""
-    credentials: str | None = attrs.field(
-        default=None, repr=False, validator=optional(text("give JSON"))
-    )
-    """The same as JSON, for the environment."""
-    market_type: Literal["spot", "swap", "future"] | None = attrs.field(
-        default=None, validator=optional(one_of("spot", "swap", "future"))
-    )
-    """Which markets are meant where a symbol or an account may be of several."""
-    url: str | None = attrs.field(
-        default=None, validator=optional(text("give a URL of scheme and host", is_url))
-    )
-    """Where the exchange's servers are instead; all of them."""
-    sandbox: bool = attrs.field(default=False, validator=switch)
-    timeout_s: float = attrs.field(default=10, validator=number(0.1, 300))
-    """How long the exchange may leave a request unanswered."""
-    interval_s: float = attrs.field(default=1, validator=number(0.1))
-    """How often watched tickers are asked for."""
-    fill_symbols: str = attrs.field(default="", validator=words)
-    """The markets whose fills are published, by ccxt's names, with blanks between them; `*` is all
-    of them, where the exchange can."""
-    fills_interval_s: float = attrs.field(default=5, validator=number(0.1))
 
 
 @attrs.frozen
 class Log:
-    """The log lines' language and format; they go to standard error, and to `file` as well."""
+    """The log lines, which go to standard error."""
 
-    lang: Literal["zh", "en"] = attrs.field(default="zh", validator=one_of("zh", "en"))
-    format: Literal["text", "json"] = attrs.field(default="text", validator=one_of("text", "json"))
-    file: Path | None = attrs.field(default=None, validator=optional(file_path))
-    queue_lines: int = attrs.field(default=100_000, validator=whole(100))
-    """How many lines may wait for a slow reader before lines are dropped and counted."""
+    lang: Literal["zh", "en"] = setting(
+        "zh", one_of("zh", "en"), "The language of the log lines, `zh` or `en`."
+    )
+    format: Literal["text", "json"] = setting(
+        "text", one_of("text", "json"), "The form of the log lines, `text` or `json`."
+    )
+    file: Path | None = setting(
+        None,
+        optional(file_path),
+        "A file that the log lines are written to as well.",
+        example='"trading-push.log"',
+    )
+    queue_lines: int = setting(
+        100_000,
+        whole(100),
+        "Lines that may wait for a slow reader, before lines are dropped and counted.",
+    )
 
 
 @attrs.frozen
 class Settings:
     """The whole tree. `jwt_secret` never shows in a `repr`."""
 
-    jwt_secret: str | None = attrs.field(default=None, repr=False, validator=optional(secret))
-    server: Server = attrs.field(factory=Server)
-    auth: Auth = attrs.field(factory=Auth)
-    intervals: Intervals = attrs.field(factory=Intervals)
-    limits: Limits = attrs.field(factory=Limits)
-    market: Market = attrs.field(factory=Market)
-    database: Database = attrs.field(factory=Database)
-    http: Http = attrs.field(factory=Http)
-    function: Function = attrs.field(factory=Function)
-    ccxt: Ccxt = attrs.field(factory=Ccxt)
-    log: Log = attrs.field(factory=Log)
+    jwt_secret: str | None = setting(
+        None,
+        optional(secret),
+        "The secret of HS256, 32 bytes or more. Better set in the environment, as "
+        "`TRADING_PUSH_JWT_SECRET`. Without one, `serve` makes one for the demo and listens on "
+        "this machine only.",
+        example='"..."',
+        repr=False,
+    )
+    server: Server = section(Server)
+    auth: Auth = section(Auth)
+    intervals: Intervals = section(Intervals, "Only users who are subscribed are polled.")
+    limits: Limits = section(Limits)
+    polling: Polling = section(Polling)
+    market: Market = section(Market)
+    database: Database = section(
+        Database,
+        "The database of the paper exchange (`path`), or a production database in its place "
+        "(`url`), which is only read.",
+    )
+    http: Http = section(
+        Http,
+        "An HTTP service in place of the paper exchange. It needs a library: the documentation "
+        "says how to install it.",
+    )
+    function: Function = section(
+        Function,
+        "Functions of your own in place of a database, each named as module:attribute.",
+    )
+    ccxt: Ccxt = section(
+        Ccxt,
+        "An exchange that ccxt knows (pip install 'trading_push[ccxt]'): tickers, for "
+        'market.feed = "ccxt", and the accounts of users who give their keys.',
+    )
+    log: Log = section(Log)
+
+    def __attrs_post_init__(self) -> None:
+        # The values that `Limits` was given by old names; a copy that was unpickled has none.
+        moved = getattr(self.limits, "_moved", {})
+        if moved:
+            default = Polling()
+            for name, value in moved.items():
+                if getattr(self.polling, name) not in (value, getattr(default, name)):
+                    raise ConfigurationError(
+                        f"limits.{name} and polling.{name} are both set: keep polling.{name}"
+                    )
+            # The class is frozen for everyone else. The copy of the limits has no old names left,
+            # so that an object that is evolved from this one does not apply them again.
+            object.__setattr__(self, "polling", attrs.evolve(self.polling, **moved))
+            object.__setattr__(self, "limits", attrs.evolve(self.limits))
+
+
+MOVED: Final = {f"limits.{each.name}": f"polling.{each.name}" for each in attrs.fields(Polling)}
+"""Settings that have a new name, by the old one, which goes on working in this version."""
+
+
+def _accept_moved_names() -> None:
+    """Let `Limits(...)` accept the old names, with a DeprecationWarning for each."""
+    made_by_attrs: Any = Limits.__init__
+
+    @functools.wraps(made_by_attrs)
+    def __init__(self: Limits, *args: Any, **values: Any) -> None:
+        moved = {name: values.pop(name) for name in [*values] if f"limits.{name}" in MOVED}
+        for name in moved:
+            message = f"Limits({name}=...) is now Polling({name}=...)"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+        Polling(**moved)  # refuses a value that cannot be used
+        made_by_attrs(self, *args, **values)
+        object.__setattr__(self, "_moved", moved)
+
+    Limits.__init__ = __init__  # type: ignore[method-assign]
+
+
+_accept_moved_names()

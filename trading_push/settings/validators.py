@@ -1,4 +1,4 @@
-"""What a setting may be: a check for each kind of value, with an error that says what to do."""
+"""Validators of the settings; each refuses a value with an error that says what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trading_push.transport.proxies import networks as parsed_networks
 __all__ = [
     "DOT_SEGMENT",
     "SECRET_BYTES",
-    "Check",
+    "Validator",
     "columns",
     "file_path",
     "headers",
@@ -34,6 +34,7 @@ __all__ = [
     "networks",
     "number",
     "one_of",
+    "optional",
     "origins",
     "secret",
     "switch",
@@ -44,16 +45,20 @@ __all__ = [
 ]
 
 SECRET_BYTES = 32
-"""How long the secret of HS256 is at least (RFC 7518, section 3.2)."""
+"""The least length of the secret of HS256 (RFC 7518, section 3.2)."""
 
 DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?:[/?]|$)", re.IGNORECASE)
-"""A piece of a URL's path that leads up, or nowhere (RFC 3986, section 5.2.4)."""
+"""A `.` or `..` in the path of a URL (RFC 3986, section 5.2.4)."""
 
-Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+"""Takes an instance (which none of these looks at), the attribute and the value."""
+
+optional = attrs.validators.optional
+"""Make a validator that also accepts None."""
 
 
 def _shown(attribute: attrs.Attribute[Any], value: object) -> str:
-    """A value for a message: short, and not at all where it is a secret."""
+    """Put a value in a message: cut, and left out where it is a secret."""
     if attribute.repr is False:
         return "not usable"
     text = repr(value)
@@ -64,8 +69,8 @@ def _refuse(attribute: attrs.Attribute[Any], value: object, advice: str) -> Conf
     return ConfigurationError(f"{attribute.name} is {_shown(attribute, value)}: {advice}")
 
 
-def number(low: float, high: float = 1_000_000) -> Check:
-    """A check for a finite number from `low` to `high`; no bool passes, nor a NaN."""
+def number(low: float, high: float = 1_000_000) -> Validator:
+    """Accept a finite number from `low` to `high`, and neither a bool nor a NaN."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if (
@@ -78,8 +83,8 @@ def number(low: float, high: float = 1_000_000) -> Check:
     return check
 
 
-def whole(low: int, high: int = 2**53) -> Check:
-    """A check for a whole number from `low` to `high`."""
+def whole(low: int, high: int = 2**53) -> Validator:
+    """Accept a whole number from `low` to `high`, and no bool."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -88,8 +93,8 @@ def whole(low: int, high: int = 2**53) -> Check:
     return check
 
 
-def one_of(*choices: str) -> Check:
-    """A check for one of a few words."""
+def one_of(*choices: str) -> Validator:
+    """Accept one of a few words."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not isinstance(value, str) or value not in choices:
@@ -98,8 +103,8 @@ def one_of(*choices: str) -> Check:
     return check
 
 
-def text(advice: str, accepts: Callable[[str], bool] = bool) -> Check:
-    """A check for a text that `accepts` takes; by default one that is not empty."""
+def text(advice: str, accepts: Callable[[str], bool] = bool) -> Validator:
+    """Accept a text for which `accepts` is true; by default any that is not empty."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not isinstance(value, str) or not accepts(value):
@@ -109,34 +114,34 @@ def text(advice: str, accepts: Callable[[str], bool] = bool) -> Check:
 
 
 def switch(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A check for true or false, and nothing that merely counts as one of them."""
+    """Accept true or false, and nothing that merely counts as one of them."""
     if not isinstance(value, bool):
         raise _refuse(attribute, value, "give true or false")
 
 
 def words(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A check for a text of words, or none."""
+    """Accept words that are separated by spaces, or an empty text."""
     if not isinstance(value, str) or not value.isprintable():
-        raise _refuse(attribute, value, "give words with blanks between them")
+        raise _refuse(attribute, value, "give words separated by spaces")
 
 
 def file_path(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A check for a path; whether something is there is for whoever opens it."""
+    """Accept a path; whether there is a file shows when it is opened."""
     if not isinstance(value, Path) or "\0" in str(value):
         raise _refuse(attribute, value, "give the path of a file")
 
 
 def columns(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A check for a tuple of names."""
+    """Accept a tuple of names."""
     if not isinstance(value, tuple) or not all(isinstance(name, str) and name for name in value):
         raise _refuse(attribute, value, "give the names of columns")
 
 
 def secret(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A check for the secret of HS256, which no message shows."""
+    """Accept a secret of HS256; no message shows it."""
     try:
         enough = isinstance(value, str) and len(value.encode()) >= SECRET_BYTES
-    except UnicodeEncodeError:  # bytes of the environment that are no UTF-8
+    except UnicodeEncodeError:  # bytes of the environment that are not UTF-8
         enough = False
     if not enough:
         raise ConfigurationError(
@@ -145,26 +150,29 @@ def secret(instance: object, attribute: attrs.Attribute[Any], value: object) -> 
 
 
 def is_path(value: str) -> bool:
+    """Whether it is the path of a URL, beginning with /."""
     return value.startswith("/") and value.isascii() and value.isprintable() and " " not in value
 
 
 def is_url(value: str) -> bool:
+    """Whether it is one http(s) URL."""
     return value.startswith(("https://", "http://")) and len(value.split()) == 1
 
 
 def is_websocket_url(value: str) -> bool:
+    """Whether it is one ws(s) URL."""
     return value.startswith(("wss://", "ws://")) and len(value.split()) == 1
 
 
 def is_host(value: str) -> bool:
+    """Whether it can be an address or a host name."""
     return len(value.split()) == 1 and value.isprintable() and "/" not in value
 
 
-def url_template(*names: str) -> Check:
-    """A check for an http(s) URL whose path or query holds each of these names in braces.
+def url_template(*names: str) -> Validator:
+    """Accept an http(s) URL whose path or query holds each of these names in braces.
 
-    There may be no user and password in it, no fragment, no `.` or `..`, and nothing but what
-    RFC 3986 lets stand there.
+    It must be valid by RFC 3986 and have no user, password or fragment, and no `.` or `..`.
     """
     piece = "|".join((r"[\w.~!$&'()*+,;=:@/?-]", "%[0-9A-Fa-f]{2}", *(f"{{{n}}}" for n in names)))
     host = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
@@ -184,7 +192,7 @@ def url_template(*names: str) -> Check:
 
 _PORT = re.compile(r"https?://[^/]*:([0-9]+)/")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
-# What the source says itself, or HTTP says.
+# Headers that the source or the HTTP library sets itself.
 _OWN_HEADERS = frozenset(
     {
         *("accept-encoding", "connection", "content-length", "host", "if-none-match"),
@@ -194,6 +202,7 @@ _OWN_HEADERS = frozenset(
 
 
 def headers(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept a table of request headers, without those that the source sets itself."""
     if not isinstance(value, dict):
         raise _refuse(attribute, value, "write a table [http.headers] in the configuration file")
     for name, text_ in value.items():
@@ -212,28 +221,34 @@ def headers(instance: object, attribute: attrs.Attribute[Any], value: object) ->
 
 
 def is_token(value: str) -> bool:
+    """Whether it can stand behind `Bearer`."""
     return bool(value) and value.isascii() and value.isprintable() and " " not in value
 
 
 def is_pointer(value: str) -> bool:
-    return re.fullmatch(r"(?:/(?:[^~/]|~[01])*)*", value) is not None  # RFC 6901, section 3
+    """Whether it is a JSON pointer (RFC 6901, section 3)."""
+    return re.fullmatch(r"(?:/(?:[^~/]|~[01])*)*", value) is not None
 
 
 def is_query(value: str) -> bool:
-    return ":user_id" in value  # :user_ids too
+    """Whether it selects by `:user_ids` or `:user_id`."""
+    return ":user_id" in value  # which `:user_ids` holds as well
 
 
 def is_identifier(value: str) -> bool:
-    # Of capitals, NOTIFY makes small letters and pg_notify() does not; a name has 63 at most.
+    """Whether it is a name that NOTIFY and pg_notify() read alike."""
+    # NOTIFY turns capitals into small letters and pg_notify() does not. 63 characters at most.
     return re.fullmatch("[a-z_][a-z0-9_]{0,62}", value) is not None
 
 
 def is_object_name(value: str) -> bool:
+    """Whether it is `module:attribute`."""
     module, _, attribute = value.partition(":")
     return all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
 def is_json(value: str) -> bool:
+    """Whether it is JSON."""
     try:
         msgspec.json.decode(value)  # strict, where json takes NaN and Infinity
     except (ValueError, RecursionError):
@@ -242,17 +257,19 @@ def is_json(value: str) -> bool:
 
 
 def origins(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept origins that are separated by spaces."""
     if not isinstance(value, str) or not all(map(is_origin, value.split())):
-        advice = "give origins like https://app.example.com, with blanks between them"
+        advice = "give origins like https://app.example.com, separated by spaces"
         raise _refuse(attribute, value, advice)
 
 
 def networks(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept addresses and networks that are separated by spaces."""
     try:
         if isinstance(value, str):
             parsed_networks(value)
             return
     except ValueError:
         pass
-    advice = "give addresses or networks like 10.0.0.0/8, with blanks between them"
+    advice = "give addresses or networks like 10.0.0.0/8, separated by spaces"
     raise _refuse(attribute, value, advice)

@@ -96,7 +96,7 @@ class WatchingSource(Source, Protocol):
         """Tell the sink of changes until cancelled.
 
         Called when the first user is watched; cancelled when nobody has been for
-        `limits.watch_linger_s`.
+        `polling.watch_linger_s`.
 
         Raises:
             Exception: It is logged, and `watch` is called again after a growing delay.
@@ -110,7 +110,7 @@ class SessionSource(Source, Protocol):
 
     def session(self, user_id: str) -> AbstractAsyncContextManager[Any]:
         """Entered when a user's first watcher comes, before the first fetch for them; left when the
-        last one has gone, after `limits.watch_linger_s`, and when the service ends.
+        last one has gone, after `polling.watch_linger_s`, and when the service ends.
 
         What it raises is logged; it is entered again after a growing delay.
         """
@@ -161,5 +161,5 @@ class WatchedFeed(TickerFeed, Protocol):
         ...
 
     def unwatch(self, symbol: str) -> None:
-        """Its last watcher has gone, and `limits.watch_linger_s` is over; synchronous."""
+        """Its last watcher has gone, and `polling.watch_linger_s` is over; synchronous."""
         ...

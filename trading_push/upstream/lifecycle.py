@@ -66,13 +66,13 @@ class Upstream:
         fetch_context: FetchContext,
         user_session: SessionFactory | None,
     ) -> None:
-        limits = settings.limits
+        polling = settings.polling
         self.failures: Counter[str] = Counter()
         """How often a session, or the watch over the source, has failed since the start."""
         self.pollers: dict[str, Poller] = {}
         """The poller of each data type."""
         self._broker = broker
-        self._linger_s = limits.topic_linger_s
+        self._linger_s = polling.topic_linger_s
         # Since when the topics that nobody watches are idle, on trio's clock.
         self._idle_since: dict[Topic, float] = {}
         self._ending = False
@@ -85,7 +85,7 @@ class Upstream:
                     channel.interval_s,
                     source,
                     broker,
-                    limits,
+                    polling,
                     settled=settled,
                     context=fetch_context,
                     batcher=batcher,
@@ -96,7 +96,7 @@ class Upstream:
             market = settings.market
             self.feed = MarketFeed(feed, broker, market.max_hz, market.stale_after_s)
         self.interest = Interest(
-            limits.watch_linger_s,
+            polling.watch_linger_s,
             begin=self._begin,
             end=self._end,
             failed=self._failed,

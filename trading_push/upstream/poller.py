@@ -21,7 +21,7 @@ from trading_push import logs
 from trading_push.broker.base import Broker, Status
 from trading_push.errors import SourceError
 from trading_push.protocol.payloads import encode_data
-from trading_push.settings.schema import Limits
+from trading_push.settings.schema import Polling
 from trading_push.sources.base import Source
 from trading_push.topics import Topic
 from trading_push.upstream.batcher import Batcher
@@ -60,7 +60,7 @@ class Poller:
         interval_s: Seconds between two questions for the same user.
         source: Where the data come from.
         broker: Where changes are published, and the last values kept.
-        limits: How many users and fetches at a time, and how long a fetch may take.
+        polling: How many users and fetches at a time, and how long a fetch may take.
         settled: Called with topics whose users the source has answered for the first time since
             they are watched.
         context: Opened anew around each call of the source; see `fetching`.
@@ -73,7 +73,7 @@ class Poller:
         interval_s: float,
         source: Source,
         broker: Broker,
-        limits: Limits,
+        polling: Polling,
         *,
         settled: Callable[[Sequence[Topic]], None],
         context: FetchContext = nullcontext,
@@ -83,7 +83,7 @@ class Poller:
         self.interval_s = interval_s
         self._bucket_s = min(_BUCKET_S, interval_s / _BUCKETS)
         # A value is stale when the source has not answered for so long.
-        self._stale_after_s = max(limits.stale_after_s, 2 * interval_s)
+        self._stale_after_s = max(polling.stale_after_s, 2 * interval_s)
         self._broker = broker
         self._tell_settled = settled
         self._batcher = batcher or Batcher(broker)
@@ -91,9 +91,9 @@ class Poller:
             source,
             data_type,
             context=context,
-            slots=limits.fetches,
-            batch=limits.fetch_batch,
-            timeout_s=limits.fetch_timeout_s,
+            slots=polling.fetches,
+            batch=polling.fetch_batch,
+            timeout_s=polling.fetch_timeout_s,
         )
         # All times are those of trio's clock; each of these is a set of users, or keyed by user.
         # When watched users are due, the next one first.

@@ -33,7 +33,7 @@ from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.settings.schema import Http
+from trading_push.settings.sources import Http
 from trading_push.settings.validators import DOT_SEGMENT
 from trading_push.sources.http.pointer import parse_pointer, resolve_pointer
 

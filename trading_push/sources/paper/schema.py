@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 from trading_push.sources.paper.book import CURRENCY
 
 __all__ = ["APPLICATION_ID", "PAPER_QUERIES", "SCHEMA", "SCHEMA_VERSION"]

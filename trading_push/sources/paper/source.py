@@ -12,7 +12,7 @@ import trio
 from sqlalchemy.engine import URL
 
 from trading_push.errors import SourceError
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 from trading_push.sources.base import ChangeSink
 from trading_push.sources.paper.file import connect
 from trading_push.sources.paper.schema import PAPER_QUERIES

@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL
 
 from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 from trading_push.sources.base import ChangeSink
 from trading_push.sources.sql.source import SqlSource, parse
 

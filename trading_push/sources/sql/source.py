@@ -50,7 +50,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleErr
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.models import milliseconds, plain_decimal
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 from trading_push.sources.sql import sqlite_json
 
 __all__ = ["SqlSource", "parse"]

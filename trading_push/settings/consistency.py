@@ -1,0 +1,142 @@
+"""Refuse settings that do not go together."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+import attrs
+
+from trading_push.errors import ConfigurationError
+from trading_push.settings.schema import Auth, Intervals, Settings
+
+__all__ = ["DATA_TYPES", "check", "check_auth", "check_demo", "is_loopback"]
+
+DATA_TYPES: Final = tuple(field.name for field in attrs.fields(Intervals))
+"""The data types that accounts have."""
+
+
+def check(settings: Settings) -> None:
+    """Check what can be known from the settings themselves, before anything is opened.
+
+    Raises:
+        ConfigurationError: Two of them do not go together.
+    """
+    _check_accounts(settings)
+    _check_market(settings)
+
+
+def _check_accounts(settings: Settings) -> None:
+    """Accounts are read from one place, which has all that it needs."""
+    database, http = settings.database, settings.http
+    function, ccxt = settings.function, settings.ccxt
+
+    # One place.
+    places = {
+        "database.url": database.url,
+        "database.path": database.path,
+        "http.url": http.url,
+        "function.fetch": function.fetch,
+        "ccxt.credentials_file": ccxt.credentials_file,
+        "ccxt.credentials": ccxt.credentials,
+    }
+    given = [name for name, value in places.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigurationError(
+            f"{given[0]} and {given[1]} are both set: keep the one to read accounts from"
+        )
+
+    # All that it needs.
+    if database.notify_channel is not None and database.url is None:
+        raise ConfigurationError(
+            "database.notify_channel is set without database.url: set the url of a PostgreSQL "
+            "database, or remove the channel"
+        )
+    if http.url is None and http.batch_url is not None:
+        raise ConfigurationError("http.batch_url is set without http.url: give that one as well")
+    if database.url is not None and not database.queries:
+        raise ConfigurationError(
+            "database.url is set without queries: write a table [database.queries.NAME] with the "
+            f"sql of each data type ({', '.join(DATA_TYPES)}) in the configuration file"
+        )
+    for name in ("fetch_many", "flask_app"):
+        if getattr(function, name) is not None and function.fetch is None:
+            raise ConfigurationError(
+                f"function.{name} is set without function.fetch: name the function that reads "
+                "one user's data"
+            )
+
+
+def _check_market(settings: Settings) -> None:
+    """Tickers come from one place; an exchange of ccxt has a use and a time-out that fits."""
+    market, ccxt = settings.market, settings.ccxt
+
+    # The market.
+    if market.tape is not None and market.feed != "simulated":
+        raise ConfigurationError(
+            f"market.tape and market.feed = {market.feed!r} are both set: keep the one to take "
+            "tickers from"
+        )
+    if market.url is not None and market.feed not in ("binance", "bybit"):
+        raise ConfigurationError(
+            "market.url is set without an exchange: set market.feed to binance or bybit"
+        )
+
+    # The exchange of ccxt, which may have accounts, tickers or both.
+    has_keys = ccxt.credentials_file is not None or ccxt.credentials is not None
+    if ccxt.exchange is None and (has_keys or market.feed == "ccxt"):
+        what = "ccxt.credentials" if has_keys else "market.feed = 'ccxt'"
+        raise ConfigurationError(
+            f"{what} is set without ccxt.exchange: name the exchange that it is for"
+        )
+    if ccxt.exchange is not None and not has_keys and market.feed != "ccxt":
+        raise ConfigurationError(
+            "ccxt.exchange is set and not used: give ccxt.credentials_file to read accounts there, "
+            "or set market.feed to ccxt"
+        )
+    if ccxt.exchange is not None and ccxt.timeout_s >= settings.polling.fetch_timeout_s:
+        raise ConfigurationError(
+            f"ccxt.timeout_s is {ccxt.timeout_s}: give less than polling.fetch_timeout_s"
+        )
+
+
+def check_auth(auth: Auth) -> None:
+    """Check that an algorithm and its key go together; `JwtAuthenticator` does this first.
+
+    Raises:
+        ConfigurationError: A key is missing, or is one too many.
+    """
+    if auth.algorithm == "HS256":
+        if auth.public_key_file is not None or auth.jwks_url is not None:
+            raise ConfigurationError(
+                "auth has a public key, and auth.algorithm is HS256, which has none: "
+                "set auth.algorithm to RS256, ES256 or EdDSA"
+            )
+    elif auth.public_key_file is not None and auth.jwks_url is not None:
+        raise ConfigurationError("set auth.public_key_file or auth.jwks_url, not both")
+    elif auth.public_key_file is None and auth.jwks_url is None:
+        raise ConfigurationError(
+            f"auth.algorithm is {auth.algorithm}: "
+            "set auth.public_key_file or auth.jwks_url to the key that tokens are checked with"
+        )
+
+
+def check_demo(settings: Settings) -> None:
+    """Check that the demo, whose tokens are printed, is open to this machine only.
+
+    Raises:
+        ConfigurationError: It would listen for others.
+    """
+    if not is_loopback(settings.server.host):
+        raise ConfigurationError(
+            f"--host {settings.server.host} would open the demo to others: set "
+            "TRADING_PUSH_JWT_SECRET to a random text of 32 bytes or more first"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to this address or host name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

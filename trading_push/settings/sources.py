@@ -1,0 +1,276 @@
+"""The settings of where data come from: the market, and the places that accounts are read from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import attrs
+
+from trading_push.settings.definition import setting
+from trading_push.settings.validators import (
+    columns,
+    file_path,
+    headers,
+    is_identifier,
+    is_json,
+    is_object_name,
+    is_pointer,
+    is_query,
+    is_token,
+    is_url,
+    is_websocket_url,
+    number,
+    one_of,
+    optional,
+    switch,
+    text,
+    url_template,
+    whole,
+    words,
+)
+
+__all__ = ["Ccxt", "Database", "Function", "Http", "Market", "Query"]
+
+_object_name = optional(text("give module:attribute, as in shop.push:fetch", is_object_name))
+
+
+@attrs.frozen
+class Market:
+    """Where tickers come from: the simulation, a recorded tape, or an exchange."""
+
+    feed: Literal["simulated", "binance", "bybit", "ccxt"] = setting(
+        "simulated",
+        one_of("simulated", "binance", "bybit", "ccxt"),
+        "Where tickers come from: `simulated` (or the tape below), `binance`, `bybit`, or `ccxt` "
+        "for the exchange of that section.",
+    )
+    url: str | None = setting(
+        None,
+        optional(text("give a URL that begins with wss:// or ws://", is_websocket_url)),
+        "Another address of the exchange: a test network, or another category of Bybit.",
+        example='"wss://stream.bybit.com/v5/public/linear"',
+    )
+    seed: int = setting(1, whole(0), "The seed of the simulated market.")
+    tape: Path | None = setting(
+        None,
+        optional(file_path),
+        "Play recorded frames of an exchange as the market: Binance stream frames or CSV, plain or "
+        "gzip.",
+        example='"binance.jsonl.gz"',
+    )
+    speed: float = setting(
+        1.0, number(0.001, 100_000), "How many times as fast as it was recorded a tape is played."
+    )
+    loop: bool = setting(False, switch, "Start the tape again at its end.")
+    max_hz: float = setting(
+        10, number(0.1, 1000), "How often a symbol is published at most.", unit="1/s"
+    )
+    stale_after_s: float = setting(
+        60, number(0.1), "After this time without an update a symbol is stale.", unit="s"
+    )
+
+
+@attrs.frozen
+class Query:
+    """How one data type is read from an SQL database.
+
+    Args:
+        sql: With an expanding `:user_ids` and a column `user_id` in its result (many users in one
+            query), or with `:user_id` (one user a query).
+        single: The value is one object, the row itself; otherwise it is the list of the rows.
+        json_columns: Columns whose text is JSON and goes into the value unchanged.
+        empty: The JSON of a user without rows; None is `[]`, or no value if `single`.
+    """
+
+    sql: str = attrs.field(validator=text("it must select by :user_ids or :user_id", is_query))
+    single: bool = attrs.field(default=False, validator=switch)
+    json_columns: tuple[str, ...] = attrs.field(default=(), validator=columns)
+    empty: str | None = attrs.field(default=None, validator=optional(text("give JSON", is_json)))
+
+
+_QUERIES_EXAMPLE = """\
+[database.queries.balance]
+sql = "SELECT user_id, asset, free, locked, total FROM balances WHERE user_id IN :user_ids"
+single = false
+json_columns = []
+empty = "[]"
+"""
+
+
+@attrs.frozen
+class Database:
+    """The database that accounts are read from.
+
+    `url` is a production database, which is only read, with one of `queries` for each data type.
+    Without it a paper exchange trades in the SQLite file `path` and brings its own queries.
+    """
+
+    url: str | None = setting(
+        None,
+        optional(text("give a URL of SQLAlchemy")),
+        "A production database in place of the paper exchange, as a URL of SQLAlchemy. It needs a "
+        "query for each data type that it has.",
+        example='"postgresql+psycopg://user:password@host/database"',
+        repr=False,
+    )
+    path: Path | None = setting(
+        None,
+        optional(file_path),
+        "The paper exchange's SQLite file; by default one in your data directory.",
+        example='"accounts.sqlite3"',
+    )
+    queries: dict[str, Query] = setting(
+        attrs.Factory(dict),
+        None,
+        "A table `[database.queries.TYPE]` for each data type. Its `sql` reads many users at once "
+        "(an expanding `:user_ids` and a column `user_id`) or one user (`:user_id`). `single`: the "
+        "value is the row itself, not a list of rows. `json_columns`: columns whose text is JSON. "
+        "`empty`: the JSON of a user without rows.",
+        example=_QUERIES_EXAMPLE,
+    )
+    threads: int = setting(
+        4, whole(1, 100), "Worker threads that read from the database, each with a connection."
+    )
+    statement_timeout_s: float = setting(
+        30,
+        number(0.1),
+        "How long one query may take, in PostgreSQL and SQLite.",
+        unit="s",
+    )
+    notify_channel: str | None = setting(
+        None,
+        optional(text("give a name of a-z, 0-9 and _", is_identifier)),
+        "The channel on which PostgreSQL tells what has changed, so that it is pushed at once.",
+        example='"trading_push"',
+    )
+
+
+@attrs.frozen
+class Http:
+    """The HTTP service that accounts are read from."""
+
+    url: str | None = setting(
+        None,
+        optional(url_template("user_id", "data_type")),
+        "The URL of one user's data, with `{user_id}` and `{data_type}` in it.",
+        example='"https://accounts.example.com/users/{user_id}/{data_type}"',
+        repr=False,
+    )
+    batch_url: str | None = setting(
+        None,
+        optional(url_template("user_ids", "data_type")),
+        "The URL of many users' data, with `{user_ids}` and `{data_type}` in it.",
+        example='"https://accounts.example.com/{data_type}?users={user_ids}"',
+        repr=False,
+    )
+    pointer: str = setting(
+        "",
+        text("give a JSON pointer, like /data", is_pointer),
+        "A JSON pointer (RFC 6901) to the data in an answer; empty for the whole answer.",
+    )
+    token: str | None = setting(
+        None,
+        optional(text("give the token as it stands behind `Bearer`", is_token)),
+        "A token that is sent as `Authorization: Bearer`. Better set in the environment, as "
+        "`TRADING_PUSH_HTTP_TOKEN`.",
+        example='"..."',
+        repr=False,
+    )
+    headers: dict[str, str] = setting(
+        attrs.Factory(dict),
+        headers,
+        "A table `[http.headers]` of further request headers.",
+        example='[http.headers]\nX-Api-Version = "2"\n',
+        repr=False,
+    )
+    timeout_s: float = setting(
+        10,
+        number(0.1),
+        "How long one request may take, to the last byte of its answer.",
+        unit="s",
+    )
+    connections: int = setting(20, whole(1, 1000), "Connections to the service at the same time.")
+
+
+@attrs.frozen
+class Function:
+    """An application's own functions that accounts are read with."""
+
+    fetch: str | None = setting(
+        None,
+        _object_name,
+        "The function that reads accounts. It is called with a user's id and a data type.",
+        example='"shop.push:fetch"',
+    )
+    fetch_many: str | None = setting(
+        None,
+        _object_name,
+        "A function that is called in its place, with the ids of many users.",
+        example='"shop.push:fetch_many"',
+    )
+    flask_app: str | None = setting(
+        None,
+        _object_name,
+        "A Flask application, or the function that makes it. Each call runs in a fresh context of "
+        "it.",
+        example='"shop.app:create_app"',
+    )
+
+
+@attrs.frozen
+class Ccxt:
+    """An exchange that ccxt knows: accounts by their users' keys, tickers by `market.feed`."""
+
+    exchange: str | None = setting(
+        None,
+        optional(text("give its name in ccxt, as binance")),
+        "The exchange's name in ccxt.",
+        example='"binance"',
+    )
+    credentials_file: Path | None = setting(
+        None,
+        optional(file_path),
+        "A TOML file with a table `[users.ID]` of `api_key`, `secret`, ... for each user. It must "
+        "have mode 0600.",
+        example='"keys.toml"',
+    )
+    credentials: str | None = setting(
+        None,
+        optional(text("give JSON")),
+        "The same as JSON, for the environment: `TRADING_PUSH_CCXT_CREDENTIALS`.",
+        example='"..."',
+        repr=False,
+    )
+    market_type: Literal["spot", "swap", "future"] | None = setting(
+        None,
+        optional(one_of("spot", "swap", "future")),
+        "Which markets are meant where an exchange has several kinds: `spot`, `swap` or `future`; "
+        "by default those that ccxt takes.",
+        example='"spot"',
+    )
+    url: str | None = setting(
+        None,
+        optional(text("give a URL of scheme and host", is_url)),
+        "Other servers than the exchange's own.",
+        example='"http://127.0.0.1:9000"',
+    )
+    sandbox: bool = setting(False, switch, "Use the exchange's test network.")
+    timeout_s: float = setting(
+        10,
+        number(0.1, 300),
+        "How long the exchange may take to answer a request.",
+        unit="s",
+    )
+    interval_s: float = setting(
+        1, number(0.1), "The time between two requests for watched tickers.", unit="s"
+    )
+    fill_symbols: str = setting(
+        "",
+        words,
+        "The markets whose fills are published, separated by spaces (`BTC/USDT ETH/USDT`); `*` "
+        "for all of them, where the exchange can.",
+    )
+    fills_interval_s: float = setting(
+        5, number(0.1), "The time between two requests for fills.", unit="s"
+    )
