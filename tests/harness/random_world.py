@@ -42,7 +42,7 @@ from trading_push.broker.base import Publication
 from trading_push.connections import fanout
 from trading_push.connections.registry import Registry
 from trading_push.server import tune
-from trading_push.settings.schema import Auth, Intervals, Limits, Market, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Market, Polling, Settings
 from trading_push.sources.function import FunctionSource
 
 POLLED = ("balance", "positions", "pnl", "orders")
@@ -295,15 +295,12 @@ class World:
             over_user_limit="replace" if rules.replaces else "reject",
             connections_per_user=4 if rules.exact else 60,
             unauthenticated_per_address=2000,
-            fetch_timeout_s=2,
-            fetch_batch=4,
-            stale_after_s=4,
-            topic_linger_s=5,
         )
         return Settings(
             auth=Auth(leeway_s=rules.leeway_s),
             intervals=Intervals(0.5, 1, 1.5, 3),
             limits=limits,
+            polling=Polling(fetch_timeout_s=2, fetch_batch=4, stale_after_s=4, topic_linger_s=5),
             market=Market(stale_after_s=2),
         )
 

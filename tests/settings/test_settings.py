@@ -218,7 +218,7 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[ccxt]\nmarket_type = 'margin'", "give one of spot, swap, future"),
         (
             "[ccxt]\nexchange = 'a'\ncredentials = '{}'\ntimeout_s = 60",
-            "ccxt.timeout_s is 60.0: give less than limits.fetch_timeout_s",
+            "ccxt.timeout_s is 60.0: give less than polling.fetch_timeout_s",
         ),
         ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
         ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
@@ -238,7 +238,7 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         from_file(config, toml)
     assert says in refusal(error)
     # Two settings that do not go together may come from two places.
-    together = ("are both set", " without ", "less than limits.", "not used")
+    together = ("are both set", " without ", "less than polling.", "not used")
     assert any(each in says for each in together) or str(config) in refusal(error)
     assert "hunter2" not in refusal(error)
 

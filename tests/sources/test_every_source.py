@@ -34,14 +34,14 @@ from trading_push import (
     SourceError,
     SqlSource,
 )
-from trading_push.settings.schema import Intervals, Limits, Query, Settings
+from trading_push.settings.schema import Intervals, Polling, Query, Settings
 from trading_push.sources.ccxt.exchange import CcxtExchange
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"
 BALANCE = Query("SELECT user_id, asset, free FROM balances WHERE user_id IN :user_ids")
 USERS = [str(number) for number in range(1, 21)]
 SETTINGS = Settings(
-    intervals=Intervals(balance=0.1), limits=Limits(watch_linger_s=0.1, fetch_timeout_s=5)
+    intervals=Intervals(balance=0.1), polling=Polling(watch_linger_s=0.1, fetch_timeout_s=5)
 )
 
 

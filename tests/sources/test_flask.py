@@ -29,7 +29,7 @@ from harness.support import serving as command_serving
 
 from trading_push import BatchSource, ConfigurationError, FlaskSource, FunctionSource, load_settings
 from trading_push.factory import open_configured_service
-from trading_push.settings.schema import Intervals, Limits, Settings
+from trading_push.settings.schema import Intervals, Polling, Settings
 
 PUSHES = int(os.environ.get("TESTS_FLASK", "2000"))
 USERS = [str(number) for number in range(40)]
@@ -193,7 +193,7 @@ async def test_a_thread_that_nobody_waits_for_leaves_its_context(shop: Shop, cap
         after.append(shop.total(user_id))
         return []
 
-    settings = Settings(intervals=Intervals(balance=3600), limits=Limits(fetch_timeout_s=0.1))
+    settings = Settings(intervals=Intervals(balance=3600), polling=Polling(fetch_timeout_s=0.1))
     async with serving(FlaskSource(shop.app, fetch), settings=settings) as (_, join):
         peer = await join("4", "balance")
         assert (await peer.next())[0]["state"] == "down"

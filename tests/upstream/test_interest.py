@@ -17,7 +17,7 @@ from harness.sources import FAST, Table, failing_when_cancelled, serving
 
 from trading_push.connections.connection import Connection
 from trading_push.models import Ticker
-from trading_push.settings.schema import Intervals, Limits, Market, Settings
+from trading_push.settings.schema import Intervals, Market, Polling, Settings
 from trading_push.sources.base import ChangeSink, MarketSink
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic
@@ -339,7 +339,7 @@ async def test_an_old_ticker_is_never_shown_as_live(autojump_clock):
 
 async def test_a_symbol_that_falls_silent_is_stale_and_the_others_are_not(autojump_clock, caplog):
     feed = Asked()
-    settings = Settings(market=Market(stale_after_s=10), limits=Limits(watch_linger_s=1))
+    settings = Settings(market=Market(stale_after_s=10), polling=Polling(watch_linger_s=1))
     async with serving(None, feed=feed, settings=settings) as (service, join):
         silent, lively = await join("4", "ticker.ETHUSDT"), await join("4", "ticker.BTCUSDT")
         await silent.next()
@@ -501,7 +501,7 @@ async def test_what_changes_while_nobody_watches_is_not_missed(autojump_clock):
 
 async def test_a_watch_without_a_linger_runs_for_nobody(autojump_clock):
     source = Notifying()
-    settings = Settings(limits=Limits(watch_linger_s=0))
+    settings = Settings(polling=Polling(watch_linger_s=0))
     async with serving(source, settings=settings) as (service, _):
         for _ in range(20):
             topic = Topic("pnl", "4")
@@ -564,7 +564,7 @@ async def test_a_ticker_that_cannot_be_sent_is_not_live(autojump_clock):
 
 async def test_who_comes_while_the_service_ends_does_not_end_the_registry(autojump_clock, caplog):
     source = Table()
-    settings = Settings(limits=Limits(watch_linger_s=0))
+    settings = Settings(polling=Polling(watch_linger_s=0))
     async with (
         trio.open_nursery() as outer,
         serving(source, settings=settings) as (service, join),

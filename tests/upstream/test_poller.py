@@ -21,7 +21,7 @@ from harness.support import hypercorn_serving, trio_client, until
 
 from trading_push import JwtAuthenticator, SourceError, open_push_service
 from trading_push.protocol.frames import payload_of, split
-from trading_push.settings.schema import Auth, Intervals, Limits, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Polling, Settings
 from trading_push.testing import MemoryTransport
 
 
@@ -135,7 +135,7 @@ async def test_what_was_published_before_anybody_came_stands_too(autojump_clock)
 async def test_a_value_without_an_answer_for_too_long_is_stale(autojump_clock, caplog):
     source = Table()
     source.values["4", "pnl"] = 1
-    settings = Settings(intervals=Intervals(pnl=2), limits=Limits(stale_after_s=9))
+    settings = Settings(intervals=Intervals(pnl=2), polling=Polling(stale_after_s=9))
     async with serving(source, settings=settings) as (service, join):
         peer = await join("4", "pnl")
         await peer.next()
@@ -215,7 +215,7 @@ async def test_a_system_without_threads_is_no_end(autojump_clock, monkeypatch):
         await trio.lowlevel.checkpoint()
         raise RuntimeError("can't start new thread")
 
-    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetches=3))
+    settings = Settings(intervals=Intervals(pnl=1), polling=Polling(fetches=3))
     async with serving(Plain(), settings=settings) as (service, join):
         with monkeypatch.context() as patched:
             patched.setattr(trio.to_thread, "run_sync", refused)
@@ -335,8 +335,8 @@ class Blocking:
 
 async def test_a_user_who_blocks_a_thread_delays_nobody():
     source = Blocking()
-    limits = Limits(fetch_timeout_s=60)
-    settings = Settings(intervals=Intervals(pnl=1), limits=limits)
+    polling = Polling(fetch_timeout_s=60)
+    settings = Settings(intervals=Intervals(pnl=1), polling=polling)
     async with (
         open_push_service(
             source,
@@ -372,7 +372,7 @@ class Batch(Table):
 
 async def test_many_users_are_asked_for_in_one_go(autojump_clock):
     source = Batch()
-    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetch_batch=40))
+    settings = Settings(intervals=Intervals(pnl=1), polling=Polling(fetch_batch=40))
     async with serving(source, settings=settings) as (_, join):
         peers = [await join(str(user), "pnl") for user in range(100)]
         await trio.testing.wait_all_tasks_blocked()
@@ -441,8 +441,8 @@ async def test_a_rush_of_new_users_goes_in_few_batches(autojump_clock):
             return await super().fetch_many(user_ids, data_type)
 
     source = Slow()
-    limits = Limits(fetches=2, fetch_batch=20)
-    async with serving(source, settings=Settings(limits=limits)) as (_, join):
+    polling = Polling(fetches=2, fetch_batch=20)
+    async with serving(source, settings=Settings(polling=polling)) as (_, join):
         # Who came first is asked for at once, alone; two fetches run, and the others gather.
         peers = [await join(f"u{number}", "pnl") for number in range(30)]
         for peer in peers:
@@ -517,7 +517,7 @@ async def test_each_fetch_has_a_context_of_its_own(asynchronous, plain):
 async def test_a_fetch_that_takes_too_long_is_given_up(autojump_clock, caplog):
     source = Table()
     source.stuck = {"4"}
-    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(fetch_timeout_s=5))
+    settings = Settings(intervals=Intervals(pnl=1), polling=Polling(fetch_timeout_s=5))
     async with serving(source, settings=settings) as (_, join):
         peer = await join("4", "pnl")
         await trio.sleep(6)
@@ -622,8 +622,8 @@ async def test_a_bad_value_of_one_user_leaves_the_others_of_the_batch_theirs(
 
 async def test_a_thread_that_hangs_is_one_thread(caplog):
     source = Blocking()
-    limits = Limits(fetch_timeout_s=0.1, fetches=2)
-    settings = Settings(intervals=Intervals(pnl=0.1), limits=limits)
+    polling = Polling(fetch_timeout_s=0.1, fetches=2)
+    settings = Settings(intervals=Intervals(pnl=0.1), polling=polling)
     async with serving(source, settings=settings) as (_, join):
         await join("blocked", "pnl")
         other = await join("5", "pnl")
@@ -650,8 +650,8 @@ async def test_an_exception_that_cannot_even_be_told_ends_nothing(autojump_clock
 async def test_who_comes_back_without_a_value_is_told_so_again(autojump_clock, away_s):
     source = Table()
     source.values["4", "pnl"] = None
-    limits = Limits(watch_linger_s=0.2)
-    settings = Settings(intervals=Intervals(pnl=60), limits=limits)
+    polling = Polling(watch_linger_s=0.2)
+    settings = Settings(intervals=Intervals(pnl=60), polling=polling)
     async with serving(source, settings=settings) as (service, join):
         for _ in range(3):
             peer = await join("4", "pnl")
@@ -666,8 +666,8 @@ async def test_who_comes_back_to_a_source_that_fails_is_not_told_that_it_is_live
     """It answered a moment ago, and has failed since."""
     source = Table()
     source.values["4", "pnl"] = 1
-    limits = Limits(watch_linger_s=0)
-    settings = Settings(intervals=Intervals(pnl=0.2), limits=limits)
+    polling = Polling(watch_linger_s=0)
+    settings = Settings(intervals=Intervals(pnl=0.2), polling=polling)
     async with serving(source, settings=settings) as (service, join):
         peer = await join("4", "pnl")
         await peer.next()
@@ -689,7 +689,7 @@ async def test_who_resumes_after_a_stale_is_told_that_it_is_over(autojump_clock)
     """Also where nothing was missed; and whoever was told that it is live is not told again."""
     source = Table()
     source.values["4", "pnl"] = 1
-    settings = Settings(intervals=Intervals(pnl=1), limits=Limits(watch_linger_s=60))
+    settings = Settings(intervals=Intervals(pnl=1), polling=Polling(watch_linger_s=60))
     async with serving(source, settings=settings) as (_, join):
         peer = await join("4", "pnl")
         [value] = await peer.next()

@@ -33,7 +33,7 @@ from trading_push import (
     load_settings,
 )
 from trading_push.factory import open_configured_service
-from trading_push.settings.schema import Intervals, Limits, Settings
+from trading_push.settings.schema import Intervals, Polling, Settings
 from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
 from trading_push.sources.ccxt.source import credentials_of_file, credentials_of_json
 
@@ -251,7 +251,7 @@ async def test_a_service_opens_an_exchange_for_who_is_watched(
     close = CcxtExchange.close
     monkeypatch.setattr(CcxtExchange, "close", lambda each: (closed.append(each), close(each)))
     source = CcxtSource(options(exchange), CREDENTIALS)
-    settings = Settings(intervals=FAST.intervals, limits=Limits(watch_linger_s=0))
+    settings = Settings(intervals=FAST.intervals, polling=Polling(watch_linger_s=0))
     async with serving(source, settings=settings) as (_, join):
         peer = await join("4", "balance")
         while (push := (await peer.next())[0])["type"] == "status":
@@ -485,8 +485,8 @@ async def test_each_fill_is_published_once_and_in_order_also_across_a_cut(
     now = time.time_ns() // 1_000_000 + 60_000
     exchange.trade("key-of-4", 1, now - 3_600_000)  # before anybody watched
     with closing(follow(exchange, "BTC/USDT", "ETH/USDT")) as source:
-        limits = Limits(watch_linger_s=0.05)
-        async with serving(source, settings=Settings(limits=limits)) as (service, join):
+        polling = Polling(watch_linger_s=0.05)
+        async with serving(source, settings=Settings(polling=polling)) as (service, join):
             peer = await join("4", "fills")
             await until(lambda: exchange.calls["/api/v3/myTrades"] >= 4)
             exchange.trade("key-of-4", 3, now + 3)

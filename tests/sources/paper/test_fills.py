@@ -15,7 +15,7 @@ from harness.sources import Table, serving
 from harness.support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, trio_client, until
 
 from trading_push import factory as assembly
-from trading_push.settings.schema import Database, Limits, Settings
+from trading_push.settings.schema import Database, Polling, Settings
 from trading_push.sources.paper import ledger
 
 USER = "1"
@@ -63,7 +63,7 @@ async def test_every_fill_arrives_once_and_in_order_across_cuts(
     monkeypatch.setattr(ledger, "FILLS_KEPT", 1_000_000)
     path = tmp_path / "paper.db"
     settings = Settings(
-        jwt_secret=SECRET, database=Database(path=path), limits=Limits(watch_linger_s=0.05)
+        jwt_secret=SECRET, database=Database(path=path), polling=Polling(watch_linger_s=0.05)
     )
     follower = Follower()
     with ExitStack() as running:
