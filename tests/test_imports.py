@@ -134,6 +134,28 @@ def test_the_client_alone_loads_no_server():
     assert len(loaded) <= 350
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["watch", "ws://127.0.0.1:1/ws", "--token", "t"],
+        ["token", "--user", "4"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_loads_no_server(arguments, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    loaded = loaded_by(
+        "import contextlib, io\n"
+        "from trading_push.cli.commands import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    main({arguments})"
+    )
+    assert not SERVER & {name.split(".")[0] for name in loaded}
+    assert f"trading_push.cli.{arguments[0]}" in loaded or arguments == ["--help"]
+
+
 def test_the_package_alone_loads_nothing():
     loaded = loaded_by("import trading_push")
     assert {name for name in loaded if name.startswith("trading_push")} == {

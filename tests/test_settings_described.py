@@ -56,6 +56,17 @@ def test_the_sample_is_the_one_that_nox_settings_writes() -> None:
     assert max(map(len, written.splitlines())) <= 100
 
 
+def test_the_help_of_serve_has_the_meanings_and_defaults() -> None:
+    command = [sys.executable, "-m", "trading_push", "serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told = " ".join(done.stdout.split())
+    described = {each.path: each for each in descriptions(Settings)}
+    for path in ("server.host", "server.port", "market.tape", "market.loop", "log.format"):
+        assert described[path].meaning in told
+    assert "takes any free one. [8000]" in told
+    assert "`json`. [text]" in told
+
+
 # --- names that have moved --------------------------------------------------------------------
 
 

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from trading_push.auth.demo import data_dir, demo_secret
+from trading_push.auth.demo import data_dir, secret_of
 from trading_push.auth.principal import Authenticate
 from trading_push.auth.tokens import JwtAuthenticator
 from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
 from trading_push.settings import import_string
-from trading_push.settings.schema import Auth, Settings
+from trading_push.settings.schema import Settings
 from trading_push.settings.sources import Ccxt, Database, Function, Http
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.ccxt.exchange import ExchangeOptions
@@ -40,9 +40,7 @@ def authenticator(settings: Settings) -> Authenticate:
     Raises:
         ConfigurationError: The key cannot be used, or the demo's secret not be made.
     """
-    secret = settings.jwt_secret
-    if secret is None and settings.auth.algorithm == Auth().algorithm:
-        secret = demo_secret(data_dir())
+    secret, _ = secret_of(settings)
     return JwtAuthenticator(settings.auth, secret)
 
 

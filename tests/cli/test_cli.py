@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 from harness.scripted_server import Peer, server
 
 from trading_push.cli import commands as cli
-from trading_push.cli.watch import escaped
+from trading_push.cli import token as token_command
+from trading_push.cli.escaping import escaped
+from trading_push.settings.consistency import is_loopback
 
 COMMAND = [sys.executable, "-m", "trading_push"]
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -164,7 +166,7 @@ def test_no_control_character_of_an_argument_reaches_the_terminal(
 
 
 def test_a_bug_shows_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_settings", lambda **_: 1 / 0)
+    monkeypatch.setattr(token_command, "load_settings", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["token", "--user", "4"])
 
@@ -230,8 +232,8 @@ def test_init_writes_a_sample_once(
 
 
 def test_which_hosts_are_this_machine_alone() -> None:
-    assert all(map(cli._is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"]))
-    assert not any(map(cli._is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example.com"]))
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example.com"]))
 
 
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -42,7 +42,8 @@ from trading_push.broker.base import Publication
 from trading_push.connections import fanout
 from trading_push.connections.registry import Registry
 from trading_push.server import tune
-from trading_push.settings.schema import Auth, Intervals, Limits, Market, Polling, Settings
+from trading_push.settings.schema import Auth, Intervals, Limits, Polling, Settings
+from trading_push.settings.sources import Market
 from trading_push.sources.function import FunctionSource
 
 POLLED = ("balance", "positions", "pnl", "orders")

@@ -18,16 +18,8 @@ from hypothesis import strategies as st
 
 from trading_push.errors import ConfigurationError
 from trading_push.settings.loading import load_settings
-from trading_push.settings.schema import (
-    Auth,
-    Database,
-    Intervals,
-    Limits,
-    Log,
-    Query,
-    Server,
-    Settings,
-)
+from trading_push.settings.schema import Auth, Intervals, Limits, Log, Server, Settings
+from trading_push.settings.sources import Database, Query
 
 SECRET = "0123456789abcdef0123456789abcdef"
 HTTP = "http://host/{user_id}/{data_type}"

@@ -34,7 +34,8 @@ from trading_push import (
     SourceError,
     SqlSource,
 )
-from trading_push.settings.schema import Intervals, Polling, Query, Settings
+from trading_push.settings.schema import Intervals, Polling, Settings
+from trading_push.settings.sources import Query
 from trading_push.sources.ccxt.exchange import CcxtExchange
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"

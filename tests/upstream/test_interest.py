@@ -17,7 +17,8 @@ from harness.sources import FAST, Table, failing_when_cancelled, serving
 
 from trading_push.connections.connection import Connection
 from trading_push.models import Ticker
-from trading_push.settings.schema import Intervals, Market, Polling, Settings
+from trading_push.settings.schema import Intervals, Polling, Settings
+from trading_push.settings.sources import Market
 from trading_push.sources.base import ChangeSink, MarketSink
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic

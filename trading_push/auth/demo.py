@@ -10,9 +10,25 @@ from pathlib import Path
 import platformdirs
 
 from trading_push.errors import ConfigurationError
+from trading_push.settings.schema import Settings
 from trading_push.settings.validators import SECRET_BYTES
 
-__all__ = ["data_dir", "demo_secret"]
+__all__ = ["data_dir", "demo_secret", "secret_of"]
+
+
+def secret_of(settings: Settings) -> tuple[str | None, bool]:
+    """The secret that the settings check tokens with, and whether it is the demo's.
+
+    There is none, (None, False), where a public key checks them.
+
+    Raises:
+        ConfigurationError: The demo's secret cannot be made or read.
+    """
+    if settings.auth.algorithm != "HS256":
+        return None, False
+    if settings.jwt_secret is not None:
+        return settings.jwt_secret, False
+    return demo_secret(data_dir()), True
 
 
 def data_dir() -> Path:

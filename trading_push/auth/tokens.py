@@ -20,7 +20,7 @@ from trading_push.settings.consistency import check_auth
 from trading_push.settings.schema import Auth
 from trading_push.settings.validators import SECRET_BYTES
 
-__all__ = ["JwtAuthenticator", "issue_token"]
+__all__ = ["JwtAuthenticator", "issue_token", "required_claims"]
 
 TOKEN_CHARACTERS: Final = 8192
 """How long a token may be."""
@@ -233,3 +233,9 @@ def issue_token(
     now = time.time()
     payload = {**(claims or {}), "sub": user, "iat": int(now), "exp": int(now + ttl_s)}
     return jwt.encode(payload, _hmac_key(secret), algorithm="HS256")
+
+
+def required_claims(auth: Auth) -> dict[str, str]:
+    """The `aud` and `iss` that a token must have to be accepted."""
+    claims = {"aud": auth.audience, "iss": auth.issuer}
+    return {name: value for name, value in claims.items() if value is not None}

@@ -1,318 +1,84 @@
-"""What `trading-push watch` shows: live tables on a terminal, one JSON push a line in a pipe."""
+"""The command `trading-push watch`."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
-import unicodedata
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final
 
-import attrs
+import click
 import trio
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from trading_push.client.client import Client, open_client
-from trading_push.client.messages import Push
-from trading_push.errors import TradingPushError
-from trading_push.topics import symbol_of
+from trading_push.cli.display import show
+from trading_push.cli.exits import REFUSED, UNREACHABLE, fail
+from trading_push.client.ending import Refused, Unreachable
+from trading_push.errors import AuthenticationError, ConfigurationError
+from trading_push.topics import BUILTIN_CHANNELS, TICKER_PREFIX
 
-__all__ = ["JsonLines", "Tables", "watch"]
-
-REFRESH_S: Final = 0.25
-
-# The columns of the tables: the field of the payload, the heading, and how it is shown.
-_PLAIN, _NUMBER, _SIGNED, _SIDE = range(4)
-_COLUMNS: Final[dict[str, tuple[tuple[str, str, int], ...]]] = {
-    "ticker": (
-        ("symbol", "Symbol", _PLAIN),
-        ("last", "Last", _NUMBER),
-        ("bid", "Bid", _NUMBER),
-        ("ask", "Ask", _NUMBER),
-        ("change", "Change", _SIGNED),
-        ("change_pct", "Change %", _SIGNED),
-    ),
-    "balance": (
-        ("asset", "Asset", _PLAIN),
-        ("free", "Free", _NUMBER),
-        ("locked", "Locked", _NUMBER),
-        ("total", "Total", _NUMBER),
-    ),
-    "positions": (
-        ("symbol", "Symbol", _PLAIN),
-        ("side", "Side", _SIDE),
-        ("quantity", "Quantity", _NUMBER),
-        ("entry_price", "Entry", _NUMBER),
-        ("mark_price", "Mark", _NUMBER),
-        ("unrealized_pnl", "Unrealized PnL", _SIGNED),
-    ),
-    "pnl": (
-        ("symbol", "Symbol", _PLAIN),
-        ("realized", "Realized", _SIGNED),
-        ("unrealized", "Unrealized", _SIGNED),
-        ("fees", "Fees", _NUMBER),
-        ("total", "Total", _SIGNED),
-    ),
-    "orders": (
-        ("symbol", "Symbol", _PLAIN),
-        ("side", "Side", _SIDE),
-        ("type", "Type", _PLAIN),
-        ("price", "Price", _NUMBER),
-        ("quantity", "Quantity", _NUMBER),
-        ("filled", "Filled", _NUMBER),
-        ("status", "Status", _PLAIN),
-        ("order_id", "Order", _PLAIN),
-    ),
-}
-_TITLES: Final = {
-    "balance": "Balance",
-    "positions": "Positions",
-    "pnl": "PnL",
-    "orders": "Open orders",
-}
-_GREEN: Final = frozenset({"buy", "long"})
-_RED: Final = frozenset({"sell", "short"})
+__all__ = ["watch"]
 
 
-def escaped(text: str) -> str:
-    """`text` with all that could steer a terminal written as `\\uXXXX`, which JSON reads back."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        character
-        if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else _unicode_escape(character)
-        for character in text
-    )
+@click.command()
+@click.argument("url", default="ws://127.0.0.1:8000/ws")
+@click.option(
+    "--token",
+    "token_",
+    envvar="TRADING_PUSH_TOKEN",
+    metavar="TOKEN",
+    help="The token; by default that of the environment, TRADING_PUSH_TOKEN.",
+)
+@click.option(
+    "--data",
+    default=",".join(BUILTIN_CHANNELS),
+    show_default=True,
+    metavar="NAME,...",
+    help="Channels of the user's own.",
+)
+@click.option(
+    "--ticker",
+    default="BTCUSDT,ETHUSDT",
+    show_default=True,
+    metavar="SYMBOL,...",
+    help="Symbols whose tickers to show.",
+)
+@click.option(
+    "--count", type=click.IntRange(1), metavar="N", help="End after N pushes, with status 0."
+)
+def watch(url: str, token_: str | None, data: str, ticker: str, count: int | None) -> None:
+    """Show an account and tickers live: tables on a terminal, else one JSON push a line.
 
+    Once it has been connected, it reconnects by itself, with a back-off. Ctrl-C ends it.
 
-def _unicode_escape(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
-
-
-class JsonLines:
-    """One push a line on a file descriptor, each written at once."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    async def show(self, push: Push) -> None:
-        """Write a push.
-
-        In a thread, since a pipe that is full would stop the answers to the server's pings. That
-        thread is abandoned when cancelled.
-
-        Raises:
-            BrokenPipeError: Nobody reads any more.
-        """
-        # Line breaks are white space in JSON, and inside its strings they are escaped already.
-        text = push.json.replace("\r", " ").replace("\n", " ")
-        line = (escaped(text) + "\n").encode("utf-8", "replace")
-        await trio.to_thread.run_sync(self._write, line, abandon_on_cancel=True)
-
-    def _write(self, line: bytes) -> None:
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-
-
-@attrs.define
-class _Shown:
-    """What is known of one channel."""
-
-    data: Any = None
-    has_data: bool = False
-    state: str = "live"
-    reason: str | None = None
-    at: float = 0
-
-
-class Tables:
-    """The latest values as tables that a trader can read."""
-
-    def __init__(self, channels: Sequence[str]) -> None:
-        self._shown = {channel: _Shown() for channel in channels}
-
-    async def show(self, push: Push) -> None:
-        """Take a push; what is on the screen changes at the next `render`."""
-        shown = self._shown.setdefault(push.channel, _Shown())
-        shown.at = trio.current_time()
-        if push.type == "status":
-            shown.state, shown.reason = push.state or "?", push.reason
-        else:
-            shown.data, shown.has_data = push.data, True
-            shown.state, shown.reason = "live", None
-
-    def render(self, client: Client, url: str) -> RenderableType:
-        """All tables, with the age of each value."""
-        if client.is_connected:
-            head = Text(f"{escaped(url)}  user {escaped(client.user or '?')}", style="bold")
-        else:
-            head = Text(f"reconnecting: {escaped(client.trouble or '')}", style="bold yellow")
-        tickers = {c: s for c, s in self._shown.items() if symbol_of(c) is not None}
-        others = {c: s for c, s in self._shown.items() if c not in tickers}
-        parts: list[RenderableType] = [head]
-        if tickers:
-            parts.append(self._tickers(tickers))
-        parts += [self._channel(channel, shown) for channel, shown in others.items()]
-        return Group(*parts)
-
-    def _tickers(self, tickers: Mapping[str, _Shown]) -> Table:
-        columns = _COLUMNS["ticker"]
-        table = _table("Tickers", columns)
-        table.add_column("State")
-        table.add_column("Age", justify="right")
-        for channel, shown in tickers.items():
-            row = shown.data if isinstance(shown.data, dict) else {"symbol": symbol_of(channel)}
-            table.add_row(*_cells(row, columns), _state(shown), _age(shown))
-        return table
-
-    def _channel(self, channel: str, shown: _Shown) -> Table:
-        data = shown.data
-        rows = data if isinstance(data, list) else [] if data is None else [data]
-        if channel == "pnl" and isinstance(data, dict):
-            by_symbol = data.get("by_symbol")
-            rows = [*(by_symbol if isinstance(by_symbol, list) else []), {**data, "symbol": "all"}]
-        rows = [row if isinstance(row, dict) else {"value": row} for row in rows]
-        # An application's own channel shows whatever its rows hold.
-        keys = dict.fromkeys(key for row in rows for key in row)
-        columns = _COLUMNS.get(channel) or tuple((key, escaped(key), _PLAIN) for key in keys)
-        title = Text(escaped(_TITLES.get(channel, channel)) + "  ")
-        title.append_text(_state(shown))
-        title.append_text(_age(shown))
-        table = _table(title, columns)
-        for row in rows:
-            table.add_row(*_cells(row, columns))
-        if not rows and shown.has_data:
-            table.caption = Text("none")
-        return table
-
-
-def _table(title: str | Text, columns: Sequence[tuple[str, str, int]]) -> Table:
-    # Without a frame: a screen of 24 lines would hold two tables less.
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-    )
-    for _, heading, kind in columns:
-        table.add_column(heading, justify="right" if kind in (_NUMBER, _SIGNED) else "left")
-    return table
-
-
-def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, int]]) -> list[Text]:
-    return [_cell(row.get(field), kind) for field, _, kind in columns]
-
-
-def _cell(value: object, kind: int) -> Text:
-    if value is None:
-        return Text("-", style="dim")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    style = ""
-    if kind == _SIGNED:
-        style = _colour_of_sign(text)
-    elif kind == _SIDE:
-        style = "green" if text in _GREEN else "red" if text in _RED else ""
-    return Text(escaped(text), style=style)
-
-
-def _colour_of_sign(text: str) -> str:
-    if not any(digit in text for digit in "123456789"):
-        return ""
-    return "red" if text.startswith("-") else "green"
-
-
-def _state(shown: _Shown) -> Text:
-    if not shown.at:
-        return Text("waiting", style="dim")
-    style = {"live": "green", "stale": "yellow"}.get(shown.state, "red")
-    reason = f" ({escaped(shown.reason)})" if shown.reason else ""
-    return Text(escaped(shown.state) + reason, style=style)
-
-
-def _age(shown: _Shown) -> Text:
-    return Text(f" {trio.current_time() - shown.at:.0f} s" if shown.at else "", style="dim")
-
-
-async def watch(
-    url: str, token: str, channels: Sequence[str], *, count: int | None, descriptor: int
-) -> None:
-    """Show pushes until `count` of them have come, or an interrupt does.
-
-    Args:
-        count: After how many pushes to end; None for never.
-        descriptor: Where to show them: a terminal gets tables, anything else JSON lines.
-
-    Raises:
-        TradingPushError: What ended the client for good (see `trading_push.client`).
-        BrokenPipeError: Nobody reads what is written.
+    \b
+    Exit status:
+      0  success, or ended by Ctrl-C or by a reader that has gone
+      2  wrong usage
+      3  the server refused the token or a channel, or said not to come back
+      4  no server answered
     """
-    failure: TradingPushError | BrokenPipeError | None = None
-    reading = trio.CancelScope()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            # An interrupt ends the reading and not the client, which then leaves politely; before
-            # there is one, and at the second interrupt, it ends all.
-            scopes = [nursery.cancel_scope]
-            nursery.start_soon(_end_at_interrupt, signals, scopes)
-            try:
-                async with open_client(url, token, channels=channels) as client:
-                    scopes.append(reading)
-                    with reading:
-                        await _show(client, url, channels, count, descriptor)
-            except (TradingPushError, BrokenPipeError) as error:
-                failure = error  # and out of the nursery, which would wrap it in a group
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-
-
-async def _end_at_interrupt(signals: AsyncIterator[int], scopes: list[trio.CancelScope]) -> None:
-    async for _ in signals:
-        scopes.pop().cancel()
-
-
-async def _show(
-    client: Client, url: str, channels: Sequence[str], count: int | None, descriptor: int
-) -> None:
-    if not os.isatty(descriptor):
-        await _pass_on(client, JsonLines(descriptor), count)
+    if not token_ or not token_.isascii():
+        raise ConfigurationError(
+            "watch needs a token: give --token, or set TRADING_PUSH_TOKEN "
+            "(`trading-push token --user 1` prints one)"
+        )
+    channels = [*_names(data), *(TICKER_PREFIX + symbol for symbol in _names(ticker))]
+    if not channels:
+        raise ConfigurationError("there is nothing to watch: give --data or --ticker")
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # standard output is closed
         return
-    tables = Tables(channels)
-    console = Console(file=sys.stdout)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        failure: TradingPushError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_refresh, live, tables, client, url)
-            try:
-                await _pass_on(client, tables, count)
-            except TradingPushError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        live.update(tables.render(client, url), refresh=True)
-        if failure is not None:
-            raise failure
+
+    try:
+        trio.run(lambda: show(url, token_, channels, count=count, descriptor=descriptor))
+    except (KeyboardInterrupt, BrokenPipeError):
+        return
+    except AuthenticationError as error:
+        fail(f"{error}: get a new one (`trading-push token --user ID`)", REFUSED)
+    except Refused as error:
+        fail(error, REFUSED)
+    except Unreachable as error:
+        fail(f"{error}; start it with `trading-push serve`, or give another URL", UNREACHABLE)
 
 
-async def _refresh(live: Live, tables: Tables, client: Client, url: str) -> None:
-    while True:
-        live.update(tables.render(client, url), refresh=True)
-        await trio.sleep(REFRESH_S)
-
-
-async def _pass_on(client: Client, output: JsonLines | Tables, count: int | None) -> None:
-    shown = 0
-    async for push in client:
-        await output.show(push)
-        shown += 1
-        if shown == count:
-            return
+def _names(text: str) -> list[str]:
+    """The names in a list that is separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trading_push import SqlSource
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 
 DATA_TYPES = ("balance", "positions", "pnl", "orders")
 _SYMBOLS = ("BTCUSDT", "ETHUSDT")

@@ -15,7 +15,8 @@ from harness.sources import Table, serving
 from harness.support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, trio_client, until
 
 from trading_push import factory as assembly
-from trading_push.settings.schema import Database, Polling, Settings
+from trading_push.settings.schema import Polling, Settings
+from trading_push.settings.sources import Database
 from trading_push.sources.paper import ledger
 
 USER = "1"

@@ -20,7 +20,8 @@ from harness.support import PATIENCE_S, SECRET, hypercorn_serving, trio_client, 
 
 from trading_push import ConfigurationError, PostgresSource, SourceError, SqlSource
 from trading_push import factory as assembly
-from trading_push.settings.schema import Database, Intervals, Query, Settings
+from trading_push.settings.schema import Intervals, Settings
+from trading_push.settings.sources import Database, Query
 from trading_push.sources.base import ChangeSink, WatchingSource
 
 SQL = """

@@ -15,7 +15,7 @@ import trio
 from sqlalchemy.dialects.postgresql import psycopg
 
 from trading_push.errors import ConfigurationError, SourceError
-from trading_push.settings.schema import Query
+from trading_push.settings.sources import Query
 from trading_push.sources.base import BatchSource
 from trading_push.sources.sql.source import SqlSource
 

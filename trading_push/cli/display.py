@@ -1,0 +1,132 @@
+"""Show pushes: as tables on a terminal, as one JSON line each in a pipe or a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from trading_push.cli.escaping import escaped
+from trading_push.client.client import Client, open_client
+from trading_push.client.messages import Push
+from trading_push.errors import TradingPushError
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from trading_push.cli.tables import Tables
+
+__all__ = ["JsonLines", "show"]
+
+REFRESH_S: Final = 0.25
+"""How often the tables are drawn anew."""
+
+
+class JsonLines:
+    """Write one push a line to a file descriptor, each at once."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    async def show(self, push: Push) -> None:
+        """Write a push.
+
+        A thread writes, because a full pipe would stop the answers to the server's pings.
+        Cancellation abandons that thread.
+
+        Raises:
+            BrokenPipeError: The reader has gone.
+        """
+        # Between the tokens of JSON line breaks are white space; inside strings they are escaped.
+        text = push.json.replace("\r", " ").replace("\n", " ")
+        line = (escaped(text) + "\n").encode("utf-8", "replace")
+        await trio.to_thread.run_sync(self._write, line, abandon_on_cancel=True)
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+
+
+async def show(
+    url: str, token: str, channels: Sequence[str], *, count: int | None, descriptor: int
+) -> None:
+    """Show pushes until `count` of them have come, or an interrupt does.
+
+    Args:
+        count: After how many pushes to end; None for never.
+        descriptor: Where to show them: a terminal gets tables, anything else JSON lines.
+
+    Raises:
+        TradingPushError: What ended the client for good (see `trading_push.client`).
+        BrokenPipeError: Nobody reads what is written.
+    """
+    failure: TradingPushError | BrokenPipeError | None = None
+    reading = trio.CancelScope()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            # The first interrupt ends only the reading, so that the client leaves politely. The
+            # second one, or one that comes before there is a client, ends everything.
+            scopes = [nursery.cancel_scope]
+            nursery.start_soon(_end_at_interrupt, signals, scopes)
+            try:
+                async with open_client(url, token, channels=channels) as client:
+                    scopes.append(reading)
+                    with reading:
+                        await _show(client, url, channels, count, descriptor)
+            except (TradingPushError, BrokenPipeError) as error:
+                failure = error  # raised outside the nursery, which would put it in a group
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _end_at_interrupt(signals: AsyncIterator[int], scopes: list[trio.CancelScope]) -> None:
+    async for _ in signals:
+        scopes.pop().cancel()
+
+
+async def _show(
+    client: Client, url: str, channels: Sequence[str], count: int | None, descriptor: int
+) -> None:
+    if not os.isatty(descriptor):
+        await _pass_on(client, JsonLines(descriptor), count)
+        return
+
+    from rich.console import Console  # which a pipe does without
+    from rich.live import Live
+
+    from trading_push.cli.tables import Tables
+
+    tables = Tables(channels)
+    console = Console(file=sys.stdout)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        failure: TradingPushError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_refresh, live, tables, client, url)
+            try:
+                await _pass_on(client, tables, count)
+            except TradingPushError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        live.update(tables.render(client, url), refresh=True)
+        if failure is not None:
+            raise failure
+
+
+async def _refresh(live: Live, tables: Tables, client: Client, url: str) -> None:
+    while True:
+        live.update(tables.render(client, url), refresh=True)
+        await trio.sleep(REFRESH_S)
+
+
+async def _pass_on(client: Client, output: JsonLines | Tables, count: int | None) -> None:
+    shown = 0
+    async for push in client:
+        await output.show(push)
+        shown += 1
+        if shown == count:
+            return

@@ -1,0 +1,138 @@
+"""The command `trading-push serve`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from trading_push.cli.options import config_option
+from trading_push.errors import ConfigurationError
+from trading_push.settings.definition import descriptions
+from trading_push.settings.schema import Settings
+
+__all__ = ["serve"]
+
+DEMO_USERS: Final = ("1", "2", "3", "4", "5")
+DEMO_TTL_S: Final = 24 * 3600
+"""How long the tokens of the demo are valid that are printed at the start."""
+
+# The settings that have a flag of their own, and what the flag shows for a value; no such text
+# makes a switch. The flags have neither types nor defaults: the settings check values from
+# everywhere.
+_FLAGS: Final = {
+    "host": ("server.host", "ADDRESS"),
+    "port": ("server.port", "PORT"),
+    "db": ("database.path", "FILE"),
+    "tape": ("market.tape", "FILE"),
+    "speed": ("market.speed", "X"),
+    "loop": ("market.loop", ""),
+    "lang": ("log.lang", "zh|en"),
+    "log-file": ("log.file", "FILE"),
+    "log-format": ("log.format", "text|json"),
+}
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _setting_options(command: _Command) -> _Command:
+    """Add the flags of settings to a command, each with the description of its setting."""
+    described = {each.path: each for each in descriptions(Settings)}
+    for flag, (path, metavar) in reversed(_FLAGS.items()):
+        meaning, default = described[path].meaning, described[path].default
+        if metavar:
+            shown = meaning if default is None else f"{meaning}  [{default}]"
+            option = click.option(f"--{flag}", metavar=metavar, help=shown)
+        else:
+            option = click.option(f"--{flag}", is_flag=True, default=None, help=meaning)
+        command = option(command)
+    return command
+
+
+@click.command()
+@config_option
+@_setting_options
+@click.option(
+    "--interval",
+    "intervals",
+    multiple=True,
+    metavar="TYPE=SECONDS",
+    help="The time between two polls of a data type, as in balance=2; one for each type.",
+)
+def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
+    """Run the push server, with a paper exchange where nothing else is configured.
+
+    Log lines go to standard error. Ctrl-C and SIGTERM end it with exit status 0.
+    """
+    # `serve --help` does without the server, and without what it needs.
+    import trio
+
+    from trading_push.auth.demo import secret_of
+    from trading_push.auth.tokens import JwtAuthenticator
+    from trading_push.server import run_server
+    from trading_push.settings.consistency import check_demo
+    from trading_push.settings.loading import load_settings
+
+    flags = {path: values[flag.replace("-", "_")] for flag, (path, _) in _FLAGS.items()}
+    flags.update(_intervals(intervals))
+    settings = load_settings(config=config, flags=flags)
+    secret, is_demo = secret_of(settings)
+    if is_demo:
+        check_demo(settings)
+    authenticate = JwtAuthenticator(settings.auth, secret)
+
+    def on_ready(url_http: str, url_ws: str) -> None:
+        _say(_greeting(settings, url_http, url_ws, secret, is_demo))
+
+    try:
+        trio.run(lambda: run_server(settings, authenticate=authenticate, on_ready=on_ready))
+    except KeyboardInterrupt:
+        return  # it came before the server listened for signals
+
+
+def _intervals(given: Sequence[str]) -> dict[str, str]:
+    """The settings that the flags `--interval TYPE=SECONDS` stand for."""
+    flags = {}
+    for interval in given:
+        data_type, equals, seconds = interval.partition("=")
+        if not equals:
+            raise ConfigurationError(
+                f"--interval {interval!r} names no seconds: give TYPE=SECONDS, like balance=2"
+            )
+        flags[f"intervals.{data_type}"] = seconds
+    return flags
+
+
+def _greeting(
+    settings: Settings, url_http: str, url_ws: str, secret: str | None, is_demo: bool
+) -> list[str]:
+    """What is printed when the server answers: where it is, and how to get a token."""
+    from trading_push.auth.tokens import issue_token, required_claims
+
+    lines = [
+        f"Serving on {url_http} (WebSocket {url_ws})",
+        f"Watch it from another shell: trading-push watch {url_ws} --token TOKEN",
+    ]
+    if secret is not None and is_demo:
+        claims = required_claims(settings.auth)
+        lines.append(f"Tokens of the demo's users, valid for {DEMO_TTL_S // 3600} hours:")
+        lines += [
+            f"  user {user}: {issue_token(secret, user, DEMO_TTL_S, claims)}" for user in DEMO_USERS
+        ]
+    elif secret is not None:
+        lines.append("`trading-push token --user ID` makes a TOKEN")
+    return lines
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Print lines at once; a reader that has gone must not end the server."""
+    try:
+        for line in lines:
+            print(line, flush=True)  # noqa: T201
+    except OSError:
+        # The interpreter tries again at its exit to write what is left, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
