@@ -19,7 +19,7 @@ __all__ = ["data_dir", "demo_secret", "secret_of"]
 def secret_of(settings: Settings) -> tuple[str | None, bool]:
     """The secret that the settings check tokens with, and whether it is the demo's.
 
-    There is none, (None, False), where a public key checks them.
+    It is (None, False) if a public key checks them.
 
     Raises:
         ConfigurationError: The demo's secret cannot be made or read.

@@ -64,7 +64,7 @@ def _setting_options(command: _Command) -> _Command:
     help="The time between two polls of a data type, as in balance=2; one for each type.",
 )
 def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
-    """Run the push server, with a paper exchange where nothing else is configured.
+    """Run the push server, with a paper exchange if nothing else is configured.
 
     Log lines go to standard error. Ctrl-C and SIGTERM end it with exit status 0.
     """

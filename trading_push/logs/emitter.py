@@ -70,7 +70,7 @@ def emit_pushed(pushed: Sequence[tuple[str, str]]) -> None:
 
 
 def _bare_texts(lines: Sequence[Line]) -> list[str] | None:
-    """The text of each line; None where a record has to be made for one of them.
+    """The text of each line; None if one of them needs a record.
 
     A line that goes through a record costs three times as much.
     """

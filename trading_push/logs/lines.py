@@ -120,7 +120,7 @@ def one_line(text: str, limit: int) -> str:
 def failure(error: BaseException) -> str:
     """Put an exception in one escaped line: its class and the first line of its text.
 
-    The class is left out where it is one of this package's own, whose texts stand for themselves.
+    The class is left out if it is this package's own: their texts stand for themselves.
     """
     kind = type(error).__name__
     text = without_tokens(safe_str(error).strip().split("\n", 1)[0], ERROR_LENGTH)
@@ -132,7 +132,7 @@ def failure(error: BaseException) -> str:
 
 
 def safe_str(value: object) -> str:
-    """The text of any object; empty where its `__str__` raises."""
+    """The text of any object; empty if its `__str__` raises."""
     try:
         return str(value)
     except Exception:

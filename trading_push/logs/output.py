@@ -91,7 +91,7 @@ class Output(logging.Handler):
         self._descriptor = descriptor
         self._bound = lines  # how many lines may wait
         self._dropped = 0  # lines that were dropped since the last one was queued
-        self._queued = 0  # lines queued so far, counted by whoever emits
+        self._queued = 0  # lines queued so far, counted by the threads that emit
         self._taken = 0  # lines taken from the queue so far, counted by the thread
         self._written = 0  # calls of write() so far
         # Units of lines that stay together; None ends the thread. A SimpleQueue has no bound and
@@ -139,8 +139,8 @@ class Output(logging.Handler):
     def end(self, timeout_s: float) -> None:
         """Write what is queued and close the descriptor.
 
-        A thread that takes longer than `timeout_s` is given up, or somewhat later where it still
-        writes, because somebody reads.
+        A thread that takes longer than `timeout_s` is given up, or somewhat later if it is still
+        writing, which means that there is a reader.
         """
         self._units.put(None)
         given_up_at = time.monotonic() + timeout_s + EXTRA_S
@@ -212,7 +212,7 @@ def attached(
 ) -> Iterator[None]:
     """Print the lines to standard error, and to `file` as well, while the context is open.
 
-    Threads behind bounded queues do the writing, so that a full pipe that nobody reads never stops
+    Threads behind bounded queues do the writing, so that a full pipe without a reader never stops
     the service. Leaving waits two seconds for lines that are still queued, and longer as long as
     they are being read.
 

@@ -57,7 +57,7 @@ def push(
         seq: The number of the value.
         ts: When it was published, in milliseconds since the epoch.
         data: The value.
-        merged: How many values this one stands for, where not only for itself.
+        merged: How many values this one stands for; 0 if only for itself.
         dropped: How many events were left out before it.
     """
     middle = b"" if prev is None else b'"prev":%d,' % prev

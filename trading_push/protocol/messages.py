@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 SUBPROTOCOL: Final = "trading-push.v1"
-"""The WebSocket subprotocol, echoed where a client offers it."""
+"""The WebSocket subprotocol, echoed if a client offers it."""
 MAX_ITEMS: Final = 1024
 """How many items a request may have. One with more is refused whole, so that a small request has
 no giant reply."""
 
 Id = int | str | None
-"""The `id` of a request; None where it has none."""
+"""The `id` of a request; None if it has none."""
 _MAX_ID: Final = 2**53
 _MAX_ID_LENGTH: Final = 64
 
@@ -147,7 +147,7 @@ class BadRequest(RequestError):
     """A message that is not a valid request.
 
     Attributes:
-        id: The request's own, where it could be read.
+        id: The request's own, if it could be read.
     """
 
     def __init__(self, code: ErrorCode, message: str, request_id: Id = None) -> None:
@@ -280,7 +280,7 @@ class AuthReply(Struct, tag_field="op", tag="auth"):
 
 
 class ItemResult(Struct, omit_defaults=True):
-    """What became of one item; `channel` is None where the item does not name one."""
+    """What became of one item; `channel` is None if the item does not name one."""
 
     channel: str | None
     ok: bool
@@ -314,7 +314,7 @@ class Pong(Struct, tag_field="op", tag="pong"):
 
 
 class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
-    """What the server says unasked: `shutdown`, `token_expires`."""
+    """What the server sends unasked: `shutdown`, `token_expires`."""
 
     code: str
     reconnect_after_ms: int | UnsetType = UNSET
@@ -337,5 +337,5 @@ def error_reply(request_id: Id, error: RequestError) -> ErrorReply:
 
 
 def reply_id(request_id: Id) -> int | str | UnsetType:
-    """Put a request's `id` in the form of a reply, which has none where the request has none."""
+    """Put a request's `id` in the form of a reply, which has none if the request has none."""
     return UNSET if request_id is None else request_id

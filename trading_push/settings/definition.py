@@ -33,12 +33,12 @@ def setting(
     """Make an attrs field that is a setting.
 
     Args:
-        default: The value where none is given; None for "not set".
+        default: The value if none is given; None for "not set".
         validator: Refuses a value that cannot be used.
         meaning: One or more whole sentences, for the table, the sample and the help.
         unit: In which unit it is: `s`, `bytes`, `1/s`, or none.
         example: What the sample shows of a setting without a default: the value as TOML, or whole
-            lines where it is a table.
+            lines if it is a table.
         repr: Whether the value may be shown; False for secrets.
     """
     return attrs.field(
@@ -60,7 +60,7 @@ class Description:
 
     Attributes:
         path: Its whole name, `section.name`.
-        default: Its default; None where it is not set by default.
+        default: Its default; None if it is not set by default.
         meaning: What it means, in whole sentences.
         unit: Its unit; empty for none.
         example: What the sample shows in place of a default.

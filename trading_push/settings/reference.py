@@ -1,6 +1,6 @@
 """Write what mirrors the settings: the table of the documentation, and the sample file.
 
-`nox -s settings` runs this; a test fails where one of them differs from the descriptions.
+`nox -s settings` runs this; a test fails if one of them differs from the descriptions.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ class Ccxt:
         "",
         words,
         "The markets whose fills are published, separated by spaces (`BTC/USDT ETH/USDT`); `*` "
-        "for all of them, where the exchange can.",
+        "for all of them, if the exchange can.",
     )
     fills_interval_s: float = setting(
         5, number(0.1), "The time between two requests for fills.", unit="s"

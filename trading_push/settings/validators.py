@@ -58,7 +58,7 @@ optional = attrs.validators.optional
 
 
 def _shown(attribute: attrs.Attribute[Any], value: object) -> str:
-    """Put a value in a message: cut, and left out where it is a secret."""
+    """Put a value in a message: cut, and left out if it is a secret."""
     if attribute.repr is False:
         return "not usable"
     text = repr(value)

@@ -12,7 +12,7 @@ __all__ = ["is_allowed", "is_origin"]
 _HOST: Final = re.compile(r"[a-z0-9._:-]+", re.ASCII)  # colons are in IPv6 addresses
 _PORTS: Final = {"http": 80, "https": 443}
 
-# Scheme, host and port; no port where the scheme has no default one.
+# Scheme, host and port; no port if the scheme has no default one.
 _Parts = tuple[str, str, int | None]
 
 
