@@ -15,15 +15,13 @@ from __future__ import annotations
 import email.utils
 import math
 import os
-import re
 import socket
 import ssl
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import anyio
 import attrs
@@ -34,8 +32,9 @@ from anyio.streams.tls import TLSAttribute
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Http
-from trading_push.settings.validators import DOT_SEGMENT
+from trading_push.sources.http.known_answers import KnownAnswers
 from trading_push.sources.http.pointer import parse_pointer, resolve_pointer
+from trading_push.sources.http.urls import encoded, expand
 
 try:
     import asks
@@ -58,8 +57,6 @@ PAUSE_S: Final = 300.0
 """How long a service's Retry-After is heeded at most."""
 
 _CLOSE_S: Final = 1.0
-_ENTRY_BYTES: Final = 500  # about what an entry costs beside its texts
-_ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{0,256}"')  # RFC 9110, section 8.8.3
 # Come later, and the answer may be another (RFC 9110, 15.5.9; RFC 8470, 5.2; RFC 6585, 4).
 _TRANSIENT: Final = frozenset({408, 425, 429})
 # What a batch is answered where the service cannot do with one of its users.
@@ -151,7 +148,7 @@ class HttpSource:
         }
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._known = _Known(KNOWN_BYTES)
+        self._known = KnownAnswers(KNOWN_BYTES)
         self._paused_until = -math.inf
 
     async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | None:
@@ -165,7 +162,7 @@ class HttpSource:
                 is too long, is not JSON or holds no data where they should be, and a user id that
                 no URL can hold.
         """
-        url = _expand(self._url, user_id=_quoted(user_id), data_type=_quoted(data_type))
+        url = expand(self._url, user_id=encoded(user_id), data_type=encoded(data_type))
         data = await self._read(url)
         return None if data in (None, b"null") else msgspec.Raw(data)
 
@@ -305,17 +302,17 @@ class HttpBatchSource(HttpSource):
         return {user: values[user] for user in user_ids if user in values and values[user] != _NULL}
 
     def _urls(self, user_ids: Sequence[str], data_type: str) -> Iterator[str]:
-        quoted = [_quoted(user) for user in user_ids]
+        quoted = [encoded(user) for user in user_ids]
         ids: list[str] = []
         room = URL_BYTES - len(self._batch_url)
         for each in quoted:
             room -= len(each) + 1
             if room < 0 and ids:
-                yield _expand(self._batch_url, user_ids=",".join(ids), data_type=_quoted(data_type))
+                yield expand(self._batch_url, user_ids=",".join(ids), data_type=encoded(data_type))
                 ids, room = [], URL_BYTES - len(self._batch_url) - len(each) - 1
             ids.append(each)
         if ids:
-            yield _expand(self._batch_url, user_ids=",".join(ids), data_type=_quoted(data_type))
+            yield expand(self._batch_url, user_ids=",".join(ids), data_type=encoded(data_type))
 
 
 _NULL = msgspec.Raw(b"null")
@@ -328,34 +325,6 @@ class _Session(asks.Session):  # type: ignore[misc]
         while self._conn_pool and not _is_quiet(self._conn_pool[0]):
             await self._conn_pool.popleft().aclose()
         return await super()._grab_connection(url)
-
-
-class _Known:
-    """The last ETag and data of each URL; what was used longest ago is forgotten first."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._left = limit_bytes
-        self._entries: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
-
-    def get(self, url: str) -> tuple[str, bytes] | None:
-        if url in self._entries:
-            self._entries.move_to_end(url)
-        return self._entries.get(url)
-
-    def put(self, url: str, etag: str, data: bytes) -> None:
-        """Remember them; without a proper ETag, what was known is forgotten."""
-        if url in self._entries:
-            self._left += _size(url, *self._entries.pop(url))
-        if _ETAG.fullmatch(etag):
-            self._entries[url] = etag, data
-            self._left -= _size(url, etag, data)
-        while self._left < 0:
-            oldest, entry = self._entries.popitem(last=False)
-            self._left += _size(oldest, *entry)
-
-
-def _size(url: str, etag: str, data: bytes) -> int:
-    return len(url) + len(etag) + len(data) + _ENTRY_BYTES
 
 
 class _Broken(SourceError):
@@ -443,26 +412,6 @@ def _retry_after_s(value: str) -> float:
         return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, OverflowError, TypeError):
         return 0.0
-
-
-def _quoted(value: str) -> str:
-    try:
-        quoted = quote(value, safe="")
-    except UnicodeEncodeError:
-        quoted = ""
-    if not quoted:
-        raise SourceError("the user's id is one that no URL can hold", retryable=False)
-    return quoted
-
-
-def _expand(template: str, **quoted: str) -> str:
-    url = template
-    for name, value in quoted.items():
-        url = url.replace(f"{{{name}}}", value)
-    # No quoting helps here: servers, and asks, take "%2e%2e" for "..", and go up.
-    if DOT_SEGMENT.search(url):
-        raise SourceError("the user's id is one that no URL can hold", retryable=False)
-    return url
 
 
 def _by_user(data: bytes) -> dict[str, msgspec.Raw]:

@@ -23,7 +23,8 @@ from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.base import ChangeSink
-from trading_push.sources.sql.source import SqlSource, parse
+from trading_push.sources.sql.engine import parse
+from trading_push.sources.sql.source import SqlSource
 
 if TYPE_CHECKING:
     from psycopg import Connection
