@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from trading_push.models import Ticker
+from trading_push.settings.sources import Market
 from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
-from trading_push.sources.exchanges.ticker_state import Event, Market
+from trading_push.sources.exchanges.ticker_state import Event
 from trading_push.sources.paper.exchange import Trading
 from trading_push.sources.paper.traders import Traders, demo_book
 

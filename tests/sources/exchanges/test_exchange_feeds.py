@@ -32,11 +32,12 @@ from trading_push.models import Ticker
 from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import WatchedFeed
 from trading_push.sources.exchanges import binance, bybit
+from trading_push.sources.exchanges.amounts import UNUSABLE, reason_of
 from trading_push.sources.exchanges.binance import BinanceFeed
 from trading_push.sources.exchanges.bybit import BybitFeed
-from trading_push.sources.exchanges.stream import ExchangeFeed, News, Reply
+from trading_push.sources.exchanges.dialect import Reply
+from trading_push.sources.exchanges.stream import ExchangeFeed, News
 from trading_push.sources.exchanges.tape import Tape
-from trading_push.sources.exchanges.ticker_state import UNUSABLE, reason_of
 from trading_push.sources.paper import open_paper_exchange
 from trading_push.topics import Channels, ticker_topic
 from trading_push.upstream.market_feed import MarketFeed

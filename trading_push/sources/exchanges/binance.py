@@ -1,4 +1,4 @@
-"""Binance's market as a feed: the combined streams 24hrTicker, bookTicker and trade of each symbol.
+"""Binance as a feed: the combined streams 24hrTicker, bookTicker and trade of each symbol.
 
 From "WebSocket Streams for Binance" (web-socket-streams.md of Binance's spot API documentation):
 
@@ -9,9 +9,9 @@ From "WebSocket Streams for Binance" (web-socket-streams.md of Binance's spot AP
 4. A connection is cut at 24 hours. The server pings every 20 seconds and wants a pong within a
    minute.
 
-A stream that does not exist is acknowledged like any other, and silent. What a frame says of the
-past is known by its own numbers: the update id of a bookTicker, the id of a trade, and the event
-time and last trade id of a 24hrTicker.
+A stream that does not exist is acknowledged like any other, and stays silent. Numbers in the frames
+say which of two is the later: the update id of a bookTicker, the id of a trade, and the event time
+and last trade id of a 24hrTicker.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 import msgspec
 
 from trading_push.models import Ticker
+from trading_push.sources.exchanges.amounts import epoch_ns
 from trading_push.sources.exchanges.binance_frames import Payload, is_other_event, values_of
-from trading_push.sources.exchanges.stream import ExchangeFeed, Merged, News, Reply, Terms
-from trading_push.sources.exchanges.ticker_state import Event, Market, epoch_ns
+from trading_push.sources.exchanges.dialect import ExchangeLimits, Reply, SymbolFrame, SymbolState
+from trading_push.sources.exchanges.stream import ExchangeFeed
+from trading_push.sources.exchanges.ticker_state import Event, TickerState
 
 __all__ = ["BinanceFeed"]
 
 URL: Final = "wss://stream.binance.com:9443/stream"
 STREAMS: Final = ("ticker", "bookTicker", "trade")
 STREAMS_PER_CONNECTION: Final = 1024
-TERMS: Final = Terms(
+LIMITS: Final = ExchangeLimits(
     symbols_per_connection=STREAMS_PER_CONNECTION // len(STREAMS),
     symbols_per_request=50,
 )
-"""Three messages of ours a second leave room for pongs among the five."""
+"""At three messages a second (`spacing_s`) there is room for pongs among the five."""
 
 
 class BinanceFeed(ExchangeFeed):
@@ -45,56 +47,56 @@ class BinanceFeed(ExchangeFeed):
 
     Args:
         url: The combined streams of the exchange, of its test network, or of a loopback.
-        terms: The limits that are kept.
+        limits: The limits that are kept.
 
     Raises:
-        ConfigurationError: The URL is none.
+        ConfigurationError: The URL is not one of a WebSocket.
     """
 
     name: ClassVar[str] = "Binance"
-    symbols: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z0-9._-]{1,20}")
+    symbol_pattern: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z0-9._-]{1,20}")
 
-    def __init__(self, url: str = URL, *, terms: Terms = TERMS) -> None:
-        super().__init__(url, terms)
+    def __init__(self, url: str = URL, *, limits: ExchangeLimits = LIMITS) -> None:
+        super().__init__(url, limits)
 
     def request(
         self, op: Literal["subscribe", "unsubscribe"], symbols: Sequence[str], number: int
     ) -> str:
-        """`SUBSCRIBE`, or `UNSUBSCRIBE`, of the three streams of each symbol."""
+        """Write a `SUBSCRIBE`, or `UNSUBSCRIBE`, of the three streams of each symbol."""
         params = [f"{symbol.lower()}@{stream}" for symbol in symbols for stream in STREAMS]
         return _encode({"method": op.upper(), "params": params, "id": number}).decode()
 
     def ping(self, number: int) -> None:
-        """None: a ping frame."""
+        """Ask for a ping frame."""
         return
 
-    def read(self, message: str) -> News | Reply | None:
-        """An event of one of the three streams, or the answer to a request."""
+    def read(self, message: str) -> SymbolFrame | Reply | None:
+        """Read an event of one of the three streams, or the reply to a request."""
         try:
-            said = _decode(message)
+            decoded = _decode(message)
         except msgspec.ValidationError:
             if is_other_event(message):
                 return None
             raise
-        payload = said.data
+        payload = decoded.data
         if payload is None:
-            return _reply(said)
-        found = values_of(payload, said.stream)
+            return _reply(decoded)
+        found = values_of(payload, decoded.stream)
         if found is None or payload.event == "aggTrade":
             return None
         time = payload.event_time or payload.trade_time
         time_ms = epoch_ns(time) // 1_000_000 if time else 0
         event = Event(0, time_ms, payload.symbol, *found)
         numbers = (payload.update_id, payload.trade_id, payload.last_trade_id)
-        return News(payload.symbol, _Numbered(event, *numbers))
+        return SymbolFrame(payload.symbol, _Numbered(event, *numbers))
 
-    def new_symbol(self, symbol: str) -> Merged:
-        """Nothing known of it yet."""
+    def new_symbol(self, symbol: str) -> SymbolState:
+        """Make the state of a symbol of which nothing has been heard."""
         return _Symbol(symbol)
 
 
 class _Numbered(NamedTuple):
-    """An event with the numbers that say where it belongs."""
+    """An event with the numbers that order it; 0, or None, where it has none of a kind."""
 
     event: Event
     update_id: int
@@ -106,25 +108,27 @@ class _Symbol:
     """One symbol: its three streams merged as a tape's frames are, each in its own order."""
 
     def __init__(self, symbol: str) -> None:
-        self._market = Market(symbol)
+        self._state = TickerState(symbol)
+        # The numbers of what was merged last: of a bookTicker, a trade and a 24hrTicker.
         self._update_id = -1
         self._trade_id = -1
-        self._trade_price: Decimal | None = None
         self._window_ms = -1
+        # The price of the trade `_trade_id`.
+        self._trade_price: Decimal | None = None
 
     def apply(self, numbered: _Numbered) -> bool:
-        """Merge an event, unless the same stream has said a later one."""
+        """Merge an event, unless the same stream has brought a later one."""
         event = numbered.event
         if event.kind == "quote":
             if numbered.update_id <= self._update_id:
                 return False
             self._update_id = numbered.update_id
-            self._market.apply(event)
+            self._state.apply(event)
         elif event.kind == "trade":
             if numbered.trade_id <= self._trade_id:
                 return False
             self._trade_id, self._trade_price = numbered.trade_id, event.values[0]
-            self._market.apply(event)
+            self._state.apply(event)
         else:
             if event.source_ms <= self._window_ms:
                 return False
@@ -136,17 +140,17 @@ class _Symbol:
         if self._update_id >= 0:
             # The quote of a 24hrTicker has no update id: it may be older than the last bookTicker.
             event = event._replace(values=(*event.values[:6], None, None))
-        self._market.apply(event)
+        self._state.apply(event)
         if last_trade_id is None or last_trade_id >= self._trade_id:
             self._trade_id, self._trade_price = last_trade_id or self._trade_id, event.values[0]
         else:
             # A trade has come that this window does not know yet: it is the last one.
             later = (self._trade_price, Decimal(0))
-            self._market.apply(Event(0, 0, event.symbol, "trade", later))
+            self._state.apply(Event(0, 0, event.symbol, "trade", later))
 
     def ticker(self) -> Ticker:
-        """What is known now."""
-        return self._market.ticker()
+        """Return what is known now."""
+        return self._state.ticker()
 
 
 class _Payload(Payload):
@@ -160,7 +164,7 @@ class _Error(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    """An event in its wrapping, or an answer; errors are answered in two forms."""
+    """An event in its wrapping, or a reply; errors come in two forms."""
 
     stream: str = ""
     data: _Payload | None = None
@@ -171,11 +175,12 @@ class _Message(msgspec.Struct):
     msg: str = ""
 
 
-def _reply(said: _Message) -> Reply:
-    number = said.id if isinstance(said.id, int) else None
-    if said.error is not None or said.code is not None:
-        return Reply(number, (said.error.msg if said.error else said.msg) or "no reason given")
-    if said.result is msgspec.UNSET:
+def _reply(message: _Message) -> Reply:
+    number = message.id if isinstance(message.id, int) else None
+    if message.error is not None or message.code is not None:
+        error = message.error.msg if message.error else message.msg
+        return Reply(number, error or "no reason given")
+    if message.result is msgspec.UNSET:
         raise ValueError("neither an event nor an answer")
     return Reply(number)
 

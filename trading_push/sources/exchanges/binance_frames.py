@@ -1,4 +1,4 @@
-"""Binance's stream frames as a market's events: bookTicker, trade, aggTrade and 24hrTicker.
+"""Binance's stream frames as events of a symbol: bookTicker, trade, aggTrade and 24hrTicker.
 
 The fields are those of "WebSocket Streams for Binance" (web-socket-streams.md of Binance's spot API
 documentation).
@@ -10,7 +10,8 @@ from decimal import Decimal
 
 import msgspec
 
-from trading_push.sources.exchanges.ticker_state import Kind, number, percentage, price
+from trading_push.sources.exchanges.amounts import number, percentage, price
+from trading_push.sources.exchanges.ticker_state import Kind
 
 __all__ = ["Frame", "Payload", "is_other_event", "values_of"]
 
@@ -42,17 +43,17 @@ class Frame(msgspec.Struct):
 
 
 def values_of(payload: Payload, stream: str = "") -> tuple[Kind, tuple[Decimal | None, ...]] | None:
-    """What an event says: its kind and the values of an `Event` of that kind.
+    """Read an event: its kind, and the values of an `Event` of that kind.
 
     Args:
         payload: The event.
         stream: The stream's name, where the event came in its wrapping.
 
     Returns:
-        None for one that is well, but of no use here.
+        None for one that is well-formed, but of no use here.
 
     Raises:
-        ValueError, ArithmeticError: It is no event of Binance, or has no usable amounts.
+        ValueError, ArithmeticError: It is not an event of Binance, or its amounts cannot be used.
     """
     event = payload.event
     if event == "bookTicker" or (not event and payload.bid is not None):
@@ -67,7 +68,7 @@ def values_of(payload: Payload, stream: str = "") -> tuple[Kind, tuple[Decimal |
 
 
 def is_other_event(text: bytes | str) -> bool:
-    """Whether it is well, but of a stream that is of no use here (depth, say), recorded along."""
+    """Whether an event is well-formed, but of a stream that is of no use here, such as depth."""
     event: object = msgspec.json.decode(text)
     while isinstance(event, dict) and ("frame" in event or "data" in event):
         event = event.get("frame") or event.get("data")

@@ -1,4 +1,4 @@
-"""Bybit's market as a feed: the tickers of its v5 public streams, snapshots and deltas merged.
+"""Bybit as a feed: the tickers of its v5 public streams, snapshots and deltas merged.
 
 From "Connect" (v5/ws/connect) and "Ticker" (v5/websocket/public/ticker) of Bybit's API
 documentation:
@@ -25,70 +25,75 @@ import attrs
 import msgspec
 
 from trading_push.models import Ticker
-from trading_push.sources.exchanges.stream import ExchangeFeed, Merged, News, Reply, Terms
-from trading_push.sources.exchanges.ticker_state import DECIMALS, number, percentage
+from trading_push.sources.exchanges.amounts import DECIMALS, number, percentage
+from trading_push.sources.exchanges.dialect import ExchangeLimits, Reply, SymbolFrame, SymbolState
+from trading_push.sources.exchanges.stream import ExchangeFeed
 
 __all__ = ["BybitFeed"]
 
 URL: Final = "wss://stream.bybit.com/v5/public/spot"
 TOPIC: Final = "tickers."
-TERMS: Final = Terms(symbols_per_connection=400, symbols_per_request=10)
-"""400 symbols of the greatest length there is, with their quotes, have 17,200 characters."""
+LIMITS: Final = ExchangeLimits(symbols_per_connection=400, symbols_per_request=10)
+"""Of the longest symbols there are, 400 have 17,200 characters with their quotes."""
 
 
 class BybitFeed(ExchangeFeed):
-    """One category of Bybit's market, by its address; a `WatchedFeed`.
+    """One category of Bybit, by its address; a `WatchedFeed`.
 
     Args:
         url: A public stream of the exchange, of its test network, or of a loopback.
-        terms: The limits that are kept.
+        limits: The limits that are kept.
 
     Raises:
-        ConfigurationError: The URL is none.
+        ConfigurationError: The URL is not one of a WebSocket.
     """
 
     name: ClassVar[str] = "Bybit"
-    symbols: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z0-9-]{1,32}")
+    symbol_pattern: ClassVar[re.Pattern[str]] = re.compile(r"[A-Z0-9-]{1,32}")
 
-    def __init__(self, url: str = URL, *, terms: Terms = TERMS) -> None:
-        super().__init__(url, terms)
+    def __init__(self, url: str = URL, *, limits: ExchangeLimits = LIMITS) -> None:
+        super().__init__(url, limits)
 
     def request(
         self, op: Literal["subscribe", "unsubscribe"], symbols: Sequence[str], number: int
     ) -> str:
-        """`subscribe`, or `unsubscribe`, of the tickers of each symbol."""
+        """Write a `subscribe`, or `unsubscribe`, of the tickers of each symbol."""
         topics = [TOPIC + symbol for symbol in symbols]
         return _encode({"req_id": str(number), "op": op, "args": topics}).decode()
 
     def ping(self, number: int) -> str:
-        """A ping is a message here."""
+        """Write a ping, which is a message here."""
         return _encode({"req_id": str(number), "op": "ping"}).decode()
 
-    def read(self, message: str) -> News | Reply | None:
-        """A ticker, or the answer to a request."""
-        said = _decode(message)
-        if said.topic.startswith(TOPIC):
-            return _news(said)
-        if said.topic:
+    def read(self, message: str) -> SymbolFrame | Reply | None:
+        """Read a ticker, or the reply to a request."""
+        decoded = _decode(message)
+        if decoded.topic.startswith(TOPIC):
+            return _frame(decoded)
+        if decoded.topic:
             return None
-        if not said.op:
+        if not decoded.op:
             raise ValueError("neither a ticker nor an answer")
-        wanted = said.req_id
-        asked = (
-            int(wanted) if wanted.isascii() and wanted.isdecimal() and len(wanted) < 16 else None
-        )
-        if said.success is not False:
-            return Reply(asked)
-        why = said.ret_msg or "no reason given"
-        return Reply(asked, why, is_subscribed="already subscribed" in why)
+        request = int(decoded.req_id) if _OUR_ID.fullmatch(decoded.req_id) else None
+        if decoded.success is not False:
+            return Reply(request)
+        why = decoded.ret_msg or "no reason given"
+        return Reply(request, why, is_subscribed="already subscribed" in why)
 
-    def new_symbol(self, symbol: str) -> Merged:
-        """Nothing known of it yet."""
+    def new_symbol(self, symbol: str) -> SymbolState:
+        """Make the state of a symbol of which nothing has been heard."""
         return _Symbol(symbol)
 
 
 class _Change(NamedTuple):
-    """What a frame says: amounts by the names of a `Ticker`."""
+    """What a frame says.
+
+    Args:
+        is_snapshot: Whether it says everything, or only what has changed.
+        cs: Bybit's sequence number.
+        ts: Bybit's time, in ms since the epoch.
+        amounts: By the names of a `Ticker`; None for what there is none of.
+    """
 
     is_snapshot: bool
     cs: int
@@ -107,6 +112,7 @@ class _Symbol:
     cs: int = -1
     ts: int = -1
     amounts: dict[str, Decimal | None] | None = None
+    """None before the first snapshot."""
 
     def apply(self, change: _Change) -> bool:
         """Merge a frame, unless it is not newer or there is no snapshot to merge it into."""
@@ -124,7 +130,7 @@ class _Symbol:
         return True
 
     def ticker(self) -> Ticker:
-        """What is known now."""
+        """Return what is known now."""
         amounts = self.amounts or {}
         last, open_ = amounts.get("last"), amounts.get("open")
         change = None if last is None or open_ is None else DECIMALS.subtract(last, open_)
@@ -132,7 +138,7 @@ class _Symbol:
 
 
 class _Data(msgspec.Struct):
-    """The fields of a ticker that matter here; an empty text is a value that there is none."""
+    """The fields of a ticker that matter here; an empty text stands for no value."""
 
     symbol: str
     last: str | None = msgspec.field(name="lastPrice", default=None)
@@ -159,6 +165,7 @@ class _Message(msgspec.Struct):
 
 _AMOUNTS: Final = ("last", "bid", "ask", "open", "high", "low", "volume")
 
+# The ids of our requests; what else a `req_id` says is not a reply to one.
 _OUR_ID: Final = re.compile(r"[0-9]{1,15}")
 
 _decode = msgspec.json.Decoder(_Message).decode
@@ -166,9 +173,9 @@ _decode_data = msgspec.json.Decoder(_Data).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def _news(said: _Message) -> News:
-    data = _decode_data(said.data)
-    if TOPIC + data.symbol != said.topic or said.type not in ("snapshot", "delta"):
+def _frame(message: _Message) -> SymbolFrame:
+    data = _decode_data(message.data)
+    if TOPIC + data.symbol != message.topic or message.type not in ("snapshot", "delta"):
         raise ValueError("a ticker of another symbol, or neither a snapshot nor a delta")
     amounts: dict[str, Decimal | None] = {}
     for name in _AMOUNTS:
@@ -178,4 +185,5 @@ def _news(said: _Message) -> News:
     if data.change_share is not None:
         share = data.change_share
         amounts["change_pct"] = DECIMALS.multiply(percentage(share), _HUNDRED) if share else None
-    return News(data.symbol, _Change(said.type == "snapshot", said.cs, said.ts, amounts))
+    change = _Change(message.type == "snapshot", message.cs, message.ts, amounts)
+    return SymbolFrame(data.symbol, change)

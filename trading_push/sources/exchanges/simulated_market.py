@@ -16,7 +16,7 @@ import trio
 
 from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink
-from trading_push.sources.exchanges.ticker_state import DECIMALS
+from trading_push.sources.exchanges.amounts import DECIMALS
 
 __all__ = ["SimulatedMarket"]
 

@@ -16,7 +16,7 @@ from trading_push import logs
 from trading_push.errors import SourceError
 from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
-from trading_push.sources.exchanges.ticker_state import DECIMALS
+from trading_push.sources.exchanges.amounts import DECIMALS
 from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.file import connect, open_file
 from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
