@@ -371,7 +371,7 @@ def status_reasons() -> set[str]:
             match node:
                 case ast.Call(func=ast.Name(id="Status"), args=[_, reason]):
                     found |= constants(reason)
-                case ast.Call(func=ast.Attribute(attr="stale"), args=[reason, *_]):
+                case ast.Call(func=ast.Attribute(attr="stale" | "mark_stale"), args=[reason, *_]):
                     found |= constants(reason)
                 case ast.Assign(targets=[ast.Name(id="reason")], value=reason):
                     found |= constants(reason)

@@ -11,10 +11,9 @@ import msgspec
 import pytest
 
 from trading_push.models import Ticker
-from trading_push.settings.sources import Market
 from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
-from trading_push.sources.exchanges.ticker_state import Event
+from trading_push.sources.exchanges.ticker_state import Event, TickerState
 from trading_push.sources.paper.exchange import Trading
 from trading_push.sources.paper.traders import Traders, demo_book
 
@@ -35,7 +34,7 @@ def simulated() -> object:
 
 
 def merged() -> object:
-    market = Market("BTCUSDT")
+    market = TickerState("BTCUSDT")
     for text in ("61500.1234", "61499.98765432", "3.00000001"):
         market.apply(Event(0, 0, "BTCUSDT", "trade", (Decimal(text), Decimal("12345.678901"))))
     prices = 4 * [Decimal("61234.5678")]

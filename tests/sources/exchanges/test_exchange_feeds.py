@@ -35,8 +35,8 @@ from trading_push.sources.exchanges import binance, bybit
 from trading_push.sources.exchanges.amounts import UNUSABLE, reason_of
 from trading_push.sources.exchanges.binance import BinanceFeed
 from trading_push.sources.exchanges.bybit import BybitFeed
-from trading_push.sources.exchanges.dialect import Reply
-from trading_push.sources.exchanges.stream import ExchangeFeed, News
+from trading_push.sources.exchanges.dialect import Reply, SymbolFrame
+from trading_push.sources.exchanges.stream import ExchangeFeed
 from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.paper import open_paper_exchange
 from trading_push.topics import Channels, ticker_topic
@@ -54,11 +54,11 @@ KINDS: list[Dialect] = ["binance", "linear"]
 both = pytest.mark.parametrize("dialect", KINDS)
 
 
-def feed_of(there: Exchange, **terms: float) -> ExchangeFeed:
+def feed_of(there: Exchange, **limits: float) -> ExchangeFeed:
     """A feed of the loopback exchange, without the patience that a real one needs."""
     if there.dialect == "binance":
-        return BinanceFeed(there.url, terms=attrs.evolve(binance.TERMS, **(QUICK | terms)))
-    return BybitFeed(there.url, terms=attrs.evolve(bybit.TERMS, **(QUICK | terms)))
+        return BinanceFeed(there.url, limits=attrs.evolve(binance.LIMITS, **(QUICK | limits)))
+    return BybitFeed(there.url, limits=attrs.evolve(bybit.LIMITS, **(QUICK | limits)))
 
 
 class Recorder:
@@ -237,7 +237,9 @@ async def test_the_recorded_tape_ends_with_the_tickers_of_the_tape_reader(
             for frame in frames:
                 await there.session.send(frame)
             await until(lambda: feed.statistics().used == len(frames))
-            await until(lambda: sink.last.keys() == expected.last.keys() and not feed._changed)
+            await until(
+                lambda: sink.last.keys() == expected.last.keys() and not feed._tickers.changed
+            )
     assert sink.last.keys() == {"BTCUSDT", "ETHUSDT"}
     for symbol, ticker in sink.last.items():
         # A tape tells the time of receipt where the exchange tells none; a live feed does not.
@@ -261,7 +263,7 @@ async def test_every_recorded_frame_is_parsed_or_reported(
                 await there.session.send(line)
             counted = feed.statistics
             await until(lambda: sum(attrs.astuple(counted())) == len(lines))
-            await until(lambda: not feed._changed)
+            await until(lambda: not feed._tickers.changed)
     counts = feed.statistics()
     told = [m for m in caplog.messages if "无法解析" in m]
     assert len(told) == 1  # at once, and then once a minute
@@ -332,7 +334,7 @@ async def test_what_is_older_or_twice_there_changes_nothing_on_binance() -> None
             await until(lambda: there.has("BTCUSDT"))
             await there.say(quote("99.5", "100.5", 20), trade("105", 10), window("104", 30, 9))
             await until(lambda: feed.statistics().used == 3)
-            await until(lambda: not feed._changed)
+            await until(lambda: not feed._tickers.changed)
             before = sink.last["BTCUSDT"]
             told = len(sink.told)
             # The window did not know the last trade, and its quote is nobody's to date.
@@ -345,7 +347,7 @@ async def test_what_is_older_or_twice_there_changes_nothing_on_binance() -> None
             assert len(sink.told) == told
             await there.say(window("106", 31, 12), trade("1", 11))  # which the window has counted
             await until(lambda: feed.statistics().outdated == len(late) + 1)
-            await until(lambda: not feed._changed)
+            await until(lambda: not feed._tickers.changed)
     after = sink.last["BTCUSDT"]
     assert (after.last, after.bid, after.change_pct) == (
         *(Decimal(106), Decimal("99.5"), Decimal("10.5")),
@@ -369,7 +371,7 @@ async def test_what_is_older_or_twice_there_changes_nothing_on_bybit() -> None:
                 *late,
             )
             await until(lambda: feed.statistics().outdated == len(late))
-            await until(lambda: not feed._changed)
+            await until(lambda: not feed._tickers.changed)
             assert sink.last["BTCUSDT"].last == Decimal(102)
             # The exchange may count anew after a restart; its clock goes on.
             await there.say(
@@ -493,13 +495,13 @@ async def test_bybits_limits_are_kept() -> None:
 
 @both
 async def test_connections_are_not_made_faster_than_documented(dialect: Dialect) -> None:
-    terms = binance.TERMS if dialect == "binance" else bybit.TERMS
-    assert 5 * 60 / terms.connect_spacing_s <= 300
+    limits = binance.LIMITS if dialect == "binance" else bybit.LIMITS
+    assert 5 * 60 / limits.connect_spacing_s <= 300
     opened: list[float] = []
     async with exchange(dialect) as there:
         there.refuses = True
         feed = feed_of(there, symbols_per_connection=1)
-        feed.terms = attrs.evolve(feed.terms, connect_spacing_s=0.1)
+        feed.limits = attrs.evolve(feed.limits, connect_spacing_s=0.1)
         original = feed.address.connect
 
         async def connect(self: Any) -> Any:
@@ -774,9 +776,9 @@ def test_no_message_raises_what_would_end_a_feed(messages: list[str]) -> None:
             except UNUSABLE as error:
                 logs.line("exchange_bad_frames", exchange="", count=1, error=reason_of(error))
                 continue
-            if isinstance(said, News) and merged.apply(said.event):
+            if isinstance(said, SymbolFrame) and merged.apply(said.event):
                 encode_data(merged.ticker())
-            assert isinstance(said, News | Reply | None)
+            assert isinstance(said, SymbolFrame | Reply | None)
 
 
 async def test_garbage_is_told_again_after_a_minute(
@@ -785,7 +787,7 @@ async def test_garbage_is_told_again_after_a_minute(
     caplog.set_level(logging.INFO, "trading_push")
     feed = BinanceFeed()
     for _ in range(121):
-        feed.tell_bad("a frame\nwithout sense")
+        feed._frames.count_bad("a frame\nwithout sense")
         await trio.sleep(1)
     assert [message for message in caplog.messages if "无法解析" in message] == [
         f"⚠️ Binance有{count}条消息无法解析: a frame\\x0awithout sense" for count in (1, 60, 60)
@@ -837,8 +839,8 @@ async def test_a_server_that_is_no_exchange_is_asked_again(
     async with trio.open_nursery() as nursery:
         [listener] = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
         url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}/"
-        terms = attrs.evolve(binance.TERMS, **QUICK, connect_timeout_s=0.2)
-        async with running(BinanceFeed(url, terms=terms), "BTCUSDT"):
+        limits = attrs.evolve(binance.LIMITS, **QUICK, connect_timeout_s=0.2)
+        async with running(BinanceFeed(url, limits=limits), "BTCUSDT"):
             await until(lambda: served >= 6)
         nursery.cancel_scope.cancel()
     assert len([message for message in caplog.messages if "连接中断" in message]) >= 5
@@ -847,7 +849,7 @@ async def test_a_server_that_is_no_exchange_is_asked_again(
 async def test_where_nobody_listens_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trading_push")
     url = f"ws://127.0.0.1:{free_port()}/stream?key=secret"
-    async with running(BinanceFeed(url, terms=attrs.evolve(binance.TERMS, **QUICK)), "BTCUSDT"):
+    async with running(BinanceFeed(url, limits=attrs.evolve(binance.LIMITS, **QUICK)), "BTCUSDT"):
         await until(lambda: caplog.messages)
     assert caplog.messages[0].endswith("Connection refused - 0.02秒后重连")
     assert "secret" not in caplog.messages[0]
@@ -931,7 +933,7 @@ async def test_a_lagging_connection_overwrites_nothing(dialect: Dialect) -> None
             for frame in frames:
                 await old.send(frame)
             await until(lambda: sum(attrs.astuple(feed.statistics())) == 20)
-            await until(lambda: not feed._changed)
+            await until(lambda: not feed._tickers.changed)
             assert feed.statistics() == attrs.evolve(feed.statistics(), used=10, outdated=10)
             given = [each.last for each in sink.told if isinstance(each, Ticker)]
             assert given == sorted(given)
@@ -946,7 +948,7 @@ async def test_what_is_still_under_way_on_the_old_connection_is_heard(dialect: D
             await until(lambda: there.has("BTCUSDT"))
             await until(lambda: len(there.sessions) == 2 and there.sessions[1].subscribed)
             old = there.sessions[0]
-            await until(lambda: feed._lanes[0].connections[1].settled.is_set())
+            await until(lambda: feed._shards[0].connections[1].settled.is_set())
             await old.send(news(dialect, "100"))
             await until(lambda: sink.last)
 
@@ -1026,7 +1028,7 @@ async def test_cancelled_it_leaves_nothing_and_can_run_again(dialect: Dialect, s
         for session in there.sessions:
             session._tapped.hears.set()
         await until(lambda: not there.sessions)
-        assert all(not lane.connections for lane in feed._lanes)
+        assert all(not shard.connections for shard in feed._shards)
         there.refuses = False
         if state != "unreachable":
             async with running(feed) as sink:
@@ -1043,7 +1045,7 @@ async def test_a_close_that_is_not_answered_does_not_hold_the_end_up() -> None:
             silent = there.session
             silent.fall_silent()
             feed.unwatch("BTCUSDT")
-            await until(lambda: not feed._lanes[0].connections)
+            await until(lambda: not feed._shards[0].connections)
             feed.watch("ETHUSDT")
             await until(lambda: there.has("ETHUSDT"))
             silent._tapped.hears.set()
@@ -1082,4 +1084,4 @@ async def test_the_paper_exchange_watches_what_its_users_trade(tmp_path: Path) -
                 await until(lambda: there.has(*symbols))
                 nursery.cancel_scope.cancel()
         await until(lambda: not there.sessions)
-        assert feed._lane_of == {}
+        assert feed._shard_of == {}

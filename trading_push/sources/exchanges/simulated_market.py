@@ -1,7 +1,7 @@
-"""The simulated market: seeded random walks that return to their mean, for a handful of symbols.
+"""A simulated market: seeded random walks that return to their mean, for a handful of symbols.
 
-What it gives depends on its seed, the prices it starts from and the number of steps alone; only
-`source_ts` is the clock's.
+Its tickers depend only on its seed, on the prices that it starts from and on the number of steps;
+only their `source_ts` is read from the clock.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["SimulatedMarket"]
 
 STEP_S = 0.2
 MOVES = 0.7
-"""How likely a symbol is to move in one step."""
+"""The probability that a symbol moves in one step."""
 SIGMA = 0.00025
 """The standard deviation of one move, as a share of the price: about 1 % in ten minutes."""
 PULL = 0.0005
-"""Which share of its distance from the mean a price loses in one move."""
+"""The share of its distance from the mean that a price loses in one move."""
 FURTHEST = 0.15
-"""How far (of its logarithm) a price strays from its mean at most."""
+"""How far the logarithm of a price strays from that of its mean at most."""
 
 _ZERO = Decimal(0)
 _PERCENT = Decimal("0.0001")
@@ -36,14 +36,19 @@ _PERCENT = Decimal("0.0001")
 
 @attrs.define
 class _Symbol:
-    """The walk of one symbol; `mean` is in units of its tick, `away` the logarithm from there."""
+    """The walk of one symbol."""
 
     name: str
     tick: Decimal
+    """The step of its prices."""
     lot: Decimal
+    """The step of its quantities."""
     typical_lots: float
+    """The mean size of a trade, in lots."""
     mean: float
+    """The price that the walk returns to, in ticks."""
     away: float = 0.0
+    """The logarithm of the price over the mean."""
     last: Decimal = _ZERO
     bid: Decimal = _ZERO
     ask: Decimal = _ZERO
@@ -61,7 +66,7 @@ class _Symbol:
             self.ask = self.bid + self.tick
 
     def move(self, rng: random.Random) -> None:
-        """One move of the price, with the trade that made it."""
+        """Move the price once, by a trade at it."""
         away = self.away * (1 - PULL) + rng.gauss(0, SIGMA)
         self.away = max(-FURTHEST, min(FURTHEST, away))
         bid = max(1, round(self.mean * math.exp(self.away)))
@@ -73,7 +78,7 @@ class _Symbol:
             self.low = min(self.low, self.last)
             self.volume += max(1, round(rng.expovariate(1 / self.typical_lots))) * self.lot
 
-    def ticker(self, now_ms: int) -> Ticker:
+    def ticker(self, at_ms: int) -> Ticker:
         with localcontext(DECIMALS):
             change = self.last - self.open
             change_pct = (change * 100 / self.open).quantize(_PERCENT)
@@ -88,7 +93,7 @@ class _Symbol:
             volume=self.volume,
             change=change,
             change_pct=change_pct,
-            source_ts=now_ms,
+            source_ts=at_ms,
         )
 
 
@@ -119,7 +124,7 @@ class SimulatedMarket:
             self._symbols[name].begin(Decimal(price))
 
     def resume(self, prices: Mapping[str, Decimal]) -> None:
-        """Go on from these last prices, by symbol; symbols that the market has not are ignored."""
+        """Go on from these last prices, by symbol; symbols that it does not have are ignored."""
         for name, price in prices.items():
             if name in self._symbols and price.is_finite() and price > 0:
                 self._symbols[name].begin(price)
@@ -128,28 +133,28 @@ class SimulatedMarket:
         """Whether `symbol` is one of the market's."""
         return symbol in self._symbols
 
-    def tickers(self, now_ms: int) -> list[Ticker]:
-        """Every symbol as it stands."""
-        return [symbol.ticker(now_ms) for symbol in self._symbols.values()]
+    def tickers(self, at_ms: int) -> list[Ticker]:
+        """Return every symbol as it stands, at the time `at_ms`."""
+        return [symbol.ticker(at_ms) for symbol in self._symbols.values()]
 
-    def step(self, now_ms: int) -> list[Ticker]:
-        """Move the market by one step; the symbols that moved, at the time `now_ms`."""
+    def step(self, at_ms: int) -> list[Ticker]:
+        """Move the market by one step, at the time `at_ms`; return the symbols that moved."""
         moved = []
         for symbol in self._symbols.values():
             if self._rng.random() < MOVES:
                 symbol.move(self._rng)
-                moved.append(symbol.ticker(now_ms))
+                moved.append(symbol.ticker(at_ms))
         return moved
 
     async def run(self, sink: MarketSink) -> None:
-        """Feed the sink until cancelled: every symbol at once, then what each step moved.
+        """Feed the sink until cancelled: every symbol at first, then what each step moved.
 
         Cancellation leaves the market between two steps.
         """
         sink.update(self.tickers(now_ms()))
         due = trio.current_time()
         while True:
-            # From the time the step was due; after a long halt the steps missed are left out.
+            # Counted from when the last step was due; after a long halt, missed steps are left out.
             due = max(due + STEP_S, trio.current_time())
             await trio.sleep_until(due)
             if moved := self.step(now_ms()):
