@@ -52,7 +52,11 @@ _LEAST_DRAIN_S = 0.5
 
 
 class PushService:
-    """A running service; made by `open_push_service`."""
+    """A running service; made by `open_push_service`.
+
+    It is longer than 300 lines because it is the whole of what an application calls, most of it
+    documentation; the work is done by what it wires together.
+    """
 
     def __init__(
         self,

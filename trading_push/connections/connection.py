@@ -51,6 +51,9 @@ _SENDER = "trading_push.connections.subscription.Subscription.run"
 class Connection:
     """One peer, from its handshake to the end of its stream.
 
+    It is longer than 300 lines because every way to its end changes the same state: what was
+    decided, what is still to be sent, and until when.
+
     Args:
         context: What all connections share.
         transport: The peer.

@@ -82,6 +82,9 @@ class _AtEachDelivery:
 class Subscription(_AtEachDelivery):
     """One topic of one connection. All methods but `run` are synchronous and never block.
 
+    It is longer than 300 lines because its gate, what is pending and its sender task are one state:
+    parted, they cost the fan-out a call at each delivery.
+
     It begins gated: nothing is sent until `open`, which its owner calls when the reply to the
     subscribe request has been written.
 

@@ -40,7 +40,9 @@ class _AtEachDelivery:
 
 
 class PushStream(_AtEachDelivery, trio.abc.HalfCloseableStream):
-    """A stream whose every send has a deadline; over a plain socket it also offers `try_write`.
+    """A stream whose every send has a deadline; over a plain socket it also offers `write_now`.
+
+    It is longer than 300 lines because it is the whole stream interface, and all of it takes turns.
 
     Args:
         stream: The stream underneath.
