@@ -68,7 +68,7 @@ from trading_push.errors import may_reconnect
 from trading_push.factory import open_configured_service
 from trading_push.logs import CATALOGUE
 from trading_push.settings.schema import Auth, Intervals
-from trading_push.sources.paper import check_law
+from trading_push.sources.paper import audit
 from trading_push.testing import MemoryTransport, peer
 from trading_push.topics import BUILTIN_CHANNELS
 
@@ -541,7 +541,7 @@ def test_serve_is_told_as_printed(tmp_path):
     with serving(tmp_path, *flags[:4], cwd=tmp_path) as server:
         assert server.out[0].startswith("Serving on http://0.0.0.0:")
         assert server.stop() == 0
-    assert check_law(tmp_path / "accounts.sqlite3") == []
+    assert audit(tmp_path / "accounts.sqlite3") == []
 
 
 def test_what_is_installed_for_a_source_is_what_the_package_says():

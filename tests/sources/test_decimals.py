@@ -54,12 +54,12 @@ def bybit() -> object:
 
 
 def paper() -> object:
-    class Ledger:
+    class Books:
         def save(self, book: object, moved: list[Ticker], now: int) -> None:
             pass
 
     market, book = SimulatedMarket(7), demo_book()
-    trading = Trading(Ledger(), book, Traders(book, 1), {})
+    trading = Trading(Books(), book, Traders(book, 1), {})
     trading.step(market.tickers(0), 0)
     for at in range(300):
         trading.step(market.step(at), at)

@@ -17,7 +17,7 @@ from harness.support import PATIENCE_S, SECRET, TrioClient, hypercorn_serving, t
 from trading_push import factory as assembly
 from trading_push.settings.schema import Polling, Settings
 from trading_push.settings.sources import Database
-from trading_push.sources.paper import ledger
+from trading_push.sources.paper import books
 
 USER = "1"
 
@@ -61,7 +61,7 @@ async def test_every_fill_arrives_once_and_in_order_across_cuts(
     monkeypatch: pytest.MonkeyPatch,
     who_trades: str,
 ) -> None:
-    monkeypatch.setattr(ledger, "FILLS_KEPT", 1_000_000)
+    monkeypatch.setattr(books, "FILLS_KEPT", 1_000_000)
     path = tmp_path / "paper.db"
     settings = Settings(
         jwt_secret=SECRET, database=Database(path=path), polling=Polling(watch_linger_s=0.05)

@@ -1,4 +1,4 @@
-"""The paper exchange: the law of its books, its orders, its file through kills and restarts."""
+"""The paper exchange: its sums, its orders, its file through kills and restarts."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from trading_push.sources.paper import (
     Book,
     OrderRefused,
     PaperExchange,
-    check_law,
+    audit,
     open_paper_exchange,
 )
+from trading_push.sources.paper import books as books_module
 from trading_push.sources.paper import exchange as exchange_module
 from trading_push.sources.paper import file as file_module
-from trading_push.sources.paper import ledger as ledger_module
 from trading_push.sources.paper.book import Holding
+from trading_push.sources.paper.books import plain
 from trading_push.sources.paper.exchange import Trading
 from trading_push.sources.paper.file import open_file
-from trading_push.sources.paper.ledger import plain
 from trading_push.sources.paper.traders import Traders
 from trading_push.sources.sql.source import SqlSource
 
@@ -294,11 +294,11 @@ class Exchange:
 
     def __init__(self, path: Path, seed: int = 7) -> None:
         self.opened = open_file(path)
-        assert self.opened.ledger is not None
+        assert self.opened.books is not None
         self.market = SimulatedMarket(seed)
         self.book = self.opened.book
         self.trading = Trading(
-            self.opened.ledger, self.book, Traders(self.book, seed), self.opened.tickers
+            self.opened.books, self.book, Traders(self.book, seed), self.opened.tickers
         )
         self.now = 1_763_600_000_000
 
@@ -331,7 +331,7 @@ def test_the_demo_users_trade_and_the_file_obeys_the_law(
     seen: Counter[str] = Counter()
     for _ in range(60):
         exchange.trade(25)
-        assert check_law(path) == []
+        assert audit(path) == []
         for side, kind, status in rows(path, "SELECT side, type, status FROM orders"):
             seen[side] += 1
             seen[kind] += 1
@@ -366,7 +366,7 @@ def test_the_same_seed_trades_the_same(tmp_path: Path) -> None:
 def test_the_newest_fills_are_kept(
     tmp_path: Path, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "FILLS_KEPT", 20)
+    monkeypatch.setattr(books_module, "FILLS_KEPT", 20)
     exchange.trade(150)
     ((count, newest),) = rows(tmp_path / "paper.db", "SELECT count(*), max(fill_id) FROM fills")
     assert count == 20
@@ -386,13 +386,13 @@ def test_the_newest_fills_are_kept(
 def test_the_check_of_the_law_sees_damage(tmp_path: Path, exchange: Exchange, damage: str) -> None:
     exchange.trade(60)
     path = tmp_path / "paper.db"
-    assert check_law(path) == []
+    assert audit(path) == []
     connection = sqlite3.connect(path)
     connection.execute(damage)
     connection.commit()
     connection.close()
-    assert check_law(path)
-    assert all("user 3" in line for line in check_law(path))
+    assert audit(path)
+    assert all("user 3" in line for line in audit(path))
 
 
 def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
         assert account == before.accounts[user]
     again.trade(300)
     again.opened.close()
-    assert check_law(path) == []
+    assert audit(path) == []
     assert rows(path, "SELECT count(*) FROM accounts") == [(5,)]
 
 
@@ -423,7 +423,7 @@ def test_a_step_that_cannot_be_written_is_written_later(
     exchange.trade(100)
     before = rows(path, "SELECT * FROM accounts")
     # No new marks, which would have the accounts written again anyway.
-    monkeypatch.setattr(ledger_module, "MARK_S", 1e9)
+    monkeypatch.setattr(books_module, "MARK_S", 1e9)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     for _ in range(20):
@@ -432,7 +432,7 @@ def test_a_step_that_cannot_be_written_is_written_later(
     assert rows(path, "SELECT * FROM accounts") == before
     other.close()
     exchange.trade(1)
-    assert check_law(path) == []
+    assert audit(path) == []
     assert rows(path, "SELECT * FROM accounts") != before
     for account in exchange.book.accounts.values():
         for order in account.orders.values():
@@ -447,7 +447,7 @@ def test_the_file_is_consistent_at_each_statement(tmp_path: Path) -> None:
     # What a kill would leave: the files as they are when a statement begins.
     path, copy = tmp_path / "paper.db", tmp_path / "killed.db"
     exchange = Exchange(path)
-    assert exchange.opened.ledger is not None
+    assert exchange.opened.books is not None
     exchange.trade(20)
     wrong: list[str] = []
     statements = 0
@@ -458,11 +458,11 @@ def test_the_file_is_consistent_at_each_statement(tmp_path: Path) -> None:
         copy.with_name("killed.db-shm").unlink(missing_ok=True)
         for suffix in ("", "-wal"):
             shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
-        wrong.extend(check_law(copy))
+        wrong.extend(audit(copy))
 
-    exchange.opened.ledger._connection.set_trace_callback(look)
+    exchange.opened.books._connection.set_trace_callback(look)
     exchange.trade(25)
-    exchange.opened.ledger._connection.set_trace_callback(None)
+    exchange.opened.books._connection.set_trace_callback(None)
     exchange.opened.close()
     assert wrong == []
     assert statements > 25 * 5
@@ -586,7 +586,7 @@ async def test_it_passes_the_market_on_and_keeps_its_prices(tmp_path: Path, fast
         nursery.start_soon(exchange.run, sink)
         await sink.wait_until(lambda: sink.updates > 100)
         nursery.cancel_scope.cancel()
-    assert check_law(path) == []
+    assert audit(path) == []
     assert len(sink.last) == 5
     kept = dict(rows(path, "SELECT symbol, last FROM tickers"))
     assert len(rows(path, "SELECT * FROM fills")) > 0
@@ -647,7 +647,7 @@ def test_a_kill_at_any_moment_leaves_a_consistent_file(tmp_path: Path) -> None:
         for _ in range(2 + 3 * seed):
             assert trader.line()
         trader.kill()
-        assert check_law(path) == []
+        assert audit(path) == []
         numbers.append(int(rows(path, "SELECT value FROM state")[0][0]))
     assert numbers == sorted(set(numbers))
     assert numbers[-1] > 50
@@ -655,7 +655,7 @@ def test_a_kill_at_any_moment_leaves_a_consistent_file(tmp_path: Path) -> None:
     exchange = Exchange(path)
     exchange.trade(50)
     exchange.opened.close()
-    assert check_law(path) == []
+    assert audit(path) == []
 
 
 def test_a_kill_while_the_file_is_made(tmp_path: Path) -> None:
@@ -665,7 +665,7 @@ def test_a_kill_while_the_file_is_made(tmp_path: Path) -> None:
     exchange = Exchange(path)
     exchange.opened.close()
     assert names(tmp_path) == {"paper.db", "paper.db.lock"}
-    assert check_law(path) == []
+    assert audit(path) == []
 
 
 async def test_two_processes_on_one_file(
@@ -803,5 +803,5 @@ async def test_an_empty_file_becomes_the_exchange(tmp_path: Path) -> None:
         await source.check()
         assert await source.fetch("1", "positions")
         source.close()
-    assert check_law(path) == []
+    assert audit(path) == []
     assert json.loads(rows(path, "SELECT by_symbol FROM accounts")[0][0]) == []

@@ -18,8 +18,8 @@ from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.amounts import DECIMALS
 from trading_push.sources.paper.book import Book
+from trading_push.sources.paper.books import Books, last_prices, read_tickers
 from trading_push.sources.paper.file import connect, open_file
-from trading_push.sources.paper.ledger import Ledger, last_prices, read_tickers
 from trading_push.sources.paper.traders import SYMBOLS, Traders
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
@@ -40,7 +40,7 @@ class _Resumable(Protocol):
 class Trading:
     """What the trading process has; used by one worker thread at a time."""
 
-    ledger: Ledger
+    books: Books
     book: Book
     traders: Traders
     markets: dict[str, Ticker]
@@ -56,7 +56,7 @@ class Trading:
         self.markets |= {ticker.symbol: ticker for ticker in moved}
         with localcontext(DECIMALS):
             self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
-            self.ledger.save(self.book, moved, now)
+            self.books.save(self.book, moved, now)
 
 
 class PaperExchange:
@@ -219,12 +219,12 @@ async def open_paper_exchange(
     Cancellation waits for the file to be opened. Leaving closes the file; `run` must have ended.
     """
     with closing(await trio.to_thread.run_sync(open_file, path)) as opened:
-        if opened.ledger is None:
+        if opened.books is None:
             logs.emit(logs.line("paper_read_only", path=path))
             yield PaperExchange(path, market, None, opened.tickers)
             return
         if isinstance(market, _Resumable):
             market.resume(last_prices(opened.tickers))
         traders = Traders(opened.book, seed)
-        trading = Trading(opened.ledger, opened.book, traders, opened.tickers)
+        trading = Trading(opened.books, opened.book, traders, opened.tickers)
         yield PaperExchange(path, market, trading, {})

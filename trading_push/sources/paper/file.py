@@ -16,7 +16,7 @@ import attrs
 from trading_push.errors import ConfigurationError
 from trading_push.models import Ticker
 from trading_push.sources.paper.book import Book
-from trading_push.sources.paper.ledger import Ledger, read_tickers
+from trading_push.sources.paper.books import Books, read_tickers
 from trading_push.sources.paper.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
 from trading_push.sources.paper.traders import demo_book
 
@@ -27,11 +27,11 @@ BUSY_TIMEOUT_S = 5.0
 
 @attrs.define
 class OpenedFile:
-    """An exchange's file as it was found; without a ledger another process trades on it."""
+    """An exchange's file as it was found; without a books another process trades on it."""
 
     tickers: dict[str, Ticker]
     book: Book = attrs.field(factory=Book)
-    ledger: Ledger | None = None
+    books: Books | None = None
     _held: ExitStack = attrs.field(factory=ExitStack)
 
     def close(self) -> None:
@@ -58,9 +58,9 @@ def open_file(path: Path) -> OpenedFile:
             # Once more: another process may have made the file before it gave up the lock.
             if not _holds_exchange(path):
                 _make(path)
-            ledger = Ledger(held.enter_context(closing(connect(path, "rw"))))
-            book, tickers = ledger.load()
-            return OpenedFile(tickers, book, ledger, held.pop_all())
+            books = Books(held.enter_context(closing(connect(path, "rw"))))
+            book, tickers = books.load()
+            return OpenedFile(tickers, book, books, held.pop_all())
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(
             f"{path} cannot be used for the accounts ({error}): give a path that can be written"
@@ -122,9 +122,9 @@ def _make(path: Path) -> None:
         Path(leftover).unlink(missing_ok=True)
     new.touch(mode=0o600)
     with closing(connect(new, "rw")) as connection:
-        ledger = Ledger(connection)
+        books = Books(connection)
         connection.executescript(SCHEMA)
-        ledger.save(demo_book(), (), now=0)
+        books.save(demo_book(), (), now=0)
     new.replace(path)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from trading_push.sources.paper.book import EXACT, ZERO
 from trading_push.sources.paper.file import connect
 
-__all__ = ["check_law"]
+__all__ = ["audit"]
 
 
-def check_law(path: Path) -> list[str]:
+def audit(path: Path) -> list[str]:
     """Check a file, in one consistent reading, against the law and its own sums.
 
     Returns:
@@ -41,7 +41,7 @@ def check_law(path: Path) -> list[str]:
             resting = [tuple(map(Decimal, row[1:])) for row in orders if row[0] == user]
             kept = sum(((quantity - done) * unit for quantity, done, unit in resting), ZERO)
             for name, left, right in (
-                ("law", deposits, cash + cost - realized + fees),
+                ("deposits", deposits, cash + cost - realized + fees),
                 ("cash", cash, free + locked),
                 ("locked", locked, kept),
                 ("realized", realized, made),

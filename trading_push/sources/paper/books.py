@@ -1,4 +1,4 @@
-"""The ledger: loads the book and the market from the file, and writes what changed in them."""
+"""The books: loads the book and the market from the file, and writes what changed in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trading_push.sources.paper.book import (
     OpenOrder,
 )
 
-__all__ = ["Ledger", "last_prices", "plain", "read_tickers"]
+__all__ = ["Books", "last_prices", "plain", "read_tickers"]
 
 MARK_S = 1.0
 """Positions follow the market at most this often."""
@@ -52,7 +52,7 @@ def read_tickers(connection: sqlite3.Connection) -> dict[str, Ticker]:
     return tickers
 
 
-class Ledger:
+class Books:
     """The file as its one writer has it. Not for several threads at the same time."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
