@@ -7,7 +7,7 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 
 from trading_push.sources.paper.book import EXACT, ZERO
-from trading_push.sources.paper.file import connect
+from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["audit"]
 
@@ -18,7 +18,7 @@ def audit(path: Path) -> list[str]:
     Returns:
         What is wrong, a line each; nothing in a file that obeys the law.
     """
-    with closing(connect(path, "ro")) as connection:
+    with closing(open_sqlite(path, "ro")) as connection:
         connection.execute("BEGIN")
         accounts = connection.execute(
             "SELECT user_id, deposits, cash, free, locked, realized, unrealized, fees, total "

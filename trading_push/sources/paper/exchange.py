@@ -19,8 +19,9 @@ from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.amounts import DECIMALS
 from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.books import Books, last_prices, read_tickers
-from trading_push.sources.paper.file import connect, open_file
+from trading_push.sources.paper.file import open_file
 from trading_push.sources.paper.traders import SYMBOLS, Traders
+from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 
@@ -179,7 +180,7 @@ class PaperExchange:
         if self._tickers:
             sink.update(list(self._tickers.values()))
         try:
-            with closing(await trio.to_thread.run_sync(connect, self.path, "ro")) as connection:
+            with closing(await trio.to_thread.run_sync(open_sqlite, self.path, "ro")) as connection:
                 await self._read_changes(connection, sink)
         except sqlite3.Error as error:
             raise SourceError(f"{self.path} cannot be read: {error}") from None

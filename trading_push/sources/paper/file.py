@@ -6,23 +6,21 @@ import fcntl
 import os
 import sqlite3
 import time
-import urllib.parse
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal
 
 import attrs
 
 from trading_push.errors import ConfigurationError
 from trading_push.models import Ticker
+from trading_push.sources import sqlite
 from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.books import Books, read_tickers
 from trading_push.sources.paper.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
 from trading_push.sources.paper.traders import demo_book
+from trading_push.sources.sqlite import open_sqlite
 
-__all__ = ["OpenedFile", "connect", "open_file"]
-
-BUSY_TIMEOUT_S = 5.0
+__all__ = ["OpenedFile", "open_file"]
 
 
 @attrs.define
@@ -58,25 +56,13 @@ def open_file(path: Path) -> OpenedFile:
             # Once more: another process may have made the file before it gave up the lock.
             if not _holds_exchange(path):
                 _make(path)
-            books = Books(held.enter_context(closing(connect(path, "rw"))))
+            books = Books(held.enter_context(closing(open_sqlite(path, "rw"))))
             book, tickers = books.load()
             return OpenedFile(tickers, book, books, held.pop_all())
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(
             f"{path} cannot be used for the accounts ({error}): give a path that can be written"
         ) from None
-
-
-def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
-    """A connection to a file that is there, without transactions of its own."""
-    return sqlite3.connect(
-        f"file:{urllib.parse.quote(str(path))}?mode={mode}",
-        uri=True,
-        timeout=BUSY_TIMEOUT_S,
-        # Used by one worker thread at a time, but not always by the same.
-        check_same_thread=False,
-        isolation_level=None,
-    )
 
 
 def _holds_exchange(path: Path) -> bool:
@@ -96,7 +82,7 @@ def _holds_exchange(path: Path) -> bool:
         with path.open("rb") as file:
             if file.read(16) != b"SQLite format 3\0":
                 raise ConfigurationError(f"{path} is no SQLite database: {hint}")
-        with closing(connect(path, "ro")) as connection:
+        with closing(open_sqlite(path, "ro")) as connection:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -121,7 +107,7 @@ def _make(path: Path) -> None:
     for leftover in (f"{new}", f"{new}-wal", f"{new}-shm", f"{path}-wal", f"{path}-shm"):
         Path(leftover).unlink(missing_ok=True)
     new.touch(mode=0o600)
-    with closing(connect(new, "rw")) as connection:
+    with closing(open_sqlite(new, "rw")) as connection:
         books = Books(connection)
         connection.executescript(SCHEMA)
         books.save(demo_book(), (), now=0)
@@ -130,8 +116,8 @@ def _make(path: Path) -> None:
 
 def _wait_for_tickers(path: Path) -> dict[str, Ticker]:
     """The file's tickers, as soon as the process that trades on it has made the file."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    deadline = time.monotonic() + sqlite.BUSY_TIMEOUT_S
     while not _holds_exchange(path) and time.monotonic() < deadline:
         time.sleep(0.02)
-    with closing(connect(path, "ro")) as connection:
+    with closing(open_sqlite(path, "ro")) as connection:
         return read_tickers(connection)

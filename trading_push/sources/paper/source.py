@@ -14,9 +14,9 @@ from sqlalchemy.engine import URL
 from trading_push.errors import SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.base import ChangeSink
-from trading_push.sources.paper.file import connect
 from trading_push.sources.paper.schema import PAPER_QUERIES
 from trading_push.sources.sql.source import SqlSource
+from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["PaperSource"]
 
@@ -55,7 +55,7 @@ class PaperSource(SqlSource):
             SourceError: The file cannot be read.
         """
         try:
-            with closing(await trio.to_thread.run_sync(connect, self._path, "ro")) as file:
+            with closing(await trio.to_thread.run_sync(open_sqlite, self._path, "ro")) as file:
                 file.row_factory = sqlite3.Row
                 if self._last is None:
                     self._last = await trio.to_thread.run_sync(_newest, file)

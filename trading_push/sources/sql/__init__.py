@@ -1,1 +1,1 @@
-"""Accounts from any SQL database, and PostgreSQL's word that they have changed."""
+"""Accounts from any SQL database; PostgreSQL also tells when they have changed."""

@@ -1,36 +1,25 @@
-"""The engine of the SQL source: its URL, its pool, and the deadline of each statement."""
+"""The database: its URL, its pool of connections, and the deadline of each statement."""
 
 from __future__ import annotations
 
-import sqlite3
 import time
-import urllib.parse
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import msgspec
 import sqlalchemy
-from sqlalchemy import (
-    Connection,
-    Engine,
-    create_engine,
-    event,
-    make_url,
-)
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from trading_push.errors import ConfigurationError
+from trading_push.sources.sqlite import open_sqlite
 
-__all__ = ["is_sqlite_file", "make_engine", "parse"]
-
-
-BUSY_TIMEOUT_S = 5.0
-
+__all__ = ["is_sqlite_file", "open_engine", "parse"]
 
 # How libpq (section 34.1.2 of PostgreSQL's manual) is told to give up: on a server that does not
-# answer a connect, and on one that has vanished in the midst of an answer. The URL goes before it.
+# answer a connect, and on one that has vanished in the midst of an answer. The URL may override it.
 _LIBPQ = {
     "connect_timeout": "10",
     "keepalives_idle": "10",
@@ -40,13 +29,12 @@ _LIBPQ = {
     "application_name": "trading_push",
 }
 
-
-# SQLite looks at the clock after so many steps of its virtual machine, about 10 ms of them.
 _STEPS = 1_000_000
+"""SQLite looks at the clock after so many steps of its virtual machine, about 10 ms of them."""
 
 
 def parse(url: str | URL) -> URL:
-    """The URL, with what libpq needs to give up in time.
+    """Parse the URL of a database, and add what libpq needs to give up in time.
 
     Raises:
         ConfigurationError: It cannot be read, or names no SQLite file.
@@ -73,17 +61,27 @@ def is_sqlite_file(url: URL) -> bool:
     return url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
 
 
-def make_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
+def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
+    """Make the pool of connections; it connects when it is first used.
+
+    Args:
+        url: The database.
+        threads: How many connections there are at most.
+        statement_timeout_s: How long PostgreSQL, or an SQLite file, may take for one query.
+
+    Raises:
+        ConfigurationError: There is no such driver, or it cannot do with the URL.
+    """
     options: dict[str, Any] = {
         "pool_size": threads,
         "max_overflow": 0,
         "poolclass": sqlalchemy.QueuePool,
-        # Every fetch is reading alone: no transaction to begin and roll back around it.
+        # A fetch only reads: there is no transaction to begin and roll back around it.
         "isolation_level": "AUTOCOMMIT",
     }
     backend = url.get_backend_name()
     if is_sqlite_file(url):
-        options["creator"] = lambda: _open_sqlite(str(url.database))
+        options["creator"] = lambda: open_sqlite(str(url.database), "ro")
     elif backend != "sqlite":
         options["pool_pre_ping"] = True
     if backend == "postgresql":
@@ -99,6 +97,7 @@ def make_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
         raise ConfigurationError(
             f"the database's url is not one for {url.drivername!r}: correct it"
         ) from None
+    # A statement's deadline, which the database itself holds.
     if is_sqlite_file(url):
         event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
     elif backend == "postgresql":
@@ -129,13 +128,3 @@ def _sqlite_deadline(seconds: float) -> Callable[..., None]:
         driver.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
 
     return before_execute
-
-
-def _open_sqlite(path: str) -> sqlite3.Connection:
-    # The pool hands a connection from thread to thread, but never to two at the same time.
-    return sqlite3.connect(
-        f"file:{urllib.parse.quote(path)}?mode=ro",
-        uri=True,
-        timeout=BUSY_TIMEOUT_S,
-        check_same_thread=False,
-    )

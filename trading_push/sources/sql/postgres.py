@@ -1,12 +1,12 @@
-"""PostgreSQL as a source that says itself what has changed: LISTEN on a channel, in trio.
+"""PostgreSQL as a source that tells what has changed: LISTEN on a channel, in trio.
 
 1. A notification's payload is a JSON object: `{"user": 4, "type": "balance"}`, the user as a string
    or a number; without `type` all of the user's data have changed. Other keys are passed over.
-2. Notifications sent while nobody listens are lost for good (PostgreSQL's manual, LISTEN): after
-   each connect, once LISTEN has been confirmed, everything watched is said to be missed.
-3. One connection besides those of the pool is held while there is somebody to watch. It is opened
-   in a worker thread, because libpq looks up names without giving way; from then on it is read
-   through its file descriptor, without a thread.
+2. Notifications sent while no one listens are lost for good (PostgreSQL's manual, LISTEN). So after
+   each connect, once LISTEN has been confirmed, the sink is told that changes may have been missed.
+3. One connection besides those of the pool is held while a user is watched. It is opened in a
+   worker thread, because libpq blocks while it looks up a name; from then on it is read through its
+   file descriptor, without a thread.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _decode = msgspec.json.Decoder(_Changed).decode
 
 
 class PostgresSource(SqlSource):
-    """Reads as `SqlSource` does, and is told of changes by NOTIFY; a `WatchingSource`.
+    """Reads as an `SqlSource`, and is told of changes by NOTIFY; a `WatchingSource`.
 
     Args:
-        url: A database of PostgreSQL. Whatever the driver it names, it is read by psycopg 3.
+        url: A database of PostgreSQL. Whatever driver it names, it is read by psycopg 3.
         queries: A query for each data type.
         notify_channel: The channel to LISTEN on.
         threads: How many fetches may run at the same time, each with a connection.
@@ -81,18 +81,21 @@ class PostgresSource(SqlSource):
             threads=threads,
             statement_timeout_s=statement_timeout_s,
         )
-        import psycopg  # an extra of the package: without it we would not have come here
+        import psycopg  # an extra of the package; without it the engine has raised already
 
         self._psycopg = psycopg
         self._channel = notify_channel
-        # What is given up still counts, so that no more than one is ever being opened.
+        # Bounds the threads that open a connection. One that was abandoned counts until it ends,
+        # so that no more than one connection is ever being opened.
         self._opening = trio.CapacityLimiter(1)
-        self._told = False
+        # Whether an unusable notification was logged; it is once only.
+        self._logged_unusable = False
 
     async def watch(self, sink: ChangeSink) -> None:
-        """Tell the sink of what is notified, until cancelled; see `WatchingSource`.
+        """Tell the sink what is notified, until cancelled; see `WatchingSource`.
 
-        Cancellation closes the connection; one that a thread is just opening, the thread closes.
+        Cancellation closes the connection. One that a thread is opening at that moment is closed by
+        the thread.
 
         Raises:
             SourceError: The connection could not be made, or is lost.
@@ -105,6 +108,7 @@ class PostgresSource(SqlSource):
             raise SourceError(f"no answer to LISTEN within {LISTEN_TIMEOUT_S} s") from None
 
     async def _listen(self, sink: ChangeSink) -> None:
+        # Shared with the thread that connects, under the lock.
         opened: list[Connection[Any]] = []
         lock = threading.Lock()
         left = False
@@ -113,7 +117,7 @@ class PostgresSource(SqlSource):
             connection = self._connect()
             with lock:
                 opened.append(connection)
-                if left:  # given up while it was being opened
+                if left:  # cancelled while it was being opened
                     connection.close()
 
         try:
@@ -124,13 +128,13 @@ class PostgresSource(SqlSource):
                 await _command(server, f'LISTEN "{self._channel}"')
             sink.missed()
             while True:
-                # Looked at before the first wait: some may have come along with an earlier answer.
+                # Before the first wait: some may have come along with an earlier answer.
                 changes = []
                 while (notification := server.notifies()) is not None:
                     changes += self._changes(notification.extra)
                 if changes:
                     sink.changed(changes)
-                    # TLS may hold more where the socket has nothing: read again before a wait.
+                    # TLS may hold more where the socket has nothing: read again before waiting.
                     await trio.lowlevel.checkpoint()
                 else:
                     await trio.lowlevel.wait_readable(server.socket)
@@ -144,17 +148,18 @@ class PostgresSource(SqlSource):
                     connection.close()
 
     def _connect(self) -> Connection[Any]:
-        """A new connection; runs in a worker thread, no longer than its time-out (rule 3)."""
+        """Open a connection; in a worker thread (rule 3), for no longer than its time-out."""
         _, parameters = self._engine.dialect.create_connect_args(self._url)
         # JSON is UTF-8, whatever the database's own encoding.
         return self._psycopg.Connection.connect(**{**parameters, "client_encoding": "utf8"})
 
     def _changes(self, payload: bytes) -> list[tuple[str, str]]:
+        """Read a notification: the users and data types that have changed."""
         try:
             changed = _decode(payload)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            if not self._told:
-                self._told = True
+            if not self._logged_unusable:
+                self._logged_unusable = True
                 text = payload.decode(errors="replace")
                 logs.emit(
                     logs.line(

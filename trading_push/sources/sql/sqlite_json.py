@@ -1,11 +1,11 @@
-"""Many users' rows of an SQLite file as one JSON text, which SQLite itself makes.
+"""Let SQLite itself make one JSON text of many users' rows.
 
-Python's driver gives the interpreter away before each row and asks for it back after it. Where an
-event loop is busy beside it, most of the time that reading takes is waiting for that, and the loop
-waits as often. One text is one row.
+Python's driver releases the interpreter before each row and takes it back afterwards. Beside a busy
+event loop most of the time of reading is spent waiting for that, and the loop waits as often. One
+text is one row.
 
-SQLite prints a REAL with fewer digits than it has, and knows no JSON for a BLOB: what holds one is
-read row by row, and so is all that is no plain SELECT.
+SQLite prints a REAL with fewer digits than it has, and has no JSON for a BLOB. What holds one is
+read row by row, and so is a query that is not a plain SELECT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 __all__ = ["read_whole", "whole"]
 
-# A number with a point. In a text it would be a mistake that costs time, and nothing else.
+# A number with a point. Where it matches inside a text, that costs time and nothing else.
 _REAL = re.compile(r'":-?\d+\.')
 _decode = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]]).decode
 
@@ -27,9 +27,10 @@ _decode = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]]).decode
 def whole(
     sql: str, bind: BindParameter[str], columns: Sequence[str], json_columns: Sequence[str]
 ) -> TextClause:
-    """The query that gives the rows of `sql` as one text, `user_id` apart from the others."""
-    # By position, for SQLite takes `b` and `B` for one name; and materialized, or it would know
-    # which text its own JSON functions have made, and put it in as JSON.
+    """Make the query that gives the rows of `sql` as one text, with `user_id` apart."""
+    # Columns are named by position, because SQLite takes `b` and `B` for one name. The rows are
+    # materialized: otherwise SQLite would know which text its own JSON functions have made, and
+    # insert that as JSON.
     names = [f"c{number}" for number in range(len(columns))]
     fields = ", ".join(
         f"{_literal(column)}, {_json(name) if column in json_columns else name}"
@@ -45,7 +46,8 @@ def whole(
 
 
 def _json(name: str) -> str:
-    # SQLite reads more than JSON as JSON: what is none, '?' is neither, and ends the query.
+    # SQLite accepts more than JSON as JSON. In place of what is not JSON stands '?', which is
+    # refused by both, and ends the query.
     fits = (
         f"typeof({name}) IN ('null', 'integer') OR typeof({name}) = 'text' AND json_valid({name})"
     )
@@ -55,10 +57,10 @@ def _json(name: str) -> str:
 def read_whole(
     connection: Connection, statement: TextClause, parts: Iterable[Sequence[str]]
 ) -> dict[str, list[msgspec.Raw]] | None:
-    """The rows of some users, a query for each part of them, by user and in order.
+    """Read the rows of some users, by user and in order, with a query for each part of them.
 
     Returns:
-        None where they have to be read row by row.
+        None where they have to be read one by one.
 
     Raises:
         SQLAlchemyError: The file cannot be read, in whatever form.
@@ -76,7 +78,7 @@ def read_whole(
                     found[user] = [record]
     except DBAPIError as error:
         if getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR") != "SQLITE_ERROR":
-            raise  # the file is locked, or its time is up: that is no fault of this form
+            raise  # the file is locked, or its time is up: reading row by row would not help
         return None
     except (msgspec.MsgspecError, RecursionError):
         return None
@@ -84,5 +86,5 @@ def read_whole(
 
 
 def _literal(column: str) -> str:
-    # Or SQLAlchemy takes what follows a colon for a parameter.
+    # Otherwise SQLAlchemy takes what follows a colon for a parameter.
     return "'" + column.replace("'", "''").replace(":", "\\:") + "'"
