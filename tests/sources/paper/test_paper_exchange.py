@@ -24,6 +24,7 @@ from harness.paper import Trader
 
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
+from trading_push.sources import sqlite
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.paper import (
     PAPER_QUERIES,
@@ -36,7 +37,6 @@ from trading_push.sources.paper import (
 )
 from trading_push.sources.paper import books as books_module
 from trading_push.sources.paper import exchange as exchange_module
-from trading_push.sources.paper import file as file_module
 from trading_push.sources.paper.book import Holding
 from trading_push.sources.paper.books import plain
 from trading_push.sources.paper.exchange import Trading
@@ -417,7 +417,7 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_step_that_cannot_be_written_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_module, "BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.01)
     path = tmp_path / "paper.db"
     exchange = Exchange(path)
     exchange.trade(100)
