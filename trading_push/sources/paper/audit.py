@@ -1,4 +1,4 @@
-"""The check of a file against the law and its own sums."""
+"""Check a file: whether its accounts balance, and whether its sums agree."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from contextlib import closing
 from decimal import Decimal, localcontext
 from pathlib import Path
 
-from trading_push.sources.paper.book import EXACT, ZERO
+from trading_push.sources.paper.engine import EXACT, ZERO
 from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["audit"]
 
 
 def audit(path: Path) -> list[str]:
-    """Check a file, in one consistent reading, against the law and its own sums.
+    """Check in one consistent reading whether a file's accounts balance and its sums agree.
 
     Returns:
-        What is wrong, a line each; nothing in a file that obeys the law.
+        What is wrong, a line for each; nothing for a file that is in order.
     """
+    # One transaction, so that no step is written between two of the queries.
     with closing(open_sqlite(path, "ro")) as connection:
         connection.execute("BEGIN")
         accounts = connection.execute(
@@ -30,6 +31,7 @@ def audit(path: Path) -> list[str]:
         orders = connection.execute(
             "SELECT user_id, quantity, filled, unit_lock FROM orders"
         ).fetchall()
+    # Each amount of an account, and what it should be by the others.
     wrong = []
     with localcontext(EXACT):
         for user, *texts in accounts:

@@ -1,4 +1,4 @@
-"""The books: loads the book and the market from the file, and writes what changed in them."""
+"""The books: load the accounts and the tickers from the file, and write what changed in them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from typing import Any
 import attrs
 
 from trading_push.models import Fill, Ticker, plain_decimal
-from trading_push.sources.paper.book import (
+from trading_push.sources.paper.engine import (
     CURRENCY,
     EXACT,
     ZERO,
     Account,
-    Book,
     Holding,
+    MatchingEngine,
     OpenOrder,
 )
 
 __all__ = ["Books", "last_prices", "plain", "read_tickers"]
 
 MARK_S = 1.0
-"""Positions follow the market at most this often."""
+"""How often, at most, positions are valued at new prices."""
 FILLS_KEPT = 1000
-"""How many of the newest fills stay in the file."""
+"""How many fills, the newest, stay in the file."""
 
 _TICKER = ", ".join(field.name for field in attrs.fields(Ticker))
 _Row = tuple[str | int | None, ...]
 
 
 def plain(value: Decimal) -> str:
-    """A decimal in plain notation, as short as it goes."""
+    """Write a decimal in plain notation, as short as possible."""
     return plain_decimal(value.normalize(EXACT)) if value else "0"
 
 
 def last_prices(tickers: Mapping[str, Ticker]) -> dict[str, Decimal]:
-    """The last prices, by symbol, of those that have one."""
+    """Return the last prices by symbol, of the symbols that have one."""
     return {symbol: ticker.last for symbol, ticker in tickers.items() if ticker.last is not None}
 
 
 def read_tickers(connection: sqlite3.Connection) -> dict[str, Ticker]:
-    """The market as it was kept, by symbol."""
+    """Read the tickers that were kept, by symbol."""
     tickers = {}
     for symbol, *texts, source_ts in connection.execute(f"SELECT {_TICKER} FROM tickers"):
         fields: list[Any] = [symbol, *map(_decimal, texts), source_ts]
@@ -57,26 +57,29 @@ class Books:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        # The prices that positions are valued at, and when that was last done, in ms.
         self._marks: dict[str, Decimal] = {}
         self._marked_at = 0
+        # The tickers that are not in the file yet.
         self._unwritten: dict[str, Ticker] = {}
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
 
-    def load(self) -> tuple[Book, dict[str, Ticker]]:
-        """The book and the market as they were kept."""
-        ask = self._connection.execute
-        ((next_number,),) = ask("SELECT value FROM state WHERE name = 'next_number'")
+    def load(self) -> tuple[MatchingEngine, dict[str, Ticker]]:
+        """Read the accounts and the tickers as they were kept."""
+        query = self._connection.execute
+        # The accounts, and what they hold, by the same names as in `schema`.
+        ((next_number,),) = query("SELECT value FROM state WHERE name = 'next_number'")
         accounts = {}
-        for user, *amounts in ask("SELECT user_id, deposits, cash, realized, fees FROM accounts"):
+        for user, *amounts in query("SELECT user_id, deposits, cash, realized, fees FROM accounts"):
             deposits, cash, realized, fees = map(Decimal, amounts)
             accounts[user] = Account(user, deposits, cash, realized, fees)
-        for user, symbol, side, quantity, *amounts in ask(
+        for user, symbol, side, quantity, *amounts in query(
             "SELECT user_id, symbol, side, quantity, cost, realized, fees FROM positions"
         ):
             signed = Decimal(f"-{quantity}" if side == "short" else quantity)
             accounts[user].holdings[symbol] = Holding(signed, *map(Decimal, amounts))
-        for number, user, symbol, side, price, *amounts, created_at, updated_at in ask(
+        for number, user, symbol, side, price, *amounts, created_at, updated_at in query(
             "SELECT order_id, user_id, symbol, side, price, quantity, unit_lock, filled, "
             "created_at, updated_at FROM orders ORDER BY order_id"
         ):
@@ -96,24 +99,25 @@ class Books:
             )
         tickers = read_tickers(self._connection)
         self._marks = last_prices(tickers)
-        return Book(int(next_number), accounts), tickers
+        return MatchingEngine(int(next_number), accounts), tickers
 
-    def save(self, book: Book, tickers: Iterable[Ticker], now: int) -> None:
+    def save(self, engine: MatchingEngine, tickers: Iterable[Ticker], now: int) -> None:
         """Write what changed, and new marks once a second, in one transaction.
 
         Raises:
-            sqlite3.Error: Nothing was written; the next call writes that too.
+            sqlite3.Error: Nothing was written; the next call writes this as well.
         """
         self._unwritten |= {ticker.symbol: ticker for ticker in tickers}
-        self._mark(book, now)
-        # The bound on the fills holds here too, should the file refuse for long.
-        del book.fills[:-FILLS_KEPT]
+        self._mark(engine, now)
+        # The bound on fills holds in memory too, where the file cannot be written for long.
+        del engine.fills[:-FILLS_KEPT]
         with _transaction(self._connection):
-            self._write(book)
-        book.forget_changes()
+            self._write(engine)
+        engine.forget_changes()
         self._unwritten = {}
 
-    def _mark(self, book: Book, now: int) -> None:
+    def _mark(self, engine: MatchingEngine, now: int) -> None:
+        """Take over the new prices, if it is time, and note whose positions they change."""
         due = now - self._marked_at >= MARK_S * 1000
         if due:
             self._marked_at = now
@@ -123,16 +127,16 @@ class Books:
             if symbol not in self._marks or (due and self._marks[symbol] != last)
         }
         self._marks |= marked
-        for account in book.accounts.values():
+        for account in engine.accounts.values():
             held = {symbol for symbol, each in account.holdings.items() if each.quantity}
             if held & marked.keys():
-                book.changed_users.add(account.user)
+                engine.changed_users.add(account.user)
 
-    def _write(self, book: Book) -> None:
+    def _write(self, engine: MatchingEngine) -> None:
         write = self._connection.executemany
-        for user in book.changed_users:
-            self._write_account(book.accounts[user])
-        orders = book.changed_orders.items()
+        for user in engine.changed_users:
+            self._write_account(engine.accounts[user])
+        orders = engine.changed_orders.items()
         write(
             "REPLACE INTO orders VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_order_row(order) for _, order in orders if order is not None],
@@ -141,12 +145,12 @@ class Books:
             "DELETE FROM orders WHERE order_id = ?",
             [(number,) for number, order in orders if order is None],
         )
-        if book.fills:
+        if engine.fills:
             write(
                 "INSERT INTO fills VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [_fill_row(user, fill) for user, fill in book.fills],
+                [_fill_row(user, fill) for user, fill in engine.fills],
             )
-            # The newest that are kept; the numbers have gaps, since orders take some too.
+            # Counted, since the numbers have gaps: orders are numbered along with fills.
             write(
                 "DELETE FROM fills WHERE fill_id <= (SELECT fill_id FROM fills "
                 "ORDER BY fill_id DESC LIMIT 1 OFFSET ?)",
@@ -156,9 +160,10 @@ class Books:
             f"REPLACE INTO tickers ({_TICKER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             map(_ticker_row, self._unwritten.values()),
         )
-        write("REPLACE INTO state VALUES ('next_number', ?)", [(str(book.next_number),)])
+        write("REPLACE INTO state VALUES ('next_number', ?)", [(str(engine.next_number),)])
 
     def _write_account(self, account: Account) -> None:
+        # Its positions, and their sum, at the marks.
         unrealized = ZERO
         by_symbol, positions = [], []
         for symbol, holding in sorted(account.holdings.items()):
@@ -206,7 +211,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # It fails where the error has rolled back already.
+        # This fails where the error has rolled back already.
         with suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise
@@ -214,7 +219,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _text(value: Decimal | None) -> str | None:
-    """A market's decimal in plain notation, with the digits that the market gave."""
+    """Write a decimal of the market in plain notation, with all the digits that it came with."""
     return None if value is None else plain_decimal(value)
 
 

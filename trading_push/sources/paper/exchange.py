@@ -1,4 +1,4 @@
-"""The running exchange: steps its traders beside the market, or follows who does; a TickerFeed."""
+"""The running exchange: it trades beside the market, or follows the process that does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trading_push.errors import SourceError
 from trading_push.models import Ticker, now_ms
 from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.amounts import DECIMALS
-from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.books import Books, last_prices, read_tickers
+from trading_push.sources.paper.engine import MatchingEngine
 from trading_push.sources.paper.file import open_file
 from trading_push.sources.paper.traders import SYMBOLS, Traders
 from trading_push.sources.sqlite import open_sqlite
@@ -27,44 +27,51 @@ __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
 
 STEP_S = 0.25
 STALE_S = 10.0
-"""A reader says that the market stands still when the file has not changed for so long."""
+"""A reader marks the market as stale when the file has not changed for so long."""
 
 
 @runtime_checkable
 class _Resumable(Protocol):
-    """A market that can go on from kept prices."""
+    """A market that can go on from prices that were kept."""
 
     def resume(self, prices: Mapping[str, Decimal]) -> None: ...
 
 
 @attrs.define
 class Trading:
-    """What the trading process has; used by one worker thread at a time."""
+    """What the trading process has; used by one worker thread at a time.
+
+    Args:
+        books: Write the file.
+        engine: Has the accounts, and fills their orders.
+        traders: Place the orders.
+        tickers: The last of each symbol, as they were kept and as they came.
+    """
 
     books: Books
-    book: Book
+    engine: MatchingEngine
     traders: Traders
-    markets: dict[str, Ticker]
+    tickers: dict[str, Ticker]
 
     def step(self, moved: Sequence[Ticker], now: int) -> None:
-        """One step: fill, place, cancel, and write it all.
+        """Fill, place and cancel orders, and write it all.
 
         Raises:
-            sqlite3.Error: It could not be written; the next step writes it too.
+            sqlite3.Error: It could not be written; the next step writes it as well.
         """
-        # An exchange may say 0 of what has never traded; there is nothing to trade at.
+        # An exchange may give 0 for what has never traded: that is not a price to trade at.
         moved = [ticker for ticker in moved if ticker.last is None or ticker.last > 0]
-        self.markets |= {ticker.symbol: ticker for ticker in moved}
+        self.tickers |= {ticker.symbol: ticker for ticker in moved}
         with localcontext(DECIMALS):
-            self.traders.step(self.markets, [ticker.symbol for ticker in moved], now)
-            self.books.save(self.book, moved, now)
+            self.traders.step(self.tickers, [ticker.symbol for ticker in moved], now)
+            self.books.save(self.engine, moved, now)
 
 
 class PaperExchange:
     """The exchange of one file; a `TickerFeed`. Made by `open_paper_exchange`.
 
-    On a market that gives only what is watched it watches what its users trade, and hold, itself
-    for as long as it runs.
+    On a market that gives only what is watched, the exchange itself watches what its users trade
+    and hold, for as long as it runs.
     """
 
     def __init__(
@@ -72,15 +79,21 @@ class PaperExchange:
     ) -> None:
         self.path = path
         self._market = market
+        # None where another process trades on the file.
         self._trading = trading
+        # For a reader: the file's tickers as they were last read.
         self._tickers = tickers
+        # What has moved since the last step.
         self._moved: dict[str, Ticker] = {}
+        # Where tickers go; None before `run`.
         self._sink: MarketSink | None = None
+        # Whether the last step could not be written; it is logged once.
         self._failing = False
+        # On a market that gives only what is watched: that market, and what is traded there.
         self._watched: WatchedFeed | None = None
         self._traded: frozenset[str] = frozenset()
         if trading is not None and isinstance(market, WatchedFeed):
-            accounts = trading.book.accounts.values()
+            accounts = trading.engine.accounts.values()
             held = (
                 symbol for each in accounts for symbol, h in each.holdings.items() if h.quantity
             )
@@ -93,9 +106,9 @@ class PaperExchange:
         return self._trading is None
 
     def knows(self, symbol: str) -> bool:
-        """Whether the market has `symbol`; for a reader, whether the file has.
+        """Whether the market has `symbol`; for a reader, whether the file has it.
 
-        On a market that gives only what is watched: whether its users trade it.
+        On a market that gives only what is watched, whether the users trade it.
         """
         if self._watched is not None:
             return symbol in self._traded
@@ -104,7 +117,7 @@ class PaperExchange:
         return self._market.knows(symbol)
 
     async def run(self, sink: MarketSink) -> None:
-        """Run the market and the demo users' trading, or follow the file of the one who does.
+        """Run the market and the demo users' trading, or follow the file where another one trades.
 
         Cancellation waits for a step that is being written; the file is consistent at any moment.
 
@@ -124,27 +137,26 @@ class PaperExchange:
                     await self._market.run(self)
             except Exception as error:
                 failure = error
-            # The market is over: nothing more can be filled.
+            # The market has ended: nothing more can be filled.
             nursery.cancel_scope.cancel()
         if failure is not None:
-            # Raised here, as what it is and not as a group.
-            raise failure
+            raise failure  # out here, where it does not become a group
         await self._step(self._trading)
 
     def update(self, tickers: Sequence[Ticker]) -> None:
-        """Take the market's news, for the next step and for the service; as its sink."""
+        """Note what moved for the next step, and pass it on; as the market's sink."""
         self._moved |= {ticker.symbol: ticker for ticker in tickers}
         if self._sink is not None:
             self._sink.update(tickers)
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
-        """Pass on that the market, or a part of it, stands still."""
+        """Pass on that symbols, or the whole market, stand still; as the market's sink."""
         if self._sink is not None:
             self._sink.stale(reason, symbols)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Watch what is traded, where the market wants to be asked for it."""
+        """Watch what is traded, on a market that gives only what is watched."""
         watched, traded = self._watched, sorted(self._traded)
         if watched is None:
             yield
@@ -171,7 +183,7 @@ class PaperExchange:
             await trio.to_thread.run_sync(trading.step, moved, now_ms())
             self._failing = False
         except sqlite3.Error as error:
-            # A full disk, say. The market goes on, and the next step writes this one too.
+            # A full disk, say. The market goes on, and the next step writes this one as well.
             if not self._failing:
                 logs.emit(logs.line("paper_failed", error=error))
             self._failing = True
@@ -206,18 +218,18 @@ async def open_paper_exchange(
 ) -> AsyncIterator[PaperExchange]:
     """Open, or make, the exchange of a file for as long as the context lasts.
 
-    The one process that holds the lock `PATH.lock` trades; another reads, and logs that. A market
-    that has `resume(prices)` goes on from the prices that the file has.
+    The process that holds the lock `PATH.lock` trades; any other one reads, and logs that it does.
+    A market that has `resume(prices)` goes on from the prices in the file.
 
     Args:
         path: The file. Its directory must be there.
-        market: What the orders fill against.
+        market: The market whose prices fill the orders.
         seed: The same seed places the same orders, as long as the market is the same.
 
     Raises:
-        ConfigurationError: The path is not of a paper exchange, and cannot become one.
+        ConfigurationError: The path is not that of a paper exchange, and cannot become one.
 
-    Cancellation waits for the file to be opened. Leaving closes the file; `run` must have ended.
+    Cancellation waits until the file is open. Leaving closes the file; `run` must have ended.
     """
     with closing(await trio.to_thread.run_sync(open_file, path)) as opened:
         if opened.books is None:
@@ -226,6 +238,6 @@ async def open_paper_exchange(
             return
         if isinstance(market, _Resumable):
             market.resume(last_prices(opened.tickers))
-        traders = Traders(opened.book, seed)
-        trading = Trading(opened.books, opened.book, traders, opened.tickers)
+        traders = Traders(opened.engine, seed)
+        trading = Trading(opened.books, opened.engine, traders, opened.tickers)
         yield PaperExchange(path, market, trading, {})

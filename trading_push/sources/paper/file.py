@@ -1,4 +1,4 @@
-"""The file: whether it is ours, who trades on it, how it is opened and made."""
+"""The file: whether it is a paper exchange, which process trades on it, opening and making it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import attrs
 from trading_push.errors import ConfigurationError
 from trading_push.models import Ticker
 from trading_push.sources import sqlite
-from trading_push.sources.paper.book import Book
 from trading_push.sources.paper.books import Books, read_tickers
+from trading_push.sources.paper.engine import MatchingEngine
 from trading_push.sources.paper.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
-from trading_push.sources.paper.traders import demo_book
+from trading_push.sources.paper.traders import demo_engine
 from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["OpenedFile", "open_file"]
@@ -25,10 +25,17 @@ __all__ = ["OpenedFile", "open_file"]
 
 @attrs.define
 class OpenedFile:
-    """An exchange's file as it was found; without a books another process trades on it."""
+    """An exchange's file as it was found.
+
+    Args:
+        tickers: The market as it was kept.
+        engine: The accounts as they were kept; empty where another process trades.
+        books: What writes the file; None where another process trades.
+        held: The connection, and the lock beside the file.
+    """
 
     tickers: dict[str, Ticker]
-    book: Book = attrs.field(factory=Book)
+    engine: MatchingEngine = attrs.field(factory=MatchingEngine)
     books: Books | None = None
     _held: ExitStack = attrs.field(factory=ExitStack)
 
@@ -38,12 +45,14 @@ class OpenedFile:
 
 
 def open_file(path: Path) -> OpenedFile:
-    """Open the file to trade on it, or to read where another process trades; make it if need be.
+    """Open the file to trade on it, or to read it where another process trades.
+
+    A file that is not there is made.
 
     Raises:
         ConfigurationError: The path is not of a paper exchange, and cannot become one.
     """
-    # First of all: not even a lock is put beside a file that is another program's.
+    # Before anything else: not even a lock is put beside a file of another program.
     _holds_exchange(path)
     try:
         with ExitStack() as held:
@@ -53,12 +62,12 @@ def open_file(path: Path) -> OpenedFile:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return OpenedFile(_wait_for_tickers(path))
-            # Once more: another process may have made the file before it gave up the lock.
+            # Once more, because another process may have made it before it released the lock.
             if not _holds_exchange(path):
                 _make(path)
             books = Books(held.enter_context(closing(open_sqlite(path, "rw"))))
-            book, tickers = books.load()
-            return OpenedFile(tickers, book, books, held.pop_all())
+            engine, tickers = books.load()
+            return OpenedFile(tickers, engine, books, held.pop_all())
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(
             f"{path} cannot be used for the accounts ({error}): give a path that can be written"
@@ -66,7 +75,7 @@ def open_file(path: Path) -> OpenedFile:
 
 
 def _holds_exchange(path: Path) -> bool:
-    """Whether the file holds the exchange already, or can become one; without writing.
+    """Whether the file is an exchange already (False: it can become one); nothing is written.
 
     Raises:
         ConfigurationError: It is something else, or cannot be read.
@@ -100,22 +109,22 @@ def _holds_exchange(path: Path) -> bool:
 
 
 def _make(path: Path) -> None:
-    """Make the file, beside and then in its place: it is there whole, or not at all."""
+    """Make the file beside its place, then move it there: it is there whole, or not at all."""
     path = path.resolve()
     new = path.with_name(path.name + ".new")
-    # What a kill has left, or somebody who deleted the file alone.
+    # Left by a kill, or by someone who deleted only the file itself.
     for leftover in (f"{new}", f"{new}-wal", f"{new}-shm", f"{path}-wal", f"{path}-shm"):
         Path(leftover).unlink(missing_ok=True)
     new.touch(mode=0o600)
     with closing(open_sqlite(new, "rw")) as connection:
         books = Books(connection)
         connection.executescript(SCHEMA)
-        books.save(demo_book(), (), now=0)
+        books.save(demo_engine(), (), now=0)
     new.replace(path)
 
 
 def _wait_for_tickers(path: Path) -> dict[str, Ticker]:
-    """The file's tickers, as soon as the process that trades on it has made the file."""
+    """Read the file's tickers, as soon as the process that trades on it has made the file."""
     deadline = time.monotonic() + sqlite.BUSY_TIMEOUT_S
     while not _holds_exchange(path) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,11 +1,11 @@
-"""What stands in the file: its tables, and the queries that read users' data from them."""
+"""The tables of the file, and the queries that read users' data from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from trading_push.settings.sources import Query
-from trading_push.sources.paper.book import CURRENCY
+from trading_push.sources.paper.engine import CURRENCY
 
 __all__ = ["APPLICATION_ID", "PAPER_QUERIES", "SCHEMA", "SCHEMA_VERSION"]
 
@@ -71,4 +71,4 @@ PAPER_QUERIES: Mapping[str, Query] = {
         "ORDER BY orders.order_id"
     ),
 }
-"""The queries with which an `SqlSource` reads a paper exchange's file."""
+"""The queries by which an `SqlSource` reads the file of a paper exchange."""

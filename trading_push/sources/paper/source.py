@@ -1,4 +1,4 @@
-"""The paper exchange as a source: accounts by its queries, and each fill as it is written."""
+"""The paper exchange as a source: accounts by its queries, and each fill once it is written."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from trading_push.sources.sqlite import open_sqlite
 __all__ = ["PaperSource"]
 
 LOOK_S: Final = 0.2
+"""How often new fills are looked for."""
 
 _FILLS: Final = """
 SELECT user_id, CAST(fill_id AS TEXT) AS fill_id, CAST(order_id AS TEXT) AS order_id, symbol, side,
@@ -34,8 +35,8 @@ class PaperSource(SqlSource):
 
     Args:
         path: The file.
-        queries: Instead of the exchange's own, by data type.
-        options: For `SqlSource`.
+        queries: Queries that replace the exchange's own, by data type.
+        options: Further arguments of an `SqlSource`.
     """
 
     def __init__(self, path: Path, queries: Mapping[str, Query], **options: Any) -> None:
@@ -43,13 +44,14 @@ class PaperSource(SqlSource):
             URL.create("sqlite", database=str(path)), {**PAPER_QUERIES, **queries}, **options
         )
         self._path = path
+        # The last fill that was published; None before the first `watch`.
         self._last: int | None = None
 
     async def watch(self, sink: ChangeSink) -> None:
         """Publish each new fill to its user, in order, until cancelled.
 
-        The first time it begins with the fills to come; after that with those since the last one
-        that it has published, of which the file keeps the newest.
+        The first time it begins with the fills to come; after that, with those since the last one
+        that it published, as far as the file still has them.
 
         Raises:
             SourceError: The file cannot be read.

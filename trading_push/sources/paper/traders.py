@@ -1,4 +1,4 @@
-"""The demo users: what they pay in, and the orders that they place and cancel, seeded."""
+"""The demo users: what they deposit, and which orders they place and cancel, by a seed."""
 
 from __future__ import annotations
 
@@ -8,51 +8,57 @@ from contextlib import suppress
 from decimal import ROUND_DOWN, ROUND_UP, Decimal
 
 from trading_push.models import Ticker
-from trading_push.sources.paper.book import (
+from trading_push.sources.paper.engine import (
     CURRENCY,
     ZERO,
     Account,
-    Book,
     Holding,
+    MatchingEngine,
     OrderRefused,
     OrderSide,
 )
 
-__all__ = ["SYMBOLS", "Traders", "demo_book"]
+__all__ = ["SYMBOLS", "Traders", "demo_engine"]
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT", "XRPUSDT")
-"""What the demo users trade where the market asks which symbols it is to give."""
+"""What the demo users trade on a market that gives only what is watched."""
 USERS = ("1", "2", "3", "4", "5")
 DEPOSIT = Decimal(100_000)
 ORDERS = 6
-"""How many orders a user leaves open at most."""
+"""How many open orders a user has at most."""
 CAP = Decimal("0.15")
-"""How much of the deposits one position may cost before the user only reduces it."""
+"""Which share of the deposits one position may cost; above it the user only reduces it."""
 
 
-def demo_book() -> Book:
-    """The book before the first order."""
-    book = Book()
+def demo_engine() -> MatchingEngine:
+    """Make the accounts of the demo users, before the first order."""
+    engine = MatchingEngine()
     for user in USERS:
-        book.deposit(user, DEPOSIT)
-    return book
+        engine.deposit(user, DEPOSIT)
+    return engine
 
 
 class Traders:
-    """Places and cancels the demo users' orders, and says how much the market takes; seeded."""
+    """Places and cancels the demo users' orders, and decides how much of them is filled.
 
-    def __init__(self, book: Book, seed: int) -> None:
-        self._book = book
-        self._rng = random.Random(f"{seed}:{book.next_number}")
+    Args:
+        engine: Has their accounts.
+        seed: The same seed makes the same choices, as long as the market is the same.
+    """
+
+    def __init__(self, engine: MatchingEngine, seed: int) -> None:
+        self._engine = engine
+        self._rng = random.Random(f"{seed}:{engine.next_number}")
+        # The finest step that a symbol's prices have shown, as a power of ten.
         self._tick_exponents: dict[str, int] = {}
 
-    def step(self, markets: Mapping[str, Ticker], moved: Iterable[str], now: int) -> None:
-        """One step of everybody: fill against the symbols that moved, then place and cancel."""
+    def step(self, tickers: Mapping[str, Ticker], moved: Iterable[str], now: int) -> None:
+        """Fill the orders of the symbols that moved, then place and cancel for each user."""
         for symbol in moved:
-            bid, ask = _touch(markets[symbol])
+            bid, ask = _touch(tickers[symbol])
             if symbol.endswith(CURRENCY) and _tradable(bid) and _tradable(ask):
                 self._learn_tick(symbol, (bid, ask))
-                self._book.on_price(
+                self._engine.on_price(
                     symbol,
                     bid,
                     ask,
@@ -60,22 +66,24 @@ class Traders:
                     ask_size=self._quantity(ask, 200, 3000),
                     now=now,
                 )
-        for account in self._book.accounts.values():
+        for account in self._engine.accounts.values():
             if not account.orders or self._rng.random() < 0.15:
-                self._act(account, markets, now)
+                self._act(account, tickers, now)
 
-    def _act(self, account: Account, markets: Mapping[str, Ticker], now: int) -> None:
+    def _act(self, account: Account, tickers: Mapping[str, Ticker], now: int) -> None:
         if account.free < account.deposits / 5:
-            self._book.deposit(account.user, DEPOSIT)
+            self._engine.deposit(account.user, DEPOSIT)
         if not self._tick_exponents:
             return
         rng = self._rng
+        # Cancel, where there are many orders or by chance.
         orders = list(account.orders)
         if orders and (len(orders) >= ORDERS or rng.random() < 0.1):
-            self._book.cancel(rng.choice(orders), account.user)
+            self._engine.cancel(rng.choice(orders), account.user)
             return
+        # Else place one; on the side that reduces a position that is large already.
         symbol = rng.choice(list(self._tick_exponents))
-        bid, ask = _touch(markets[symbol])
+        bid, ask = _touch(tickers[symbol])
         side: OrderSide = rng.choice(("buy", "sell"))
         holding = account.holdings.get(symbol, Holding())
         if abs(holding.cost) > account.deposits * CAP:
@@ -88,10 +96,10 @@ class Traders:
             tick = Decimal(1).scaleb(self._tick_exponents[symbol])
             limit = price.quantize(tick, ROUND_DOWN if side == "buy" else ROUND_UP)
         with suppress(OrderRefused):
-            self._book.place(account.user, symbol, side, quantity, now, limit=limit, last=ask)
+            self._engine.place(account.user, symbol, side, quantity, now, limit=limit, last=ask)
 
     def _quantity(self, price: Decimal, low: int, high: int) -> Decimal:
-        """A quantity worth about `low` to `high`, in lots of about a cent to ten cents."""
+        """Choose a quantity worth about `low` to `high`, in lots of about a cent to ten cents."""
         lot = Decimal(1).scaleb(min(0, -price.adjusted() - 2))
         lots = Decimal(self._rng.randint(low, high)) / price / lot
         return max(lots.to_integral_value(), Decimal(1)) * lot
@@ -105,7 +113,7 @@ class Traders:
 
 
 def _touch(ticker: Ticker) -> tuple[Decimal, Decimal]:
-    """Bid and ask; a tape of trades alone has neither, and the last price stands for both."""
+    """Return bid and ask; of a tape that has only trades, the last price stands for both."""
     last = ticker.last or ZERO
     return ticker.bid or last, ticker.ask or last
 

@@ -25,8 +25,8 @@ __all__ = [
     "EXACT",
     "ZERO",
     "Account",
-    "Book",
     "Holding",
+    "MatchingEngine",
     "OpenOrder",
     "OrderRefused",
     "OrderSide",
@@ -36,25 +36,26 @@ CURRENCY = "USDT"
 TAKER_FEE = Decimal("0.0005")
 MAKER_FEE = Decimal("0.0002")
 QUANTUM = Decimal("0.00000001")
-"""What a fee, and the share of the cost that a partial close takes, is rounded to."""
+"""The step that a fee, and the share of the cost that a partial close takes, are rounded to."""
 MARKET_MARGIN = Decimal("1.05")
-"""A market order locks this much of its value at the last price."""
+"""How much of its value at the last price a market order locks."""
 
 ZERO = Decimal(0)
 _ERRORS = [DivisionByZero, InvalidOperation, Overflow]
 EXACT = Context(prec=100, traps=[Inexact, *_ERRORS])
+"""Computes without rounding: a result that would have to be rounded is an error."""
 _ROUNDING = Context(prec=100, traps=_ERRORS)
 
 OrderSide = Literal["buy", "sell"]
 
 
 class OrderRefused(ValueError):
-    """An order that the account cannot carry, or whose numbers make no sense."""
+    """The account cannot carry the order, or its numbers make no sense."""
 
 
 @attrs.define
 class OpenOrder:
-    """A resting order; `unit_lock` is what each unit left of it locks, fee included."""
+    """An order that is not filled yet, or only in part."""
 
     number: int
     user: str
@@ -66,19 +67,22 @@ class OpenOrder:
     created_at: int
     updated_at: int
     unit_lock: Decimal
+    """How much of the cash each unit left of it locks, fee included."""
     filled: Decimal = ZERO
     resting: bool = False
-    """Whether the market has met it before: from then on it is filled at its own price."""
+    """Whether it has met a price before; from then on it is filled at its own limit."""
 
     @property
     def left(self) -> Decimal:
+        """The quantity that is still to be filled."""
         return EXACT.subtract(self.quantity, self.filled)
 
     @property
     def locked(self) -> Decimal:
+        """How much of the cash the order locks."""
         return EXACT.multiply(self.left, self.unit_lock)
 
-    def takes(self, price: Decimal) -> bool:
+    def accepts(self, price: Decimal) -> bool:
         """Whether the order may be filled at `price`."""
         if self.price is None:
             return True
@@ -87,7 +91,10 @@ class OpenOrder:
 
 @attrs.define
 class Holding:
-    """What an account has of one symbol: signed quantity and signed total cost, both exact."""
+    """What an account has of one symbol.
+
+    `quantity` and the total `cost` are exact, and negative for a short position.
+    """
 
     quantity: Decimal = ZERO
     cost: Decimal = ZERO
@@ -103,11 +110,11 @@ class Holding:
 
     @property
     def entry_price(self) -> Decimal | None:
-        """What a unit cost, rounded; None where nothing is held."""
+        """What a unit has cost, rounded; None where nothing is held."""
         return _share(self.cost, Decimal(1), self.quantity) if self.quantity else None
 
     def unrealized(self, mark: Decimal | None) -> Decimal:
-        """What the holding gains at the price `mark`; nothing where there is none yet."""
+        """Compute what the holding gains at the price `mark`; zero where there is none yet."""
         if mark is None:
             return ZERO
         return EXACT.subtract(EXACT.multiply(self.quantity, mark), self.cost)
@@ -133,18 +140,20 @@ class Account:
 
     @property
     def free(self) -> Decimal:
+        """How much of the cash may be used for an order."""
         return EXACT.subtract(self.cash, self.locked)
 
     def imbalance(self) -> Decimal:
-        """By how much the law is broken: zero, always."""
+        """Compute by how much the account is out of balance; always zero."""
         with localcontext(EXACT):
             cost = sum((holding.cost for holding in self.holdings.values()), ZERO)
             return self.deposits - (self.cash + cost - self.realized + self.fees)
 
     def execute(self, symbol: str, signed: Decimal, price: Decimal, fee: Decimal) -> None:
-        """Buy (`signed` above zero) or sell at `price`; closes first, then opens what is left."""
+        """Buy, or sell where `signed` is negative: close what is held, then open what is left."""
         holding = self.holdings.setdefault(symbol, Holding())
         with localcontext(EXACT):
+            # The opposite of what is held closes it, at its share of the cost.
             held = holding.quantity
             closing = ZERO
             if held and (held > 0) != (signed > 0):
@@ -156,6 +165,7 @@ class Account:
                 holding.cost -= share
                 holding.realized += profit
                 self.realized += profit
+            # The rest opens, or adds to, a position.
             holding.cost += (signed - closing) * price
             holding.quantity = held + signed
             holding.fees += fee
@@ -168,18 +178,19 @@ def _positive(value: Decimal) -> bool:
 
 
 def _share(total: Decimal, part: Decimal, whole: Decimal) -> Decimal:
+    """Compute the share of a total that a part has, rounded."""
     exact = _ROUNDING.divide(_ROUNDING.multiply(total, part), whole)
     return exact.quantize(QUANTUM, ROUND_HALF_EVEN, _ROUNDING)
 
 
-class Book:
-    """Accounts and their open orders; fills them as the market moves. Not for several threads.
+class MatchingEngine:
+    """Accounts and their open orders, which it fills as prices move. Not for several threads.
 
-    Times (`now`) are ms since the epoch. What changed is noted until `forget_changes`.
+    Times (`now`) are in ms since the epoch. What changes is noted until `forget_changes`.
 
     Args:
         next_number: The number of the next order or fill.
-        accounts: The accounts, by user, as they were kept.
+        accounts: The accounts by user, as they were kept.
     """
 
     def __init__(self, next_number: int = 1, accounts: Mapping[str, Account] | None = None) -> None:
@@ -190,8 +201,9 @@ class Book:
     def forget_changes(self) -> None:
         """Begin anew to note what changes."""
         self.changed_users: set[str] = set()
+        """Whose account, positions or orders changed."""
         self.changed_orders: dict[int, OpenOrder | None] = {}
-        """By number; None for an order that is no longer open."""
+        """The orders that changed, by number; None for one that is no longer open."""
         self.fills: list[tuple[str, Fill]] = []
         """The new fills, with their users."""
 
@@ -213,13 +225,14 @@ class Book:
         limit: Decimal | None = None,
         last: Decimal | None = None,
     ) -> OpenOrder:
-        """Place a limit order (`limit`) or a market order (by the `last` price it is secured).
+        """Place an order with a `limit`, or a market order, which locks cash by the `last` price.
 
-        It is filled when the market moves next, as far as the market's size goes.
+        It is filled when the price moves next, as far as the size offered goes.
 
         Raises:
             OrderRefused: Nothing was placed.
         """
+        # A market order has no price of its own: the last one stands in, with a margin.
         account = self.accounts.get(user)
         price = limit if limit is not None else last
         if account is None or price is None or not (_positive(quantity) and _positive(price)):
@@ -244,7 +257,7 @@ class Book:
         return order
 
     def cancel(self, number: int, user: str) -> bool:
-        """Cancel what is left of an order; False where the user has none of that number open."""
+        """Cancel what is left of an order; False where the user has no such open order."""
         account = self.accounts.get(user)
         order = account.orders.get(number) if account else None
         if order is None:
@@ -262,17 +275,17 @@ class Book:
         ask_size: Decimal,
         now: int,
     ) -> list[Fill]:
-        """Fill the symbol's orders, the oldest first, up to the sizes at bid and ask.
+        """Fill the orders of a symbol, the oldest first, up to the sizes at bid and ask.
 
-        An order that meets its market at once pays the market's price and the taker's fee; one that
-        rested before is filled at its own price and pays the maker's.
+        An order that can be filled when it first meets a price pays that price and the taker's fee;
+        one that has rested is filled at its own limit and pays the maker's fee.
         """
         sizes: dict[OrderSide, Decimal] = {"buy": ask_size, "sell": bid_size}
         fills = []
         for order in self._orders_of(symbol):
             touch = ask if order.side == "buy" else bid
             quantity = min(order.left, sizes[order.side])
-            if order.takes(touch) and quantity > 0:
+            if order.accepts(touch) and quantity > 0:
                 sizes[order.side] = EXACT.subtract(sizes[order.side], quantity)
                 if order.resting and order.price is not None:
                     fills.append(self._fill(order, quantity, order.price, MAKER_FEE, now))
