@@ -15,7 +15,7 @@ from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.exchanges.ticker_state import Event, TickerState
 from trading_push.sources.paper.exchange import Trading
-from trading_push.sources.paper.traders import Traders, demo_book
+from trading_push.sources.paper.traders import Traders, demo_engine
 
 CONTEXTS = {
     "four digits": Context(prec=4),
@@ -58,7 +58,7 @@ def paper() -> object:
         def save(self, book: object, moved: list[Ticker], now: int) -> None:
             pass
 
-    market, book = SimulatedMarket(7), demo_book()
+    market, book = SimulatedMarket(7), demo_engine()
     trading = Trading(Books(), book, Traders(book, 1), {})
     trading.step(market.tickers(0), 0)
     for at in range(300):

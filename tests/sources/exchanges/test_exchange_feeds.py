@@ -1077,7 +1077,7 @@ async def test_the_paper_exchange_watches_what_its_users_trade(tmp_path: Path) -
                         await trio.sleep(0.02)
 
                 nursery.start_soon(move)
-                book = paper._trading.book
+                book = paper._trading.engine
                 await until(lambda: any(each.holdings for each in book.accounts.values()))
                 await there.session.cut()
                 await until(lambda: ("disconnected", ["BTCUSDT"]) in sink.stale_calls)

@@ -29,7 +29,7 @@ from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.paper import (
     PAPER_QUERIES,
     Account,
-    Book,
+    MatchingEngine,
     OrderRefused,
     PaperExchange,
     audit,
@@ -37,8 +37,8 @@ from trading_push.sources.paper import (
 )
 from trading_push.sources.paper import books as books_module
 from trading_push.sources.paper import exchange as exchange_module
-from trading_push.sources.paper.book import Holding
 from trading_push.sources.paper.books import plain
+from trading_push.sources.paper.engine import Holding
 from trading_push.sources.paper.exchange import Trading
 from trading_push.sources.paper.file import open_file
 from trading_push.sources.paper.traders import Traders
@@ -50,14 +50,19 @@ D = Decimal
 # ---- the book
 
 
-def book_with(deposit: str = "100000") -> tuple[Book, Account]:
-    book = Book()
+def book_with(deposit: str = "100000") -> tuple[MatchingEngine, Account]:
+    book = MatchingEngine()
     book.deposit("1", D(deposit))
     return book, book.accounts["1"]
 
 
 def meet(
-    book: Book, bid: str, ask: str, size: str = "1000000", now: int = 0, symbol: str = "BTCUSDT"
+    book: MatchingEngine,
+    bid: str,
+    ask: str,
+    size: str = "1000000",
+    now: int = 0,
+    symbol: str = "BTCUSDT",
 ) -> list[Fill]:
     return book.on_price(symbol, D(bid), D(ask), bid_size=D(size), ask_size=D(size), now=now)
 
@@ -116,7 +121,7 @@ def test_the_oldest_order_goes_first_after_a_restart_too() -> None:
     book.deposit("2", D(100_000))
     for user in ("2", "1"):
         book.place(user, "BTCUSDT", "buy", D(2), 0, limit=D(100))
-    kept = Book(book.next_number, book.accounts)
+    kept = MatchingEngine(book.next_number, book.accounts)
     assert [fill.order_id for fill in meet(kept, "99", "100", size="3")] == ["1", "2"]
 
 
@@ -213,7 +218,7 @@ def test_the_law_over_a_thousand_fills() -> None:
     )
     @given(steps)
     def check(operations: list[Any]) -> None:
-        book = Book()
+        book = MatchingEngine()
         for user in ("1", "2"):
             book.deposit(user, D(1_000_000))
         for name, *arguments in operations:
@@ -296,7 +301,7 @@ class Exchange:
         self.opened = open_file(path)
         assert self.opened.books is not None
         self.market = SimulatedMarket(seed)
-        self.book = self.opened.book
+        self.book = self.opened.engine
         self.trading = Trading(
             self.opened.books, self.book, Traders(self.book, seed), self.opened.tickers
         )
@@ -347,9 +352,9 @@ def test_the_demo_users_trade_and_the_file_obeys_the_law(
 
 def test_a_price_of_nothing_is_passed_over(exchange: Exchange) -> None:
     exchange.trade(20)
-    last = exchange.trading.markets["BTCUSDT"].last
+    last = exchange.trading.tickers["BTCUSDT"].last
     exchange.trading.step([Ticker("BTCUSDT", last=Decimal(0))], exchange.now + 1)
-    assert exchange.trading.markets["BTCUSDT"].last == last
+    assert exchange.trading.tickers["BTCUSDT"].last == last
     exchange.trade(20)
 
 
@@ -717,7 +722,7 @@ async def test_a_reader_says_when_nobody_trades_any_more(
         before = sink.updates
         exchange.trade(5)
         await sink.wait_until(lambda: sink.updates > before)
-        assert sink.last == exchange.trading.markets
+        assert sink.last == exchange.trading.tickers
         nursery.cancel_scope.cancel()
 
 
