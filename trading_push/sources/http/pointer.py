@@ -1,4 +1,4 @@
-"""A JSON pointer (RFC 6901), followed through encoded JSON whose every digit it leaves alone."""
+"""Follow a JSON pointer (RFC 6901) through encoded JSON, of which every digit stays as it is."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def parse_pointer(pointer: str) -> tuple[str, ...]:
-    """The reference tokens of a pointer that is well formed; none for the whole document."""
+    """Return the reference tokens of a well-formed pointer; none for the whole document."""
     # In this order: "~01" stands for "~1" (section 4).
     return tuple(token.replace("~1", "/").replace("~0", "~") for token in pointer.split("/")[1:])
 
 
 def resolve_pointer(document: bytes, tokens: tuple[str, ...]) -> bytes:
-    """The part of a JSON document that a pointer points to, as it is written there.
+    """Return the part of a JSON document that a pointer points to, as it is written there.
 
     Raises:
         LookupError: It points to nothing.
