@@ -30,6 +30,7 @@ from trading_push.sources.base import BatchSource
 
 pytest.importorskip("asks", reason="asks is installed by the session `http` alone")
 
+from trading_push.sources.http import body as http_body
 from trading_push.sources.http import source as http
 from trading_push.sources.http.source import HttpBatchSource, HttpSource
 
@@ -702,7 +703,7 @@ async def test_certificates() -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_an_answer_that_is_too_long(service: Service, chunked: bool) -> None:
-    body = b"[" + b"1," * (http.BODY_BYTES // 2) + b"1]"
+    body = b"[" + b"1," * (http_body.BODY_BYTES // 2) + b"1]"
     service.say(body, **({} if chunked else {"content_length": str(len(body))}))
     async with reading(service.url()) as source:
         error = await failure(source)
