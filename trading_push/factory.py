@@ -16,9 +16,10 @@ from trading_push.settings import import_string
 from trading_push.settings.schema import Settings
 from trading_push.settings.sources import Ccxt, Database, Function, Http
 from trading_push.sources.base import Source, TickerFeed
+from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
-from trading_push.sources.ccxt.source import CcxtSource, credentials_of_file, credentials_of_json
+from trading_push.sources.ccxt.source import CcxtSource
 from trading_push.sources.exchanges.binance import BinanceFeed
 from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket

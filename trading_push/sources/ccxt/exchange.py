@@ -1,10 +1,10 @@
-"""One ccxt exchange object, called in worker threads; what its feed and its accounts share.
+"""One ccxt exchange object, called in worker threads; shared by the feed and the accounts.
 
-1. Calls of an object run one at a time, as its rate limiter needs, each with ccxt's own time-out:
-   a thread cannot be cancelled, and one that is abandoned still counts until it has ended.
+1. Calls of an object run one at a time, as its rate limiter needs, each with ccxt's own time-out.
+   A thread cannot be cancelled: one that is abandoned counts until it has ended.
 2. Numbers stay as the exchange wrote them: ccxt is told to make strings of them (`number`).
-3. No text of ccxt's is in the text of an error: it holds URLs with signatures, and what the
-   exchange said. Nor does ccxt log, which it does with headers in it.
+3. No text of ccxt is in the text of an error, because it holds URLs with signatures, and what the
+   exchange said. ccxt's own logging is silenced, because it logs headers.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from trading_push.errors import ConfigurationError, SourceError
 
 __all__ = ["CcxtExchange", "ExchangeOptions", "RequestRefused", "as_decimal"]
 
-# The number that most exchanges give an error: a part of what they say that holds no secret.
+# The number that most exchanges give an error: the part of their text that holds no secret.
 _CODE = re.compile(r'"(?:code|retCode|ret_code|sCode)"\s*:\s*"?(-?\d{1,9})\b')
 
-# The classes whose errors the same call would meet again, because of what it asks for ...
+# The errors that the same call would meet again, because of what it asks for ...
 _OF_THE_REQUEST = ("ArgumentsRequired", "BadRequest", "NotSupported")
-# ... or of who asks, and where: ccxt takes the 401, 407 or 511 of a proxy for these as well.
+# ... or because of who asks, and from where; ccxt also makes these of a proxy's 401, 407 or 511.
 _OF_THE_CALLER = ("AuthenticationError", "ManualInteractionNeeded", "RestrictedLocation")
 
 
 class RequestRefused(SourceError):
-    """The exchange does not have what was asked for; anything else it would answer."""
+    """The exchange does not have what was asked for; it would answer other questions."""
 
 
 @attrs.frozen
@@ -43,9 +43,9 @@ class ExchangeOptions:
 
     Args:
         exchange: Its name in ccxt, as `binance`.
-        url: Where its servers are instead: scheme and host for all of them.
-        sandbox: Whether its own test network is meant.
-        market_type: `spot`, `swap` or `future`; None for what ccxt takes of it by default.
+        url: Another place for its servers: scheme and host for all of them.
+        sandbox: Whether to use its own test network.
+        market_type: `spot`, `swap` or `future`; None for ccxt's default.
         timeout_s: How long it may leave a request unanswered.
     """
 
@@ -61,13 +61,13 @@ class CcxtExchange:
 
     Args:
         options: Which, and where.
-        credentials: As ccxt names them (`apiKey`, `secret`, ...); none for public data alone.
+        credentials: As ccxt names them (`apiKey`, `secret`, ...); none for public data only.
 
     Raises:
         ConfigurationError: ccxt is not installed, does not know the exchange, or knows no test
             network of it.
 
-    To make one takes some tens of milliseconds and no network.
+    Making one takes some tens of milliseconds, and does not use the network.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class CcxtExchange:
         if options.market_type is not None:
             chosen["defaultType"] = options.market_type
         self.name = options.exchange
+        """Its name in ccxt."""
+        # Read for what it knows (`has`, `markets`, `options`); its methods go through `call`.
         self.api: Any = getattr(self._ccxt, options.exchange)(
             {
                 **(credentials or {}),
@@ -107,13 +109,13 @@ class CcxtExchange:
         self._closed = False
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Call a method of ccxt's in a worker thread, when the calls before have ended.
+        """Call a method of ccxt in a worker thread, once the calls before have ended.
 
         Raises:
             SourceError: It failed; `retryable` where the same call may succeed later.
 
-        Cancellation abandons the thread, which ends by itself when the exchange has been silent for
-        ccxt's time-out: a whole call may take longer.
+        Cancellation abandons the thread, which ends by itself once the exchange has been silent for
+        ccxt's time-out; a whole call may take longer than that.
         """
         return await trio.to_thread.run_sync(
             self._call,
@@ -124,12 +126,12 @@ class CcxtExchange:
         )
 
     def close(self) -> None:
-        """Close its connections, one that is in use when its thread has ended; synchronous."""
+        """Close its connections; one that is in use, when its thread has ended. Synchronous."""
         self._closed = True
         self.api.close()
 
     def _fetch_json(self, *args: Any, **named: Any) -> Any:
-        # Of a text that is no JSON, as a proxy's page, ccxt makes an account with nothing in it.
+        # Of a text that is not JSON, such as a proxy's page, ccxt makes an empty account.
         answer = self._fetch(*args, **named)
         if isinstance(answer, str | bytes):
             raise self._ccxt.BadResponse
@@ -139,12 +141,12 @@ class CcxtExchange:
         try:
             return method(*args)
         except Exception as error:
-            raise self._told(error) from None
+            raise self._explained(error) from None
         finally:
             if self._closed:
                 self.api.close()
 
-    def _told(self, error: Exception) -> SourceError:
+    def _explained(self, error: Exception) -> SourceError:
         kind = type(error).__name__
         if not isinstance(error, self._ccxt.BaseError):
             return SourceError(f"{self.name} gave what ccxt cannot read ({kind})")
@@ -159,7 +161,7 @@ class CcxtExchange:
 
 
 def as_decimal(number: object) -> Decimal | None:
-    """A number of ccxt's; None where there is none, or none that is finite."""
+    """Convert a number of ccxt; None where there is none, or it is not finite."""
     try:
         value = Decimal(str(number))
     except InvalidOperation:
@@ -180,10 +182,10 @@ def _import_ccxt() -> Any:
 
 
 def _moved(urls: Any, base: str) -> Any:
-    """The URLs, in whatever they are nested, with another scheme and host."""
+    """Replace scheme and host of URLs, in whatever they are nested."""
     if isinstance(urls, dict):
         return {name: _moved(each, base) for name, each in urls.items()}
     if isinstance(urls, list):
         return [_moved(each, base) for each in urls]
-    # A host may be a template, as in https://api.{hostname}.
+    # The host may be a template, as in https://api.{hostname}.
     return re.sub(r"^https?://[^/]+", lambda _: base, urls) if isinstance(urls, str) else urls

@@ -1,4 +1,4 @@
-"""Tickers of any exchange that ccxt knows: asked for while watched, at an interval."""
+"""Tickers of any exchange that ccxt knows, polled while they are watched."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from trading_push import logs
 from trading_push.errors import SourceError
 from trading_push.models import Ticker
 from trading_push.sources.base import MarketSink
+from trading_push.sources.ccxt.conversions import short_symbol
 from trading_push.sources.ccxt.exchange import (
     CcxtExchange,
     ExchangeOptions,
     RequestRefused,
     as_decimal,
 )
-from trading_push.sources.ccxt.source import short_symbol
 
 __all__ = ["CcxtFeed"]
 
 PER_REQUEST = 100
-"""How many symbols one request names: they stand in its URL."""
+"""How many symbols one request names: they are part of its URL."""
 
 
 class CcxtFeed:
-    """Polls the tickers of the symbols that somebody watches; a `WatchedFeed`.
+    """Polls the tickers of the symbols that are watched; a `WatchedFeed`.
 
-    A symbol is base and quote (`BTCUSDT`: the spot market, where there is one and the exchange's
-    `market_type` does not say otherwise), or ccxt's own (`BTC/USDT`, `BTC/USDT:USDT`).
+    A symbol is base and quote (`BTCUSDT`), or ccxt's own (`BTC/USDT`, `BTC/USDT:USDT`). Base and
+    quote mean the spot market, if there is one and `market_type` does not say otherwise.
 
     Args:
         options: Which exchange, and where.
@@ -42,24 +42,28 @@ class CcxtFeed:
     def __init__(self, options: ExchangeOptions, *, interval_s: float = 1) -> None:
         self._exchange = CcxtExchange(options)
         self._interval_s = interval_s
-        # Connect, markets of each kind, and the rate limiter's pauses.
-        self._patience_s = 6 * options.timeout_s
-        self._symbols: dict[str, str] | None = None  # ccxt's, by ours
+        # How long a call may take: it connects, reads markets of each kind, and its rate limiter
+        # pauses.
+        self._call_timeout_s = 6 * options.timeout_s
+        # ccxt's symbols, by those of clients; None before the markets are loaded.
+        self._symbols: dict[str, str] | None = None
         self._watched: set[str] = set()
-        self._refused: set[str] = set()  # until they are watched anew
-        self._news = trio.Event()
+        # What the exchange has refused, until it is watched anew.
+        self._refused: set[str] = set()
+        # Set when a symbol is watched.
+        self._wake = trio.Event()
 
     def knows(self, symbol: str) -> bool:
-        """Whether the exchange has the symbol; True as long as its markets are not loaded."""
+        """Whether the exchange has the symbol; True until its markets are loaded."""
         return self._symbols is None or symbol in self._symbols
 
     def watch(self, symbol: str) -> None:
-        """A symbol's first watcher has come."""
+        """Ask for a symbol whose first watcher has arrived, at once."""
         self._watched.add(symbol)
-        self._news.set()
+        self._wake.set()
 
     def unwatch(self, symbol: str) -> None:
-        """Its last watcher has gone."""
+        """Ask no more for a symbol whose last watcher has left."""
         self._watched.discard(symbol)
         self._refused.discard(symbol)
 
@@ -70,17 +74,17 @@ class CcxtFeed:
             SourceError: The exchange refused, or did not answer.
         """
         try:
-            with trio.fail_after(self._patience_s):
+            with trio.fail_after(self._call_timeout_s):
                 await self._exchange.call("load_markets")
             self._symbols = _by_our_name(self._exchange.api)
             while True:
-                self._news = trio.Event()
+                self._wake = trio.Event()
                 if self._watched:
                     sink.update(await self._tickers(self._symbols, sink))
                     with trio.move_on_after(self._interval_s):
-                        await self._news.wait()
+                        await self._wake.wait()
                 else:
-                    await self._news.wait()
+                    await self._wake.wait()
         except trio.TooSlowError:
             raise SourceError(f"{self._exchange.name} did not answer in time") from None
 
@@ -89,7 +93,7 @@ class CcxtFeed:
         self._exchange.close()
 
     async def _tickers(self, symbols: Mapping[str, str], sink: MarketSink) -> list[Ticker]:
-        # Most exchanges answer for the markets of one kind at a time.
+        # Most exchanges answer for the markets of one kind only: by kind, our symbols by ccxt's.
         kinds: dict[object, dict[str, list[str]]] = {}
         for ours in sorted(self._watched & symbols.keys() - self._refused):
             market = self._exchange.api.markets[symbols[ours]]
@@ -106,7 +110,7 @@ class CcxtFeed:
             try:
                 answer = await self._ask(asked)
             except RequestRefused as error:
-                # It is one of the symbols that it refuses: halves find which.
+                # It refuses one of the symbols: halves find which.
                 half = len(asked) // 2
                 if half:
                     questions += [(kind, asked[:half]), (kind, asked[half:])]
@@ -125,7 +129,7 @@ class CcxtFeed:
         sink.stale("refused", symbols)
 
     async def _ask(self, symbols: list[str]) -> Mapping[str, Any]:
-        with trio.fail_after(self._patience_s):
+        with trio.fail_after(self._call_timeout_s):
             return await self._answer(symbols)
 
     async def _answer(self, symbols: list[str]) -> Mapping[str, Any]:
@@ -142,9 +146,9 @@ class CcxtFeed:
 
 
 def _by_our_name(api: Any) -> dict[str, str]:
-    """Every name that a client may use, with ccxt's; upper case."""
+    """Return ccxt's symbols by every name that a client may use, in upper case."""
     first = api.options.get("defaultType", "spot")
-    # What comes later counts: ccxt's own names are never somebody else's.
+    # A later entry wins: a market of the default type, and before all ccxt's own name.
     markets = sorted(api.markets.values(), key=lambda market: market.get("type") == first)
     return {
         **{short_symbol(market): market["symbol"] for market in markets},
