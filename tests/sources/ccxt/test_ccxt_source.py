@@ -34,8 +34,8 @@ from trading_push import (
 )
 from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Intervals, Polling, Settings
+from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
-from trading_push.sources.ccxt.source import credentials_of_file, credentials_of_json
 
 CREDENTIALS = {
     user: {"apiKey": f"key-of-{user}", "secret": f"secret-of-{user}"} for user in ("4", "5")
