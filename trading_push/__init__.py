@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trading_push.sources.exchanges.binance import BinanceFeed
     from trading_push.sources.exchanges.bybit import BybitFeed
     from trading_push.sources.flask import FlaskSource
-    from trading_push.sources.function import FunctionSource
+    from trading_push.sources.functions import FunctionSource
     from trading_push.sources.sql.postgres import PostgresSource
     from trading_push.sources.sql.source import SqlSource
     from trading_push.statistics import Latest, Statistics
@@ -85,7 +85,7 @@ else:
             "sources.exchanges.binance": "BinanceFeed",
             "sources.exchanges.bybit": "BybitFeed",
             "sources.flask": "FlaskSource",
-            "sources.function": "FunctionSource",
+            "sources.functions": "FunctionSource",
             "sources.sql.postgres": "PostgresSource",
             "sources.sql.source": "SqlSource",
             "topics": "Channel",

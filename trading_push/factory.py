@@ -25,7 +25,7 @@ from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
 from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.flask import FlaskSource
-from trading_push.sources.function import FunctionSource
+from trading_push.sources.functions import FunctionSource
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.sql.postgres import PostgresSource
 from trading_push.sources.sql.source import SqlSource

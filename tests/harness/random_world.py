@@ -44,7 +44,7 @@ from trading_push.connections.registry import Registry
 from trading_push.server import tune
 from trading_push.settings.schema import Auth, Intervals, Limits, Polling, Settings
 from trading_push.settings.sources import Market
-from trading_push.sources.function import FunctionSource
+from trading_push.sources.functions import FunctionSource
 
 POLLED = ("balance", "positions", "pnl", "orders")
 EMPTY = {("6", "pnl"), ("6", "positions"), ("5", "pnl")}

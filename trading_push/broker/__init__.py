@@ -1,1 +1,1 @@
-"""Who numbers, keeps and hands on what is published."""
+"""The broker: it numbers what is published, keeps the last values, and delivers them."""

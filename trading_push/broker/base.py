@@ -1,4 +1,4 @@
-"""What a broker is: the owner of each topic's epoch, sequence, last value and history."""
+"""The broker: the owner of each topic's epoch, sequence, last value, status and history."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ State = Literal["live", "stale", "down"]
 class Publication:
     """One value of one topic, encoded once for all its subscribers.
 
-    `seq` counts the publications of the topic within `epoch`, from 1; `ts` is its time in ms since
-    the epoch; `data` is JSON.
+    Args:
+        topic: Where it was published.
+        kind: Whether the latest value counts (`state`), or each one (`events`).
+        epoch: Within which `seq` counts; a topic that was forgotten comes back with another one.
+        seq: The number of the publication, from 1.
+        ts: When it was published, in ms since the epoch of the clock.
+        data: The value, as JSON.
     """
 
     topic: Topic
@@ -39,7 +44,7 @@ class Status(NamedTuple):
 
 @attrs.frozen(eq=False)
 class StatusChange:
-    """A topic's status has changed, at `ts` in ms since the epoch."""
+    """A change of a topic's status, at `ts` in ms since the epoch."""
 
     topic: Topic
     status: Status
@@ -50,53 +55,53 @@ Message = Publication | StatusChange
 
 
 class Broker(Protocol):
-    """Takes what is published, numbers it, keeps the last value, and hands it on.
+    """Numbers what is published, keeps the last value, and delivers it.
 
-    All methods are synchronous and never block; what is handed on goes to the `deliver` that the
-    broker was made with, in the order of the calls.
+    All methods are synchronous and never block. Publications and changes of status go to the
+    `deliver` that the broker was made with, in the order of the calls.
     """
 
     def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
-        """Publish one batch of encoded values; a topic that was not live is live then."""
+        """Publish one batch of encoded values; their topics are live from then on."""
         ...
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
-        """Set the status of some topics; only changes are handed on.
+        """Set the status of some topics; only changes are delivered.
 
-        Raises nothing where the service runs no more, unlike `publish` (ServiceClosed): whoever
-        ends a topic then has nobody to tell.
+        Unlike `publish`, which raises ServiceClosed, it raises nothing once the service has ended:
+        there is no one left to tell that a topic ended.
         """
         ...
 
     def snapshot(self, topic: Topic) -> Publication | None:
-        """The last value of a topic; None where there is none."""
+        """Return the last value of a topic; None where there is none."""
         ...
 
     def status(self, topic: Topic) -> Status:
-        """The status of a topic; `down`, `no_data` where nothing was ever published."""
+        """Return the status of a topic; `down`, `no_data` before anything was published."""
         ...
 
     def states(self) -> dict[str, dict[State, int]]:
-        """How many topics that had a value or a status are in each state, by channel.
+        """Count the topics that had a value or a status, by channel and state.
 
         All symbols are counted as `ticker`.
         """
         ...
 
     def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
-        """What was published after `seq`, oldest first; None where that is no longer known.
+        """Return what was published after `seq`, oldest first; None if that is no longer known.
 
         For a topic of kind `state` the last value stands for all that it replaced.
         """
         ...
 
     def turned_at(self, topic: Topic) -> int:
-        """The `seq` of the last value before the status changed for the last time; 0 for none.
+        """Return the `seq` of the last value before the last change of status; 0 for none.
 
-        Whoever has got a later one was told the status of now.
+        A subscriber that has got a later value knows the present status.
         """
         ...
 
     def forget(self, topic: Topic) -> None:
-        """Drop all that is known of a topic that nobody watches any more."""
+        """Drop all that is known of a topic that is not watched any more."""
         ...

@@ -1,4 +1,4 @@
-"""The broker of one process: topics in memory."""
+"""The broker of one process, which keeps its topics in memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _LIVE = Status("live")
 
 
 class _TopicState:
+    """What is known of one topic."""
+
     __slots__ = ("epoch", "history", "kind", "last", "seq", "status", "turned_at")
 
     def __init__(self, kind: Kind, history: int) -> None:
         self.kind = kind
         self.epoch = secrets.token_hex(8)
-        self.seq = 0
+        self.seq = 0  # of the last publication
         self.last: Publication | None = None
         self.status = _NO_DATA
         self.turned_at = 0  # the `seq` of the last value before the status changed
@@ -35,9 +37,9 @@ class MemoryBroker:
     """A `Broker` that keeps everything in memory.
 
     Args:
-        channels: Tells a topic's kind.
-        deliver: Takes each batch, in order; synchronous.
-        history: How many publications of a topic of kind `events` are kept for those who resume.
+        channels: They say a topic's kind.
+        deliver: Called with each batch, in order; synchronous.
+        history: How many publications of a topic of kind `events` are kept for clients that resume.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class MemoryBroker:
         self._deliver = deliver
         self._history = history
         self._topics: dict[Topic, _TopicState] = {}
+        # How many topics are in each state, by channel; without zeros.
         self._states: dict[str, dict[State, int]] = {}
 
     def _state(self, topic: Topic) -> _TopicState:
@@ -63,7 +66,7 @@ class MemoryBroker:
         return state
 
     def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
-        """Publish one batch of encoded values; a topic that was not live is live then."""
+        """Publish one batch of encoded values; their topics are live from then on."""
         now = now_ms()
         batch: list[Message] = []
         topics = self._topics
@@ -82,7 +85,7 @@ class MemoryBroker:
             self._deliver(batch)
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
-        """Set the status of some topics; only changes are handed on."""
+        """Set the status of some topics; only changes are delivered."""
         now = now_ms()
         changes: list[Message] = []
         for topic in topics:
@@ -92,23 +95,23 @@ class MemoryBroker:
             if changed:
                 changes.append(StatusChange(topic, status, now))
         if changes:
-            # The registry works through its inbox when it takes nothing more: who leaves then ends
-            # topics, too, and there is nobody left to tell.
+            # A closed registry works through its inbox. Members that leave then end topics, too,
+            # and there is no one left to tell.
             with suppress(ServiceClosed):
                 self._deliver(changes)
 
     def snapshot(self, topic: Topic) -> Publication | None:
-        """The last value of a topic; None where there is none."""
+        """Return the last value of a topic; None where there is none."""
         state = self._topics.get(topic)
         return None if state is None else state.last
 
     def status(self, topic: Topic) -> Status:
-        """The status of a topic; `down`, `no_data` where nothing was ever published."""
+        """Return the status of a topic; `down`, `no_data` before anything was published."""
         state = self._topics.get(topic)
         return _NO_DATA if state is None else state.status
 
     def states(self) -> dict[str, dict[State, int]]:
-        """How many topics that had a value or a status are in each state, by channel."""
+        """Count the topics that had a value or a status, by channel and state."""
         return {channel: {**counts} for channel, counts in self._states.items()}
 
     def _turn(self, topic: Topic, state: _TopicState, status: Status) -> None:
@@ -128,7 +131,7 @@ class MemoryBroker:
                 del self._states[channel]
 
     def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
-        """What was published after `seq`, oldest first; None where that is no longer known."""
+        """Return what was published after `seq`, oldest first; None if that is no longer known."""
         state = self._topics.get(topic)
         if state is None or state.epoch != epoch or state.last is None or seq > state.seq:
             return None
@@ -141,12 +144,12 @@ class MemoryBroker:
         return [publication for publication in state.history if publication.seq > seq]
 
     def turned_at(self, topic: Topic) -> int:
-        """The `seq` of the last value before the status changed for the last time."""
+        """Return the `seq` of the last value before the last change of status."""
         state = self._topics.get(topic)
         return 0 if state is None else state.turned_at
 
     def forget(self, topic: Topic) -> None:
-        """Drop all that is known of a topic; it comes back with a new epoch."""
+        """Drop all that is known of a topic; if it comes back, it has a new epoch."""
         state = self._topics.pop(topic, None)
         if state is not None:
             self._count(topic, state.status.state, -1)

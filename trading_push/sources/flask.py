@@ -6,30 +6,30 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from trading_push.sources.function import FunctionSource
+from trading_push.sources.functions import FunctionSource
 
 __all__ = ["FlaskSource"]
 
 
 class FlaskApplication(Protocol):
-    """What is needed of a `flask.Flask`."""
+    """The part of a `flask.Flask` that is needed."""
 
     def app_context(self) -> AbstractContextManager[Any]:
-        """A new application context."""
+        """Make a new application context."""
         ...
 
 
 class FlaskSource(FunctionSource):
     """Asks functions inside a fresh application context, pushed in the thread that runs them.
 
-    So `current_app`, `g`, `db.session` and every other extension work, a context that is open
-    round the service is not shared, and the application's teardown functions have run, with
-    sessions rolled back and connections returned, when a call has ended, however it has.
+    So `current_app`, `g`, `db.session` and every other extension work, and a context that is open
+    around the service is not shared. However a call ends, the application's teardown functions have
+    run by then: sessions are rolled back, and connections returned.
 
     Args:
         app: The application.
-        fetch: As a `FunctionSource`'s.
-        fetch_many: As a `FunctionSource`'s.
+        fetch: As for a `FunctionSource`.
+        fetch_many: As for a `FunctionSource`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """An application's own functions as a source, each call inside a context of its own.
 
-A plain function stays one, so that whoever polls runs it in a worker thread (`poller`): its context
-is entered and left in that thread, also when nobody waits for the answer any more.
+A plain function stays a plain one, so that `upstream.fetching` runs it in a worker thread. Its
+context is entered and left in that thread, even when the answer is not awaited any more.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class FunctionSource:
     """Asks an application's functions; with `fetch_many`, a `BatchSource`.
 
     Args:
-        fetch: Called with a user's id and a data type, returns the current value or None for
-            "nothing new"; a plain function, which runs in a worker thread, or an async one.
-        context: A factory of context managers, a new one of which is open round each call; async
-            ones round async functions alone. (Any kind round any function is what
-            `open_push_service` takes as `fetch_context`; that one is the outer.)
+        fetch: Called with a user's id and a data type; returns the current value, or None for
+            "nothing new". A plain function, which runs in a worker thread, or an async one.
+        context: A factory of context managers, of which a new one is open around each call. Async
+            ones go around async functions only. (`fetch_context` of `open_push_service` takes any
+            kind around any function; it is the outer one.)
         fetch_many: Called with a sequence of user ids and a data type, in place of `fetch`; returns
             values by user id.
 
-    The value is encoded when the context has been left: objects that still need it, as those of an
-    ORM do, belong turned into values before.
+    The value is encoded after the context has been left. Objects that still need the context, as
+    those of an ORM do, have to be turned into plain values before.
 
     Raises:
-        ConfigurationError: What is to be called does not take two arguments.
+        ConfigurationError: A function does not accept two arguments.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class FunctionSource:
 
 
 def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, plain or async as it is, with a new context round each call."""
-    if not _takes_two(function):
+    """Wrap a function, plain or async as it is, in a new context for each call."""
+    if not _accepts_two(function):
         name = getattr(function, "__qualname__", repr(function))
         raise ConfigurationError(f"{name} cannot be asked: give a function of user_id, data_type")
 
@@ -78,11 +78,11 @@ def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callabl
     return call_plain
 
 
-def _takes_two(function: Any) -> bool:
+def _accepts_two(function: Any) -> bool:
     try:
         inspect.signature(function).bind("", "")
     except TypeError:
         return False
-    except ValueError:  # written in C: it does not say
+    except ValueError:  # a function written in C does not tell its parameters
         return True
     return True
