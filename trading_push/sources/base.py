@@ -141,7 +141,7 @@ class TickerFeed(Protocol):
     """Gives the tickers of a market."""
 
     def knows(self, symbol: str) -> bool:
-        """Whether a symbol (in upper case) may exist; if not, a client is told `unknown_channel`."""
+        """Whether a symbol (upper case) may exist; if not, the client is told `unknown_channel`."""
         ...
 
     async def run(self, sink: MarketSink) -> None:
