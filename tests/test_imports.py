@@ -17,7 +17,7 @@ PACKAGE = Path(trading_push.__file__).parent
 # Each layer may import from those before it. Within one, no two packages import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "models", "supervision", "lazy"),
-    ("topics", "logs", "transport"),
+    ("topics", "user_ids", "logs", "transport"),
     ("settings",),
     ("auth", "broker", "sources"),
     ("protocol",),

@@ -114,11 +114,26 @@ class SourceError(TradingPushError):
     Args:
         message: What went wrong, without secrets.
         retryable: Whether the next poll may succeed without anyone's doing.
+        reason: What subscribers are told in a `status`, a word for programs.
+        pause_s: How long the upstream wants to be left alone, in seconds.
+        everyone: Whether that pause holds for all users of the source, not only for those whom this
+            call asked for.
     """
 
-    def __init__(self, message: str, *, retryable: bool = True) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool = True,
+        reason: str = "source_error",
+        pause_s: float = 0,
+        everyone: bool = False,
+    ) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.reason = reason
+        self.pause_s = pause_s
+        self.everyone = everyone
 
 
 class PayloadError(TradingPushError):
