@@ -29,6 +29,7 @@ class Statistics:
         streams: How many generators of streams run.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
+        hung_fetches: Calls of the source that go on in worker threads after their time-out.
         failures: How often each part of the service has raised and was started again (or, of a
             clean-up, logged) since the start; `feed` is the application's.
         connections_stopped: Connections that ended at a firewall; the link's are of the process.
@@ -44,6 +45,7 @@ class Statistics:
     streams: int
     ledger: Ledger
     failing_fetches: int
+    hung_fetches: int
     failures: dict[str, int]
     connections_stopped: int
     connections_refused: int
@@ -91,6 +93,7 @@ def collect(context: Context, upstream: Upstream, failures: Mapping[str, int]) -
         ledger=attrs.evolve(registry.ledger),
         streams=context.streams.running,
         failing_fetches=upstream.failing_fetches,
+        hung_fetches=upstream.hung_fetches,
         failures={part: count for part, count in every_failure.items() if count},
         connections_stopped=guard.stopped + context.connections.stopped,
         connections_refused=guard.refused + context.seats.refused,

@@ -21,7 +21,7 @@ from trading_push.logs import CATALOGUE
 PACKAGE = Path(trading_push.__file__).parent
 MAKERS = {"line": 1, "traced": 2}  # `line(...)`, `logs.line(...)`, and their positional arguments
 # Fields that a call may give and the texts do not name.
-MORE = {"fetch_failed": {"suppressed"}}  # made by one call with `fetch_failed_again`
+MORE: dict[str, set[str]] = {}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

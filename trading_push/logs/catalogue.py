@@ -148,10 +148,31 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ 获取用户{user}的{data_type}数据失败: {error}（另有{suppressed}次）",
         "❌ Fetching {data_type} of user {user} failed: {error} ({suppressed} more times)",
     ),
+    "fetch_failed_for_many": (
+        "poller",
+        "❌ 获取{count}个用户（{users}）的{data_type}数据失败: {error}",
+        "❌ Fetching {data_type} of {count} users ({users}) failed: {error}",
+    ),
+    "fetch_failed_for_many_again": (
+        "poller",
+        "❌ 获取{count}个用户（{users}）的{data_type}数据失败: {error}（另有{suppressed}次）",
+        "❌ Fetching {data_type} of {count} users ({users}) failed: {error} "
+        "({suppressed} more times)",
+    ),
     "fetch_recovered": (
         "poller",
         "✅ 用户{user}的{data_type}数据已恢复",
         "✅ The {data_type} of user {user} has recovered",
+    ),
+    "fetch_recovered_for_many": (
+        "poller",
+        "✅ {count}个用户（{users}）的{data_type}数据已恢复",
+        "✅ The {data_type} of {count} users ({users}) has recovered",
+    ),
+    "fetches_hung": (
+        "poller",
+        "⚠️ {count}次{data_type}数据获取超时后仍未结束（最多替换{limit}次）",
+        "⚠️ {count} fetches of {data_type} go on after their time-out (up to {limit} are replaced)",
     ),
     "data_stale": (
         "poller",

@@ -26,7 +26,7 @@ __all__ = [
 FIELD_LENGTH: Final = 64
 """How many characters of a field are printed."""
 ERROR_LENGTH: Final = 300
-"""How many characters of an error's text, or of a path, are printed."""
+"""How many characters of an error's text, a path or a list of users are printed."""
 
 # What could end, hide or reorder a line: controls, formats, surrogates, line and paragraph breaks.
 _UNSAFE_CATEGORIES: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -60,7 +60,7 @@ def line(event: str, **fields: Any) -> Line:
         elif isinstance(value, float):
             fields[name] = float(f"{value:g}") if value % 1 else int(value)
         elif not isinstance(value, int):
-            limit = ERROR_LENGTH if name in ("error", "path") else FIELD_LENGTH
+            limit = ERROR_LENGTH if name in ("error", "path", "users") else FIELD_LENGTH
             fields[name] = escape(safe_str(value), limit)
     return Line(event, fields)
 

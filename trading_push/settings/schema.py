@@ -245,6 +245,12 @@ class Polling:
     fetch_batch: int = setting(
         500, whole(1, 10_000), "Users that one call of `fetch_many` asks for."
     )
+    change_gap_s: float = setting(
+        0.2,
+        number(0),
+        "The shortest time between two reads for changes that the source tells of a user.",
+        unit="s",
+    )
     stale_after_s: float = setting(
         30,
         number(0.1),

@@ -1,12 +1,15 @@
 """One call of a source: a free slot, the application's context, a thread or none, the deadline.
 
 1. As many calls run at the same time as there are slots. A slot is free again when its call has
-   ended, and one whose call runs in a worker thread when the thread has.
-2. An async function is called in the event loop, a plain one in a worker thread.
+   ended. A call in a worker thread that has hung is replaced: its slot is free at its deadline, as
+   long as no more calls hang than there are slots; from then on, when the thread has ended.
+2. An async function is called in the event loop, a plain one in a worker thread. What either of
+   them returns is awaited, where it can be: a decorator may hide which of the two it is.
 3. Each call has a context of its own around it. A plain context around a plain function is entered
    and left in the worker thread, all others in the event loop.
 4. At the deadline an async function is cancelled. A thread cannot be: the caller is told that it is
    still running, and once more when it has ended.
+5. A function that ends the process (`sys.exit`) has failed, and the process goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -30,12 +33,19 @@ from trading_push.sources.base import Source
 
 __all__ = ["FetchContext", "Fetcher", "StillRunning"]
 
+_EXITED: Final = (
+    "the source's function has asked to end the process: it must return, or raise an error"
+)
+
 FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 """Makes the context manager that is open around one call of the source."""
 
 
 class StillRunning(SourceError):
     """A fetch in a worker thread has taken too long, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("the source did not answer in time", reason="source_timeout")
 
 
 class Fetcher:
@@ -61,13 +71,22 @@ class Fetcher:
         timeout_s: float,
     ) -> None:
         fetch_many: Callable[..., Any] | None = getattr(source, "fetch_many", None)
-        self._takes_many = fetch_many is not None
-        self._function: Callable[..., Any] = source.fetch if fetch_many is None else fetch_many
+        batch_size: Callable[[str], int | None] | None = getattr(source, "batch_size", None)
+        if batch_size is not None:
+            batch = min(batch, batch_size(data_type) or batch)
+        self._takes_many = fetch_many is not None and batch > 1
+        self._function: Callable[..., Any] = source.fetch
+        if fetch_many is not None and self._takes_many:
+            self._function = fetch_many
         self._is_async = inspect.iscoroutinefunction(self._function)
         self._data_type = data_type
         self._context = context
         self._timeout_s = timeout_s
         self._slots = trio.CapacityLimiter(slots)
+        self.most_hung = slots
+        """How many hung calls are replaced at most."""
+        self.hung = 0
+        """How many calls go on in worker threads after their deadline."""
         # trio's own limit is lifted, because the slots bound the threads already.
         self._threads = trio.CapacityLimiter(math.inf)
         self.batch = batch if self._takes_many else 1
@@ -78,6 +97,10 @@ class Fetcher:
         slot = object()
         await self._slots.acquire_on_behalf_of(slot)
         return slot
+
+    def give_back(self, slot: object) -> None:
+        """Free a slot that is not needed after all."""
+        self._slots.release_on_behalf_of(slot)
 
     async def fetch(
         self, users: Sequence[str], slot: object, ended: Callable[[], None]
@@ -106,7 +129,7 @@ class Fetcher:
             if self._is_async:
                 async with _entered(context):
                     with trio.fail_after(self._timeout_s):
-                        answer = await self._function(asked, self._data_type)
+                        answer = await _awaited(self._function(asked, self._data_type))
             elif hasattr(context, "__aenter__"):
                 async with context:
                     in_thread = True
@@ -114,6 +137,15 @@ class Fetcher:
             else:
                 in_thread = True
                 answer = await self._call_in_thread(slot, ended, context, asked)
+            if inspect.isawaitable(answer):
+                with trio.fail_after(self._timeout_s):
+                    answer = await answer
+        except SystemExit:
+            raise SourceError(_EXITED) from None
+        except BaseExceptionGroup as group:  # of the application's own nursery
+            if group.subgroup(SystemExit) is not None:
+                raise SourceError(_EXITED) from None
+            raise
         finally:
             if not in_thread:
                 self._slots.release_on_behalf_of(slot)
@@ -128,13 +160,15 @@ class Fetcher:
     ) -> Any:
         # Written in the event loop only, but for `begun`; they say who is to tell the caller.
         token = trio.lowlevel.current_trio_token()
-        begun = late = done = False
+        begun = late = done = replaced = False
 
         def finish() -> None:
             nonlocal done
             done = True
-            self._slots.release_on_behalf_of(slot)
+            if not replaced:
+                self._slots.release_on_behalf_of(slot)
             if late:
+                self.hung -= 1
                 ended()
 
         def call() -> Any:
@@ -142,25 +176,40 @@ class Fetcher:
             begun = True
             try:
                 with context:
-                    return self._function(asked, self._data_type)
+                    # In a tuple, for trio takes a thread that returns a coroutine for a mistake.
+                    return (self._function(asked, self._data_type),)
+            except Exception:
+                raise
+            except BaseException:  # in a thread, only what the function itself has raised
+                raise SourceError(_EXITED) from None
             finally:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(finish)
 
         try:
             with trio.move_on_after(self._timeout_s):
-                return await trio.to_thread.run_sync(
+                (answer,) = await trio.to_thread.run_sync(
                     call, abandon_on_cancel=True, limiter=self._threads
                 )
+                return answer
         except RuntimeError:
             if not begun:  # the system has no thread left
                 self._slots.release_on_behalf_of(slot)
             raise
         # The thread goes on, unless it has ended in this very moment.
-        late = True
         if done:
             ended()
-        raise StillRunning("the source did not answer in time")
+        else:
+            late = True
+            self.hung += 1
+            replaced = self.hung <= self.most_hung
+            if replaced:
+                self._slots.release_on_behalf_of(slot)
+        raise StillRunning
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 @asynccontextmanager

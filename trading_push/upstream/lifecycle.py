@@ -114,6 +114,11 @@ class Upstream:
         """For how many watched users and data types the source fails."""
         return sum(poller.failing for poller in self.pollers.values())
 
+    @property
+    def hung_fetches(self) -> int:
+        """How many calls of the source go on in worker threads after their time-out."""
+        return sum(poller.hung for poller in self.pollers.values())
+
     def awaits(self, topic: Topic) -> bool:
         """Whether the source has yet to answer for a topic since it is watched."""
         poller = self.pollers.get(topic.channel)

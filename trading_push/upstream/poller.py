@@ -1,9 +1,16 @@
 """Poll a source for one data type: decide who is asked for and when, and detect what changed.
 
-Only users who are subscribed are asked for. A user's first subscription asks at once; from then on
-each user has a time of their own. Users whose times are close are asked for together, and the work
-is spread over the whole interval. A user who is being asked for already is left out, so that a slow
-answer delays only its own users.
+1. Only users who are subscribed are asked for. A user's first subscription asks at once; from then
+   on each user has a time of their own. Users whose times are close are asked for together, and the
+   work is spread over the whole interval. A user who is being asked for already is left out, so
+   that a slow answer delays only its own users.
+2. Where one call for many users fails while the source answers, it is found out whom it fails for
+   (see `search`). They are asked for alone from then on, after pauses that grow, and all of them
+   together at most once for several calls for others.
+3. Where the source answers for nobody, one call after another tries whether it does again, after
+   pauses that grow. Once it does, everybody is asked for at once.
+4. Where the source says how long it wants to be left alone, it is: for the users asked for, or
+   altogether.
 """
 
 from __future__ import annotations
@@ -11,49 +18,39 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, Final
 
-import attrs
 import trio
 
 from trading_push import logs
-from trading_push.broker.base import Broker, Status
+from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import SourceError
+from trading_push.logs.lines import failure
 from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Polling
 from trading_push.sources.base import Source
 from trading_push.topics import Topic
 from trading_push.upstream.batcher import Batcher
+from trading_push.upstream.failure_log import FailureLog
+from trading_push.upstream.failures import Failures, Outage, reason_of, told_pause_s
 from trading_push.upstream.fetching import FetchContext, Fetcher, StillRunning
+from trading_push.upstream.schedule import Schedule
+from trading_push.upstream.search import find_failing
 
 __all__ = ["Poller"]
 
-REPEAT_S = 60
-"""How often at most a source that goes on failing for a user is logged."""
-_FRESH_S = 1.0
-_BUCKET_S = 0.25
-_BUCKETS = 20
-"""Users who are due in the same bucket of time are asked for together, at its beginning.
-
-A bucket is a quarter of a second, the same for all types, or the twentieth part of a short
-interval.
-"""
-
-
-@attrs.define
-class _Failure:
-    """A source that fails for a user: when that was logged, and how often it was not, since."""
-
-    logged_at: float
-    suppressed: int = 0
+_FRESH_S: Final = 1.0
+"""A user who was answered for so lately is not asked for when a first subscriber comes back."""
+_SLICE: Final = 50
+"""So many users are marked before other tasks have their turn."""
 
 
 class Poller:
     """Polls a source for one data type; a `ChangeDetector` of its answers.
 
     It is longer than 300 lines because a user moves between its sets at every step: who asks, what
-    is answered and what is forgotten cannot be told apart without them.
+    is answered and whom it fails for cannot be told apart without them.
 
     Args:
         data_type: The channel's name.
@@ -81,7 +78,6 @@ class Poller:
     ) -> None:
         self.data_type = data_type
         self.interval_s = interval_s
-        self._bucket_s = min(_BUCKET_S, interval_s / _BUCKETS)
         # A value is stale when the source has not answered for so long.
         self._stale_after_s = max(polling.stale_after_s, 2 * interval_s)
         self._broker = broker
@@ -95,13 +91,9 @@ class Poller:
             batch=polling.fetch_batch,
             timeout_s=polling.fetch_timeout_s,
         )
-        # All times are those of trio's clock; each of these is a set of users, or keyed by user.
-        # When watched users are due, the next one first.
-        self._watched: dict[str, float] = {}
-        # When the last subscriber of a user went, the first one first; until `_prune`.
-        self._left: dict[str, float] = {}
-        # Who is to be asked for at once.
-        self._new: dict[str, None] = {}
+        self._schedule = Schedule(interval_s, polling.change_gap_s)
+        self._failures = Failures(interval_s)
+        self._log = FailureLog(data_type)
         # Who waits for a free slot.
         self._queue: dict[str, None] = {}
         # How many tasks wait for a free slot, to ask for a batch of the queue each.
@@ -114,11 +106,19 @@ class Poller:
         self._given: dict[str, bytes] = {}
         # For whom the source has answered, or failed, since they are watched.
         self._settled: set[str] = set()
-        # For whom the source fails, until it answers or `_prune`.
-        self._failures: dict[str, _Failure] = {}
+        # Held by who finds out whether the source answers at all, so that it is asked once.
+        self._searching = trio.Lock()
+        # How many calls have succeeded; and two users whom the last one answered for.
+        self._successes = 0
+        self._good: Sequence[str] = ()
+        # Whose own call goes on in a thread after its deadline; they stay busy until it ends.
+        self._hung: set[str] = set()
+        # What the answers of the calls that are being published have shown, until it is logged.
+        self._new_failures: list[tuple[str, Exception]] = []
+        self._new_recoveries: list[str] = []
         # Whose value was marked stale because no answer comes.
         self._stale: set[str] = set()
-        # When the source last answered; until `_prune`.
+        # When the source last answered, on trio's clock; until the schedule forgets the user.
         self._answered_at: dict[str, float] = {}
         # Set when there may be something to do before the next user is due.
         self._wake = trio.Event()
@@ -126,7 +126,12 @@ class Poller:
     @property
     def failing(self) -> int:
         """For how many watched users the source fails."""
-        return sum(user in self._watched for user in self._failures)
+        return sum(user in self._schedule for user in self._failures)
+
+    @property
+    def hung(self) -> int:
+        """How many calls of the source go on in worker threads after their deadline."""
+        return self._fetcher.hung
 
     def awaits(self, user: str) -> bool:
         """Whether the source has yet to answer for a user since they are watched."""
@@ -138,8 +143,7 @@ class Poller:
         Not where it answered a moment ago: coming and going must not make it work harder.
         """
         now = trio.current_time()
-        self._watched[user] = now + self.interval_s
-        self._left.pop(user, None)
+        self._schedule.watch(user)
         fresh_s = min(self.interval_s, _FRESH_S)
         is_known = user not in self._failures and user not in self._stale
         if is_known and now - self._answered_at.get(user, -math.inf) < fresh_s:
@@ -147,46 +151,47 @@ class Poller:
             if self._broker.snapshot(topic) is not None:
                 self._broker.mark([topic], Status("live"))
             self._settle([user])
+        elif not self._failures.may_be_asked(user):  # its status says why
+            self._settle([user])
         elif user in self._busy:  # that answer may have gone by while the user was not watched
             self._again.add(user)
         else:
-            self._new[user] = None
+            self._schedule.ask_at_once([user])
         self._wake.set()
 
     def unwatch(self, user: str) -> None:
         """Ask no more for a user whose last subscriber has gone."""
-        if self._watched.pop(user, None) is not None:
-            self._left[user] = trio.current_time()
-        self._new.pop(user, None)
+        self._schedule.unwatch(user)
         self._settled.discard(user)
 
     def changed(self, users: Iterable[str]) -> None:
-        """Ask at once for users for whom the source says that it has something new."""
+        """Ask for users for whom the source says that it has something new."""
         for user in users:
             if user in self._busy:
                 self._again.add(user)
-            elif user in self._watched:
-                self._new[user] = None
+            elif user in self._schedule:
+                self._schedule.changed(user)
             else:
                 self._answered_at.pop(user, None)  # so that `watch` asks the source
         self._wake.set()
 
     def missed(self) -> None:
         """Ask for everybody: the source may have something new for any user."""
-        self.changed([*self._watched, *self._left])
+        self.changed(self._schedule.known())
 
     def forget(self, user: str) -> None:
         """Count the source's next answer as a change: the user's value is no longer kept."""
         self._given.pop(user, None)
 
     def _freed(self, users: Iterable[str]) -> None:
-        self._busy.difference_update(users)
-        if self._again and (again := self._again.intersection(users)):
+        freed = [user for user in users if user not in self._hung]
+        self._busy.difference_update(freed)
+        if self._again and (again := self._again.intersection(freed)):
             self._again -= again
             self.changed(again)
 
     def _settle(self, users: Iterable[str]) -> None:
-        settled = [user for user in users if user in self._watched and user not in self._settled]
+        settled = [user for user in users if user in self._schedule and user not in self._settled]
         self._settled.update(settled)
         if settled:
             self._tell_settled([self._topic(user) for user in settled])
@@ -199,71 +204,73 @@ class Poller:
         After an end by an exception it may be run again.
         """
         self._queue.clear()
-        self._busy.clear()
+        self._busy = {*self._hung}
         self._again.clear()
         self._rounds_waiting = 0
-        self._new.update(dict.fromkeys(self._watched))
+        if self._failures.outage is not None:
+            self._failures.outage.trying = False
+        self._schedule.ask_at_once(self._schedule)
         self._wake.set()
         async with trio.open_nursery() as nursery:
             while True:
-                with trio.move_on_at(min(self._next_due(), self._next_prune())):
+                with trio.move_on_at(self._next_turn()):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                self._prune()
-                users = dict.fromkeys((*self._new, *self._due()))
-                self._new.clear()
-                self._find_stale(users)
-                self._enqueue(nursery, [user for user in users if user not in self._busy])
+                self._forget()
+                self._log.flush()
+                due, asked = self._schedule.take_due(), self._schedule.take_asked()
+                self._find_stale({**asked, **dict.fromkeys(due)})
+                asked = {user: None for user in asked if self._failures.may_be_asked(user)}
+                asked.update((user, None) for user in due if self._failures.may_be_due(user))
+                asked.update(dict.fromkeys(self._failures.take_alone(self._schedule)))
+                users: Sequence[str] = [user for user in asked if user not in self._busy]
+                if self._failures.outage is not None:
+                    users = self._during_outage(nursery, self._failures.outage, users)
+                self._enqueue(nursery, users)
 
-    def _bucket(self, at: float) -> int:
-        return math.floor(at / self._bucket_s)
+    def _next_turn(self) -> float:
+        at, outage = self._schedule.next_turn(), self._failures.outage
+        if outage is not None and not outage.trying:
+            at = min(at, outage.until)
+        return min(at, self._log.next_flush())
 
-    def _next_due(self) -> float:
-        """Return when the first bucket of watched users is due; infinity where there is none."""
-        for at in self._watched.values():
-            return self._bucket(at) * self._bucket_s
-        return math.inf
-
-    def _due(self) -> list[str]:
-        """Return who is due by now, and note when they are due next.
-
-        A time that has passed is not made up for.
-        """
-        now = trio.current_time()
-        if self._next_due() > now:
+    def _during_outage(
+        self, nursery: trio.Nursery, outage: Outage, users: Sequence[str]
+    ) -> Sequence[str]:
+        """Return whom to ask for while the source answers for nobody: at most one call's."""
+        # Who has come since then is told so.
+        if new := [user for user in users if user not in self._failures]:
+            nursery.start_soon(self._tell_of_outage, outage, new)
+        if outage.trying or trio.current_time() < outage.until:
             return []
-        first = next(iter(self._watched.values()))
-        bucket = max(self._bucket(first), self._bucket(now))
-        due = list(
-            itertools.takewhile(
-                lambda user: self._bucket(self._watched[user]) <= bucket, self._watched
-            )
+        free = sorted(
+            (user for user in self._schedule if user not in self._busy),
+            key=self._failures.is_alone,
         )
-        for user in due:
-            self._watched[user] = max(self._watched.pop(user) + self.interval_s, now)
-        return due
+        if free:
+            outage.trying = True
+        else:  # all calls that are under way hang
+            outage.goes_on()
+        return free[: self._fetcher.batch]
+
+    async def _tell_of_outage(self, outage: Outage, users: Sequence[str]) -> None:
+        await self._failed(users, outage.error)
+        self._settle(users)
 
     def _find_stale(self, due: Iterable[str]) -> None:
         """Mark the values that are too old of users who are due and still wait for an answer."""
         too_old = trio.current_time() - self._stale_after_s
-        for user in self._busy.intersection(due) - self._stale - self._failures.keys():
+        for user in self._busy.intersection(due).difference(self._stale, self._failures):
             topic = self._topic(user)
             if self._answered_at.get(user, math.inf) <= too_old and self._broker.snapshot(topic):
                 self._stale.add(user)
                 self._broker.mark([topic], Status("stale", "source_timeout"))
                 logs.emit(logs.line("data_stale", user=user, data_type=self.data_type))
 
-    def _next_prune(self) -> float:
-        return next(iter(self._left.values()), math.inf) + REPEAT_S
-
-    def _prune(self) -> None:
+    def _forget(self) -> None:
         """Forget what is known of users who have been gone for long."""
-        now = trio.current_time()
-        for user in list(
-            itertools.takewhile(lambda user: self._left[user] + REPEAT_S <= now, self._left)
-        ):
-            del self._left[user]
-            self._failures.pop(user, None)
+        for user in self._schedule.take_forgotten():
+            self._failures.discard(user)
             self._answered_at.pop(user, None)
             self._stale.discard(user)
 
@@ -271,7 +278,11 @@ class Poller:
 
     def _enqueue(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
-        self._queue.update(dict.fromkeys(users))
+        for user in users:
+            if self._failures.is_alone(user):
+                nursery.start_soon(self._serve, (user,))
+            else:
+                self._queue[user] = None
         while self._rounds_waiting * self._fetcher.batch < len(self._queue):
             self._rounds_waiting += 1
             nursery.start_soon(self._round)
@@ -284,27 +295,112 @@ class Poller:
         users = list(itertools.islice(self._queue, self._fetcher.batch))
         for user in users:
             del self._queue[user]
-        await self._ask(users, slot)
-
-    async def _ask(self, users: Sequence[str], slot: object) -> None:
-        try:
-            answers = await self._fetcher.fetch(users, slot, lambda: self._freed(users))
-            await self._batcher.submit(self, users, answers)
-        except StillRunning as error:
-            # Its thread cannot be stopped: these users stay busy until it has ended.
-            self._failed(users, error)
+        outage = self._failures.outage
+        if outage is not None and not outage.trying:  # it began while they were waiting
+            self._fetcher.give_back(slot)
+            await self._failed(users, outage.error)
+            self._freed(users)
             self._settle(users)
-            return
-        except Exception as error:  # a source may raise anything: it is logged, and asked again
-            if len(users) > 1 and isinstance(error, SourceError) and not error.retryable:
-                # One of them has what the source cannot give: halves find whom, and serve the rest.
-                middle = len(users) // 2
-                await self._ask(users[:middle], await self._fetcher.wait_for_slot())
-                await self._ask(users[middle:], await self._fetcher.wait_for_slot())
-                return
-            self._failed(users, error)
+        else:
+            await self._serve(users, slot)
+
+    async def _serve(self, users: Sequence[str], slot: object | None = None) -> None:
+        """Ask for users, and find out whom that fails for."""
+        began, outage = trio.current_time(), self._failures.outage
+        error = await self._ask(users, slot)
+        if error is not None:
+            await self._explain(users, error, trio.current_time() - began)
+        if outage is not None and outage is self._failures.outage:
+            outage.goes_on()  # it was this call that has tried whether the source answers again
+            self._wake.set()
         self._freed(users)
         self._settle(users)
+
+    async def _ask(self, users: Sequence[str], slot: object | None = None) -> Exception | None:
+        """Ask for users once, publish the answers, and return the error of a call that failed."""
+        over = False
+
+        def ended() -> None:
+            nonlocal over
+            over = True
+            self._hung.difference_update(users)
+            self._freed(users)
+
+        if slot is None:
+            slot = await self._fetcher.wait_for_slot()
+        try:
+            # Several users of a call that hangs are asked for in other ways; one is not.
+            is_one = len(users) == 1
+            answers = await self._fetcher.fetch(users, slot, ended if is_one else lambda: None)
+            await self._batcher.submit(self, users, answers)
+        except Exception as error:  # a source may raise anything: it is logged, and asked again
+            if isinstance(error, StillRunning):
+                self._log.hung(self._fetcher.hung, self._fetcher.most_hung)
+                if is_one and not over:
+                    self._hung.update(users)
+            return error
+        await self._succeeded(users)
+        return None
+
+    async def _succeeded(self, users: Sequence[str]) -> None:
+        """Note that the source has answered, and log what the answers have shown."""
+        self._successes += 1
+        failures, self._new_failures = self._new_failures, []
+        recovered, self._new_recoveries = self._new_recoveries, []
+        if failures:
+            failed = {user for user, _ in failures}
+            self._good = [user for user in users if user not in failed][:2] or self._good
+            by_cause: dict[str, list[tuple[str, Exception]]] = {}
+            for user, error in failures:
+                by_cause.setdefault(failure(error), []).append((user, error))
+            for each in by_cause.values():
+                await self._failed([user for user, _ in each], each[0][1])
+        else:
+            self._good = users[:2]
+        if recovered:
+            self._log.recovered(recovered)
+        if self._failures.answered(anybody=len(failures) < len(users)):
+            self._schedule.ask_at_once(self._schedule)
+            self._wake.set()
+
+    async def _explain(self, users: Sequence[str], error: Exception, took_s: float) -> None:
+        """Find out whom a call that failed was failing for, and mark them."""
+        if isinstance(error, SourceError) and error.everyone:
+            self._begin_outage(error)
+        elif len(users) > 1 and not told_pause_s(error):
+            successes = self._successes
+            with ExitStack() as turn:
+                # In turn, until it is known whether the source answers at all.
+                await self._searching.acquire()
+                turn.callback(self._searching.release)
+                outage, failing = self._failures.outage, None
+                if outage is None or outage.trying:
+                    good = [user for user in self._good if user not in (*users, *self._busy)]
+                    failing = await find_failing(
+                        self._ask,
+                        users,
+                        took_s,
+                        good=good if self._successes == successes else None,
+                        known=turn.close,
+                    )
+                if failing is None and self._failures.outage is None:
+                    self._begin_outage(error)
+            if failing is not None:
+                await self._failed_alone(users, failing)
+                return
+        await self._failed(users, error)
+
+    def _begin_outage(self, error: Exception) -> None:
+        self._failures.begin_outage(error)
+        self._wake.set()
+
+    async def _failed_alone(self, users: Sequence[str], failing: dict[str, Exception]) -> None:
+        """Mark whom a call was failing for; if that is most of them, it is no matter of theirs."""
+        by_cause: dict[str, list[str]] = {}
+        for user, error in failing.items():
+            by_cause.setdefault(failure(error), []).append(user)
+        for found in by_cause.values():
+            await self._failed(found, failing[found[0]], alone=2 * len(failing) <= len(users))
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -312,13 +408,15 @@ class Poller:
         self, user: str, answer: Any | None, now: float
     ) -> tuple[Topic, bytes] | Topic | None:
         """Compare an answer with what was published before; see `ChangeDetector`."""
-        if user not in self._watched:
+        if user not in self._schedule:
             return None
         topic = self._topic(user)
         try:
+            if isinstance(answer, Exception):
+                raise answer
             data = None if answer is None else encode_data(answer)
         except Exception as error:
-            self._failed([user], error)
+            self._new_failures.append((user, error))
             return None
         self._answered_at[user] = now
         if self._failures or self._stale:
@@ -340,28 +438,21 @@ class Poller:
     def _recovered(self, user: str) -> None:
         stale = user in self._stale
         self._stale.discard(user)
-        if self._failures.pop(user, None) is not None or stale:
-            logs.emit(logs.line("fetch_recovered", user=user, data_type=self.data_type))
+        if self._failures.discard(user) or stale:
+            self._new_recoveries.append(user)
 
-    def _failed(self, users: Sequence[str], error: Exception) -> None:
-        """Mark the users' topics, and log it; of one that goes on failing, once a minute."""
-        now = trio.current_time()
-        late = isinstance(error, trio.TooSlowError | StillRunning)
-        reason = "source_timeout" if late else "source_error"
-        for user in users:
-            if user not in self._watched:
-                continue
-            topic = self._topic(user)
-            state = Status("down" if self._broker.snapshot(topic) is None else "stale", reason)
-            self._broker.mark([topic], state)
-            failure = self._failures.get(user)
-            fields = {"user": user, "data_type": self.data_type, "error": error}
-            if failure is None:
-                self._failures[user] = _Failure(now)
-                logs.emit(logs.line("fetch_failed", **fields))
-            elif now - failure.logged_at < REPEAT_S:
-                failure.suppressed += 1
-            else:
-                event = "fetch_failed_again" if failure.suppressed else "fetch_failed"
-                logs.emit(logs.line(event, suppressed=failure.suppressed, **fields))
-                self._failures[user] = _Failure(now)
+    async def _failed(self, users: Sequence[str], error: Exception, alone: bool = False) -> None:
+        """Mark the users' topics, note when they may be asked for again, and log it."""
+        # Who is watched, and whether it is new of them that the source fails in this way.
+        failed: dict[str, bool] = {}
+        for start in range(0, len(users), _SLICE):
+            if start:
+                await trio.lowlevel.checkpoint()
+            for user in users[start : start + _SLICE]:
+                if user in self._schedule:
+                    failed[user] = self._failures.add(user, error, alone=alone)
+                    topic = self._topic(user)
+                    state: State = "down" if self._broker.snapshot(topic) is None else "stale"
+                    self._broker.mark([topic], Status(state, reason_of(error)))
+        if failed:
+            self._log.failed(failed, error)
