@@ -125,7 +125,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def autobahn(session: nox.Session) -> None:
-    """Autobahn|Testsuite against both doors; arguments are cases (`-- 1.* 7.1.1`)."""
+    """Autobahn|Testsuite against both endpoints; arguments are cases (`-- 1.* 7.1.1`)."""
     session.install(".")
     temporary = Path(session.create_tmp()).resolve()
     wstest = _wstest(session, temporary)

@@ -1,4 +1,4 @@
-"""Who gets in at the real doors, and that nobody there gets anything of another user's."""
+"""Who gets in at the real endpoints, and that nobody there gets anything of another user's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import trio.testing
 import trio_websocket
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from harness.endpoints import answer_of, open_door, served, status_of
+from harness.endpoints import answer_of, open_endpoint, served, status_of
 from harness.handshakes import handshake
 from harness.support import PATIENCE_S, SECRET, TrioClient, trio_client, until
 from harness.tokens import RSA, claims, pem
@@ -32,7 +32,7 @@ from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Intervals, Limits, Settings
 from trading_push.topics import BUILTIN_CHANNELS
 
-at_each_door = pytest.mark.parametrize("kind", ["linked", "plain", "native"])
+at_each_endpoint = pytest.mark.parametrize("kind", ["linked", "plain", "native"])
 
 
 def signed(key: Any = SECRET, algorithm: str = "HS256", **changes: Any) -> str:
@@ -177,17 +177,17 @@ async def ends_with(client: TrioClient) -> tuple[int, str]:
     return closed.value.reason.code, closed.value.reason.reason or ""
 
 
-@at_each_door
+@at_each_endpoint
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_bad_token_in_a_request_is_the_end(
     kind, way, authenticators, certificates, everything_logged
 ):
     cases, good = WAYS[way]
-    async with open_door(kind, certificates, authenticate=authenticators[way]) as door:
-        stopped = door.service.statistics().connections_stopped
+    async with open_endpoint(kind, certificates, authenticate=authenticators[way]) as endpoint:
+        stopped = endpoint.service.statistics().connections_stopped
         for name, (make, (error, code)) in cases.items():
             bad = make()
-            async with door.connect() as client:
+            async with endpoint.connect() as client:
                 reply = await client.request("auth", id=name, token=bad)
                 assert (reply["id"], reply["ok"]) == (name, False)
                 assert reply["error"]["code"] == error, name
@@ -198,47 +198,47 @@ async def test_a_bad_token_in_a_request_is_the_end(
                 reason = "not valid yet" if not_yet else error
                 assert await ends_with(client) == (code, reason), name
             assert_unsaid(everything_logged, bad)
-        async with door.connect() as client:
+        async with endpoint.connect() as client:
             taken = good()
             assert (await client.request("auth", token=taken))["user"] == "4"
         assert_unsaid(everything_logged, taken)
         # All that was refused in good order: no firewall had to end anything.
-        assert door.service.statistics().connections_stopped == stopped
+        assert endpoint.service.statistics().connections_stopped == stopped
 
 
-@at_each_door
+@at_each_endpoint
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_bad_token_in_the_handshake_is_a_401(
     kind, way, authenticators, certificates, everything_logged
 ):
     cases, good = WAYS[way]
-    async with open_door(kind, certificates, authenticate=authenticators[way]) as door:
+    async with open_endpoint(kind, certificates, authenticate=authenticators[way]) as endpoint:
         for name, (make, end) in cases.items():
             bad = make().encode()
             if bad.strip() == b"" or any(byte < 32 for byte in bad):
                 continue  # not to be told from no token, or no header of HTTP
             header = b"Authorization: Bearer " + bad
-            answer = await answer_of(door, handshake(header), certificates)
+            answer = await answer_of(endpoint, handshake(header), certificates)
             status = int(answer.split(b" ")[1])
-            # A header that is not ASCII is no HTTP to the native door's library.
+            # A header that is not ASCII is no HTTP to the native endpoint's library.
             assert status == 401 or (status == 400 and not bad.isascii()), name
             assert (b"not valid yet" in answer) == (end == NOT_YET), name
             assert_unsaid(everything_logged, bad.decode())
         taken = good().encode()
         header = b"Authorization: Bearer " + taken
-        assert await status_of(door, handshake(header), certificates) == 101
+        assert await status_of(endpoint, handshake(header), certificates) == 101
         assert_unsaid(everything_logged, taken.decode())
 
 
-@at_each_door
+@at_each_endpoint
 async def test_a_bad_renewal_leaves_the_session_as_it_was(
     kind, authenticators, certificates, everything_logged
 ):
     authenticate = authenticators["secret"]
     limits = Limits(messages_per_s=1000, messages_burst=1000)
     async with (
-        open_door(kind, certificates, authenticate=authenticate, limits=limits) as door,
-        door.connect() as client,
+        open_endpoint(kind, certificates, authenticate=authenticate, limits=limits) as endpoint,
+        endpoint.connect() as client,
     ):
         assert (await client.request("auth", token=signed()))["ok"]
         for name, (make, (error, _)) in BY_SECRET.items():
@@ -251,17 +251,17 @@ async def test_a_bad_renewal_leaves_the_session_as_it_was(
             reply = await client.request("auth", token=signed(sub=other))
             assert reply["error"]["code"] == "forbidden"
         assert (await client.request("subscribe", args=["balance"]))["ok"]
-        await door.service.publish("balance", "mine", user=4)
+        await endpoint.service.publish("balance", "mine", user=4)
         while (push := await client.push())["type"] == "status":
             pass
         assert push["data"] == "mine"
 
 
-@at_each_door
+@at_each_endpoint
 async def test_what_is_no_text_is_a_bad_request(kind, certificates):
-    async with open_door(kind, certificates) as door:
+    async with open_endpoint(kind, certificates) as endpoint:
         for wrong in (None, 4, True, ["x"], {"x": 1}):
-            async with door.connect() as client:
+            async with endpoint.connect() as client:
                 reply = await client.request("auth", id=1, token=wrong)
                 assert reply["error"]["code"] == "bad_request"
                 reply = await client.request("auth", id=2)  # and none at all
@@ -270,13 +270,13 @@ async def test_what_is_no_text_is_a_bad_request(kind, certificates):
                 assert reply["error"]["code"] == "not_authenticated"
 
 
-@at_each_door
+@at_each_endpoint
 async def test_a_token_of_100_kb(kind, certificates, everything_logged):
     long = signed(padding="x" * 75_000)
     assert len(long) > 100_000
-    async with open_door(kind, certificates) as door:
-        async with door.connect(4, "balance") as healthy:
-            async with door.connect() as client:
+    async with open_endpoint(kind, certificates) as endpoint:
+        async with endpoint.connect(4, "balance") as healthy:
+            async with endpoint.connect() as client:
                 await client.socket.send_message(json.dumps({"op": "auth", "token": long}))
                 if kind == "plain":  # where the server has a limit of its own, and a higher one
                     assert (await client.receive())["error"]["code"] == "bad_token"
@@ -285,8 +285,8 @@ async def test_a_token_of_100_kb(kind, certificates, everything_logged):
                     assert (await ends_with(client))[0] == 1009
             header = b"Authorization: Bearer " + long.encode()
             # A request of that size is no request, and nobody looks for a token in it.
-            assert await status_of(door, handshake(header), certificates) in (400, 431)
-            await door.service.publish("balance", "on", user=4)
+            assert await status_of(endpoint, handshake(header), certificates) in (400, 431)
+            await endpoint.service.publish("balance", "on", user=4)
             while (push := await healthy.push())["type"] == "status":
                 pass
             assert push["data"] == "on"
@@ -332,18 +332,18 @@ def assert_own(result: Mapping[str, Any], name: str, user: str) -> None:
     assert channel.startswith("ticker.") or name == f"{channel}_{user}", (user, name)
 
 
-@at_each_door
+@at_each_endpoint
 @pytest.mark.parametrize("victim", ["5", "x_5", "ß", "i", "k", "alice", "ticker.BTCUSDT"])
 async def test_no_spelling_names_another_users_channel(kind, victim, certificates, caplog):
     limits = Limits(messages_per_s=1000, messages_burst=1000, subscriptions=1000)
     names = spellings(victim)
-    async with open_door(kind, certificates, limits=limits) as door:
+    async with open_endpoint(kind, certificates, limits=limits) as endpoint:
         for channel in BUILTIN_CHANNELS:
-            await door.service.publish(channel, f"a secret of {victim}", user=victim)
+            await endpoint.service.publish(channel, f"a secret of {victim}", user=victim)
         for stranger in ALIKE:
             if stranger == victim:
                 continue
-            async with door.connect(stranger) as client:
+            async with endpoint.connect(stranger) as client:
                 for op, args in (
                     ("subscribe", names),
                     ("unsubscribe", names),
@@ -355,7 +355,7 @@ async def test_no_spelling_names_another_users_channel(kind, victim, certificate
                             assert_own(result, name, stranger)
                         else:
                             assert result["error"]["code"] in ("forbidden", "unknown_channel")
-                await door.service.publish("balance", f"a secret of {victim}", user=victim)
+                await endpoint.service.publish("balance", f"a secret of {victim}", user=victim)
                 reply = await client.request("list")
                 assert "a secret of" not in json.dumps([reply, client.pushes])
     assert not [record for record in caplog.records if record.exc_info]

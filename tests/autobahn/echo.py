@@ -1,6 +1,6 @@
-"""An echo at one of the real doors, `linked` or `native`, for the conformance run; see `run.py`.
+"""An echo at an endpoint, `linked` or `native`, for the conformance run; see `run.py`.
 
-It prints its port and serves until its standard input ends. The doors, the transports and the
+It prints its port and serves until its standard input ends. The endpoints, the transports and the
 streams are the service's own; only what a connection does with a message is replaced.
 """
 

@@ -1,4 +1,4 @@
-"""The fuzzing client of Autobahn|Testsuite against an echo at each door: `nox -s autobahn`.
+"""The fuzzing client of Autobahn|Testsuite against an echo at each endpoint: `nox -s autobahn`.
 
 It fails where a case is not passed, and where a server's log has a trace.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 HERE = Path(__file__).parent
-DOORS = ("linked", "native")
-# 12 and 13 are permessage-deflate, which neither door agrees to.
+ENDPOINTS = ("linked", "native")
+# 12 and 13 are permessage-deflate, which neither endpoint agrees to.
 CASES = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "9.*", "10.*"]
 PASSED = ("OK", "NON-STRICT", "INFORMATIONAL")
 TRACE = "Traceback (most recent call last)"
@@ -42,7 +42,7 @@ def echo(kind: str, log: IO[str]) -> Iterator[str]:
         running.stdin.close()
         status = running.wait(30)
         if status != 0:
-            sys.exit(f"the echo at the {kind} door ended with status {status}")
+            sys.exit(f"the echo at the {kind} endpoint ended with status {status}")
     finally:
         running.kill()
         running.wait()
@@ -50,11 +50,11 @@ def echo(kind: str, log: IO[str]) -> Iterator[str]:
 
 
 def fuzz(wstest: str, cases: list[str], place: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each case came to, by door, and the servers' logs."""
-    logs = {kind: place / f"{kind}.log" for kind in DOORS}
+    """What each case came to, by endpoint, and the servers' logs."""
+    logs = {kind: place / f"{kind}.log" for kind in ENDPOINTS}
     with ExitStack() as stack:
         servers = []
-        for kind in DOORS:
+        for kind in ENDPOINTS:
             log = stack.enter_context(logs[kind].open("w", encoding="utf-8"))
             servers.append({"agent": kind, "url": stack.enter_context(echo(kind, log))})
         specification = {"outdir": str(place / "reports"), "servers": servers, "cases": cases}
@@ -77,7 +77,7 @@ def fuzz(wstest: str, cases: list[str], place: Path) -> tuple[dict[str, Any], di
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     """How many cases of each group came to what, one line each."""
-    for kind in DOORS:
+    for kind in ENDPOINTS:
         groups: dict[int, Counter[str]] = {}
         for case, outcome in report.get(kind, {}).items():
             group = groups.setdefault(int(case.split(".")[0]), Counter())
@@ -92,9 +92,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def failures(report: dict[str, Any], logs: dict[str, str]) -> Iterator[str]:
     """What must not be, one line each."""
-    ran = [set(report.get(kind, {})) for kind in DOORS]
+    ran = [set(report.get(kind, {})) for kind in ENDPOINTS]
     if not ran[0] or any(cases != ran[0] for cases in ran):
-        yield "not the same cases ran at every door"
+        yield "not the same cases ran at every endpoint"
     for kind, cases in report.items():
         for case, outcome in cases.items():
             # UNIMPLEMENTED is no pass either.

@@ -1,4 +1,4 @@
-"""Silent peers: pinged once a heartbeat, gone after two, at every door that can send a ping."""
+"""Silent peers: pinged once a heartbeat, gone after two, at every endpoint that can send a ping."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import trio
 import trio.testing
 from wsproto.frame_protocol import FrameDecoder
 
-from harness.endpoints import open_door
-from harness.handshakes import handshake, masked
+from harness.endpoints import open_endpoint
+from harness.frames import masked
+from harness.handshakes import handshake
 from harness.room import room, unit
 from harness.support import until
 
@@ -77,7 +78,10 @@ async def test_without_a_way_to_ping_silence_says_nothing(autojump_clock):
 @pytest.mark.parametrize("kind", PINGED)
 async def test_a_client_library_answers_and_stays(kind, certificates):
     limits = Limits(heartbeat_s=0.2)
-    async with open_door(kind, certificates, limits=limits) as door, door.connect(4) as client:
+    async with (
+        open_endpoint(kind, certificates, limits=limits) as endpoint,
+        endpoint.connect(4) as client,
+    ):
         with trio.move_on_after(1.5):  # seven heartbeats
             await client.socket.get_message()
         assert client.socket.closed is None
@@ -87,11 +91,11 @@ async def test_a_client_library_answers_and_stays(kind, certificates):
 @pytest.mark.parametrize("kind", ["linked", "native"])
 async def test_a_client_that_says_nothing_more_is_gone(kind, certificates):
     limits = Limits(heartbeat_s=0.3)
-    async with open_door(kind, certificates, limits=limits) as door:
-        stream = await trio.open_tcp_stream("127.0.0.1", door.port)
+    async with open_endpoint(kind, certificates, limits=limits) as endpoint:
+        stream = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
         await stream.send_all(handshake())
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
-        await stream.send_all(masked(1, b'{"op":"ping"}'))
+        await stream.send_all(masked(0x81, b'{"op":"ping"}'))
         began = trio.current_time()
         frames = b""
         with trio.fail_after(5):
@@ -114,8 +118,8 @@ async def test_a_pong_is_heard_and_goes_no_further(kind, certificates, monkeypat
         decode(decoder, data)
 
     monkeypatch.setattr(FrameDecoder, "receive_bytes", seen)
-    async with open_door(kind, certificates) as door:
-        stream = await trio.open_tcp_stream("127.0.0.1", door.port)
+    async with open_endpoint(kind, certificates) as endpoint:
+        stream = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
 
         async def send(data: bytes) -> None:
             await stream.send_all(data)
@@ -123,15 +127,15 @@ async def test_a_pong_is_heard_and_goes_no_further(kind, certificates, monkeypat
 
         await send(handshake())
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 101")
-        [connection] = door.service.context.connections
+        [connection] = endpoint.service.context.connections
         decoded.clear()
         heard = connection._transport.last_heard
-        await send(masked(10, b""))
+        await send(masked(0x8A, b""))
         assert connection._transport.last_heard > heard
         assert decoded == []
         # One with a payload is none of ours, nor is what looks like one amid a frame, or at the
         # end of its head.
-        await send(masked(10, b"payload"))
+        await send(masked(0x8A, b"payload"))
         assert len(decoded) == 1
         text = b'{"op":"ping","id":"abcdefgh"}'
         like = b"\x8a\x80"
@@ -158,7 +162,10 @@ async def test_a_pong_is_heard_and_goes_no_further(kind, certificates, monkeypat
 @pytest.mark.parametrize("kind", ["plain", "memory"])
 async def test_where_no_ping_can_be_sent_nobody_is_dropped(kind, certificates):
     limits = Limits(heartbeat_s=0.2)
-    async with open_door(kind, certificates, limits=limits) as door, door.connect(4) as client:
+    async with (
+        open_endpoint(kind, certificates, limits=limits) as endpoint,
+        endpoint.connect(4) as client,
+    ):
         with trio.move_on_after(1):
             await client.socket.get_message()
         assert (await client.request("list"))["channels"] == []

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 import trio_websocket
 
-from harness.endpoints import KINDS, open_door
+from harness.endpoints import KINDS, open_endpoint
 from harness.handshakes import handshake
 from harness.room import lines, room
 from harness.support import SECRET, token, until
@@ -108,14 +108,17 @@ async def test_a_user_or_one_connection_is_kicked(autojump_clock):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_at_every_door(kind, certificates):
+async def test_at_every_endpoint(kind, certificates):
     limits = Limits(connections_per_user=1)
-    async with open_door(kind, certificates, limits=limits) as door, door.connect(4) as client:
-        async with door.connect() as second:
+    async with (
+        open_endpoint(kind, certificates, limits=limits) as endpoint,
+        endpoint.connect(4) as client,
+    ):
+        async with endpoint.connect() as second:
             with pytest.raises(trio_websocket.ConnectionClosed) as closed:
                 await second.request("auth", token=token(4))
             assert closed.value.reason.code == 4504
-        assert door.service.kick(user=4) == 1
+        assert endpoint.service.kick(user=4) == 1
         with trio.fail_after(5), pytest.raises(trio_websocket.ConnectionClosed) as closed:
             await client.receive()
         assert closed.value.reason.code == 4503
@@ -195,7 +198,7 @@ async def test_a_token_revoked_during_the_handshake_opens_nothing(autojump_clock
 
 
 @pytest.mark.parametrize("kind", ["linked", "native", "plain"])
-async def test_at_a_door_too(kind, certificates):
+async def test_at_an_endpoint_too(kind, certificates):
     """The check is over; the 101 is written; the token is revoked before the session begins."""
     service: list[PushService] = []
 
@@ -204,31 +207,31 @@ async def test_at_a_door_too(kind, certificates):
         trio.lowlevel.current_trio_token().run_sync_soon(service[0].revoke, "stolen")
         return Principal("4", token_id="stolen")
 
-    async with open_door(kind, certificates, authenticate=authenticate) as door:
-        service.append(door.service)
+    async with open_endpoint(kind, certificates, authenticate=authenticate) as endpoint:
+        service.append(endpoint.service)
         headers = [(b"authorization", b"Bearer x")]
-        async with door.connect(extra_headers=headers) as client:
+        async with endpoint.connect(extra_headers=headers) as client:
             with pytest.raises(trio_websocket.ConnectionClosed) as closed:
                 while (await client.receive())["op"] == "error":
                     pass
             assert closed.value.reason.code in (4500, 4503)
-        await until(lambda: not door.service.context.connections)
+        await until(lambda: not endpoint.service.context.connections)
 
 
 @pytest.mark.parametrize("kind", ["linked", "native", "native-tls"])
 async def test_whoever_says_nothing_takes_a_seat_too(kind, certificates):
-    async with open_door(kind, certificates, limits=Limits(connections=10)) as door:
-        streams = [await trio.open_tcp_stream("127.0.0.1", door.port) for _ in range(10)]
+    async with open_endpoint(kind, certificates, limits=Limits(connections=10)) as endpoint:
+        streams = [await trio.open_tcp_stream("127.0.0.1", endpoint.port) for _ in range(10)]
         taken = partial(
             getattr,
             *(
                 (guard, "connections")
                 if kind == "linked"
-                else (door.service.context.seats, "taken")
+                else (endpoint.service.context.seats, "taken")
             ),
         )
         await until(lambda: taken() == 10)
-        one_more = await trio.open_tcp_stream("127.0.0.1", door.port)
+        one_more = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
         if kind != "native-tls":
             await one_more.send_all(handshake())
             assert (await one_more.receive_some()).startswith(b"HTTP/1.1 503")
@@ -237,7 +240,7 @@ async def test_whoever_says_nothing_takes_a_seat_too(kind, certificates):
         for stream in (*streams, one_more):
             await stream.aclose()
         await until(lambda: taken() == 0)
-        async with door.connect(4) as client:
+        async with endpoint.connect(4) as client:
             assert (await client.request("ping"))["op"] == "pong"
 
 
@@ -255,12 +258,12 @@ async def test_the_limit_of_an_address_counts_handshakes_under_way(kind, certifi
     for module in (asgi, native):
         monkeypatch.setattr(module, "admit", slow)
     limits = Limits(unauthenticated_per_address=10)
-    async with open_door(kind, certificates, limits=limits) as door:
+    async with open_endpoint(kind, certificates, limits=limits) as endpoint:
         statuses: Counter[int] = Counter()
         done = trio.Event()
 
         async def come() -> None:
-            stream = await trio.open_tcp_stream("127.0.0.1", door.port)
+            stream = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
             async with stream:
                 await stream.send_all(handshake())
                 statuses[int((await stream.receive_some()).split(b" ", 2)[1])] += 1
@@ -274,4 +277,4 @@ async def test_the_limit_of_an_address_counts_handshakes_under_way(kind, certifi
             await until(lambda: statuses.total() == 40)
             done.set()
         assert statuses == {101: 10, 503: 30}
-        await until(lambda: not door.service.context.seats.unauthenticated)
+        await until(lambda: not endpoint.service.context.seats.unauthenticated)

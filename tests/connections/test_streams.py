@@ -322,11 +322,11 @@ async def test_the_log_names_a_stream_like_any_channel(autojump_clock, caplog):
     ]
 
 
-@pytest.mark.parametrize("door", ["linked", "native"])
-def test_of_five_hundred_who_are_cut_every_generator_ends_within_a_second(door):
+@pytest.mark.parametrize("endpoint", ["linked", "native"])
+def test_of_five_hundred_who_are_cut_every_generator_ends_within_a_second(endpoint):
     with (
         embed("--limits", limits(), exact_memory=False) as server,
-        Crowd(server.ports[door]) as crowd,
+        Crowd(server.ports[endpoint]) as crowd,
     ):
         rng = random.Random(7)
         members = crowd.join(500, "numbers", "shared")

@@ -14,7 +14,8 @@ import trio
 import trio.testing
 import trio_websocket
 
-from harness.handshakes import handshake, masked
+from harness.frames import masked
+from harness.handshakes import handshake
 from harness.room import Order, lines
 from harness.support import SECRET, SIX, hypercorn_serving, token, trio_client, until
 
@@ -25,7 +26,7 @@ from trading_push.errors import CloseCode
 from trading_push.settings.schema import Auth, Settings
 
 CLIENTS = 200
-DOORS = ["linked", "native"]
+ENDPOINTS = ["linked", "native"]
 BIG = "x" * 8_000_000  # more than the buffers of both ends hold
 
 open_service = partial(
@@ -34,8 +35,8 @@ open_service = partial(
 
 
 @asynccontextmanager
-async def serving(door: str, service: PushService) -> AsyncIterator[int]:
-    if door == "linked":
+async def serving(endpoint: str, service: PushService) -> AsyncIterator[int]:
+    if endpoint == "linked":
         async with hypercorn_serving(service) as port:
             yield port
         return
@@ -45,8 +46,10 @@ async def serving(door: str, service: PushService) -> AsyncIterator[int]:
         nursery.cancel_scope.cancel()
 
 
-async def serve_on(door: str, service: PushService, *, task_status: trio.TaskStatus[int]) -> None:
-    async with serving(door, service) as port:
+async def serve_on(
+    endpoint: str, service: PushService, *, task_status: trio.TaskStatus[int]
+) -> None:
+    async with serving(endpoint, service) as port:
         task_status.started(port)
         await trio.sleep_forever()
 
@@ -57,7 +60,7 @@ async def subscribe_and_read_no_more(stream: trio.SocketStream, *args: Any) -> N
     while b"\r\n\r\n" not in answer:
         answer += await stream.receive_some()
     for request in ({"op": "auth", "token": token()}, {"op": "subscribe", "args": list(args)}):
-        await stream.send_all(masked(1, json.dumps(request).encode()))
+        await stream.send_all(masked(0x81, json.dumps(request).encode()))
 
 
 @pytest.fixture
@@ -88,10 +91,10 @@ def stuck_senders() -> int:
 
 
 @pytest.mark.parametrize("end", ["close frame", "reset", "stopped", "service cancelled"])
-@pytest.mark.parametrize("door", DOORS)
-async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order, door, end):
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order, endpoint, end):
     with trio.fail_after(20), trio.CancelScope() as whole:
-        async with open_service() as service, serving(door, service) as port:
+        async with open_service() as service, serving(endpoint, service) as port:
             stream = await trio.open_tcp_stream("127.0.0.1", port)
             # What is paced is written by its sender; the others wait for the turn to write.
             paced = {"channel": "pnl", "max_hz": 10}
@@ -105,7 +108,7 @@ async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order
             began = trio.current_time()
             match end:
                 case "close frame":
-                    await stream.send_all(masked(8, (1000).to_bytes(2, "big")))
+                    await stream.send_all(masked(0x88, (1000).to_bytes(2, "big")))
                 case "reset":
                     await trio.aclose_forcefully(stream)
                 case "stopped":
@@ -122,8 +125,8 @@ async def test_the_order_with_senders_stuck_to_a_client_that_does_not_read(order
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-@pytest.mark.parametrize("door", DOORS)
-async def test_leaving_the_service_loses_no_unit(caplog, door, cancelled):
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_leaving_the_service_loses_no_unit(caplog, endpoint, cancelled):
     caplog.set_level(logging.INFO, "trading_push")
     codes: list[int] = []
 
@@ -139,7 +142,7 @@ async def test_leaving_the_service_loses_no_unit(caplog, door, cancelled):
         async with trio.open_nursery() as outside:
             with trio.CancelScope() as scope:
                 async with open_service() as service:
-                    port = await outside.start(serve_on, door, service)
+                    port = await outside.start(serve_on, endpoint, service)
                     visitors = await outside.start(visitors_of, visit, port)
                     every = CLIENTS * len(SIX)
                     await until(lambda: service.statistics().ledger.subscriptions_opened == every)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from harness.frames import MASK
 from harness.handshakes import raw
 from harness.support import SIX, TESTS, Client, Process, client, plain_hypercorn, serving
 
@@ -145,7 +146,6 @@ def test_the_level_is_that_of_the_mark(tmp_path):
     assert levels == [("INFO", "1000"), ("WARNING", "4000")]
 
 
-MASK = b"\x00\x00\x00\x00"
 BROKEN = {
     "unmasked frame": (b"\x81\x02{}", 1002),
     "reserved bit": (b"\xc1\x82" + MASK + b"{}", 1002),

@@ -21,6 +21,7 @@ import pytest
 import trio
 import trustme
 
+from harness.frames import masked
 from harness.handshakes import raw
 from harness.support import PATIENCE_S, SECRET, hypercorn_serving, token, trio_client, until
 
@@ -380,9 +381,9 @@ async def test_a_reset_in_the_middle_of_a_push_is_no_trace(caplog):
         for _ in range(20):
             sock = await trio.to_thread.run_sync(raw, f"ws://127.0.0.1:{port}/ws")
             payload = json.dumps({"op": "auth", "token": token(4)}).encode().ljust(126)
-            sock.sendall(b"\x81\xfe" + len(payload).to_bytes(2, "big") + b"\x00" * 4 + payload)
+            sock.sendall(masked(0x81, payload))
             payload = b'{"op":"subscribe","args":["balance"]}'
-            sock.sendall(b"\x81" + bytes([0x80 | len(payload)]) + b"\x00" * 4 + payload)
+            sock.sendall(masked(0x81, payload))
             await until(lambda: service.statistics().subscribers_by_data_type)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()

@@ -1,4 +1,4 @@
-"""Hostile and broken peers on real sockets, at every door: ten healthy clients lose nothing."""
+"""Hostile and broken peers on real sockets, at every endpoint: ten healthy clients lose nothing."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ import trio
 
 from harness.bystanders import (
     HEALTHY,
-    MASK,
     NEWS,
     admission,
     bystanders,
     close_code,
     frames_of,
     healthy_while,
-    masked,
     raw_peer,
     said,
     show_no_trace,
 )
-from harness.endpoints import RAW, Door, open_door
+from harness.endpoints import RAW, Endpoint, open_endpoint
+from harness.frames import MASK, masked
 from harness.handshakes import handshake, raw
 from harness.support import until
 
 from trading_push.settings.schema import Limits
 
-DOORS = ["linked", "plain", "native"]
-at_every_door = pytest.mark.parametrize("kind", DOORS)
+ENDPOINTS = ["linked", "plain", "native"]
+at_every_endpoint = pytest.mark.parametrize("kind", ENDPOINTS)
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +50,16 @@ def no_trace(caplog):
 
 
 @asynccontextmanager
-async def attacked(kind: str, certificates: Any, **limits: Any) -> AsyncIterator[Door]:
-    """A door with ten healthy clients; when it is left, they alone are there, and lost nothing."""
+async def attacked(kind: str, certificates: Any, **limits: Any) -> AsyncIterator[Endpoint]:
+    """Open an endpoint with ten healthy clients, who are alone in the end and have lost nothing."""
     # None of the others answers a close frame. Many never authenticate: on a slow machine they
     # would be ended for that in the middle of what they are to show.
     bounds = Limits(**{"close_timeout_s": 0.1, "authentication_timeout_s": 3600, **limits})
     async with (
-        open_door(kind, certificates, limits=bounds, channels=[NEWS]) as door,
-        bystanders(door),
+        open_endpoint(kind, certificates, limits=bounds, channels=[NEWS]) as endpoint,
+        bystanders(endpoint),
     ):
-        yield door
+        yield endpoint
 
 
 def closes(caplog: pytest.LogCaptureFixture) -> list[int]:
@@ -120,31 +119,31 @@ FAULTS: dict[str, tuple[bytes, int]] = {
 }
 
 
-@at_every_door
+@at_every_endpoint
 async def test_a_broken_frame_is_the_end_of_its_connection_alone(kind, certificates, caplog):
     expected = []
-    async with attacked(kind, certificates) as door:
+    async with attacked(kind, certificates) as endpoint:
         for name, (broken, code) in FAULTS.items():
             if kind == "plain" and code == 1009:
                 continue  # the server's own limit holds there
             # The same from a stranger, and from a client with subscriptions.
             for before in (b"", admission("balance", "ticker.A")):
-                async with raw_peer(door.port) as peer:
+                async with raw_peer(endpoint.port) as peer:
                     await peer.send(before + broken)
                     told = close_code(await peer.rest())
                 # What is left unread resets the stream, and with it the close frame may be lost;
-                # the native door's library drops a peer that breaks the framing.
+                # the native endpoint's library drops a peer that breaks the framing.
                 may_be_lost = len(broken) > 60_000 or (kind == "native" and code != 1003)
                 assert told == code or (may_be_lost and told is None), (name, told)
                 expected.append((name, code))
-                await until(lambda: door.service.statistics().connections == HEALTHY)
+                await until(lambda: endpoint.service.statistics().connections == HEALTHY)
     if kind == "plain":  # what its server does not tell is not known there
         return
     found = closes(caplog)
     assert [(name, code) for (name, _), code in zip(expected, found, strict=False)] == expected
 
 
-@at_every_door
+@at_every_endpoint
 async def test_what_a_bomb_needs_is_not_agreed_on(kind, certificates):
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = deflate.compress(b" " * 64_000_000) + deflate.flush(zlib.Z_SYNC_FLUSH)
@@ -153,9 +152,9 @@ async def test_what_a_bomb_needs_is_not_agreed_on(kind, certificates):
         b"permessage-deflate; client_max_window_bits",
         b"permessage-deflate; server_no_context_takeover, permessage-deflate",
     )
-    async with attacked(kind, certificates) as door:
+    async with attacked(kind, certificates) as endpoint:
         for offer in offers:
-            async with raw_peer(door.port, b"Sec-WebSocket-Extensions: " + offer) as peer:
+            async with raw_peer(endpoint.port, b"Sec-WebSocket-Extensions: " + offer) as peer:
                 assert b"extensions" not in peer.upgrade.lower()
                 await peer.send(admission("balance") + masked(TEXT | 0x40, bomb[:-4]))
                 assert close_code(await peer.rest()) in (1002, None)
@@ -164,10 +163,10 @@ async def test_what_a_bomb_needs_is_not_agreed_on(kind, certificates):
 # --- what is odd and must work -------------------------------------------------------------------
 
 
-@at_every_door
+@at_every_endpoint
 async def test_a_text_in_fragments_with_pings_between_works(kind, certificates):
     text = json.dumps({"op": "ping", "id": "a é 😀 z"}, ensure_ascii=False).encode()
-    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+    async with attacked(kind, certificates) as endpoint, raw_peer(endpoint.port) as peer:
         sent = b""
         for place in range(len(text)):  # also in the middle of a character
             first = MORE if place == 0 else 0x00
@@ -183,9 +182,9 @@ async def test_a_text_in_fragments_with_pings_between_works(kind, certificates):
         assert (reply["op"], reply["id"]) == ("pong", "a é 😀 z")
 
 
-@at_every_door
+@at_every_endpoint
 async def test_as_many_fragments_as_a_message_may_have_work(kind, certificates):
-    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+    async with attacked(kind, certificates) as endpoint, raw_peer(endpoint.port) as peer:
         for number in range(3):  # each message has as many
             sent = masked(MORE, b"") + masked(0x00, b"") * 1087
             await peer.send(sent + masked(LAST, b'{"op":"ping","id":%d}' % number))
@@ -196,7 +195,7 @@ async def test_as_many_fragments_as_a_message_may_have_work(kind, certificates):
 @pytest.mark.parametrize("kind", RAW)
 @pytest.mark.parametrize("parts", [1, 2, 7])
 async def test_a_message_of_just_the_limit_works(kind, certificates, parts):
-    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+    async with attacked(kind, certificates) as endpoint, raw_peer(endpoint.port) as peer:
         text = b'{"op":"ping","id":1' + b" " * (65_536 - 20) + b"}"
         size = len(text) // parts
         for place in range(parts):
@@ -207,9 +206,9 @@ async def test_a_message_of_just_the_limit_works(kind, certificates, parts):
         assert json.loads(pong)["id"] == 1
 
 
-@at_every_door
+@at_every_endpoint
 async def test_one_byte_at_a_time_works(kind, certificates):
-    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+    async with attacked(kind, certificates) as endpoint, raw_peer(endpoint.port) as peer:
         request = said(op="ping", id=7) + masked(PING, b"x") + masked(TEXT, b"{", b"mask")
         for place in range(len(request)):
             await peer.send(request[place : place + 1])
@@ -224,12 +223,12 @@ async def test_one_byte_at_a_time_works(kind, certificates):
 @pytest.mark.parametrize("kind", RAW)
 async def test_a_thousand_subscriptions_are_refused_from_the_limit_on(kind, certificates):
     rich = {"messages_burst": 1000}  # items count as messages, too
-    async with attacked(kind, certificates, **rich) as door, door.connect(4) as client:
+    async with attacked(kind, certificates, **rich) as endpoint, endpoint.connect(4) as client:
         args = [f"ticker.S{number}" for number in range(1000)]
         reply = await client.request("subscribe", args=args)
         codes = [result.get("error", {}).get("code") for result in reply["results"]]
         assert codes == [None] * 200 + ["too_many_subscriptions"] * 800
-        assert door.service.statistics().ledger.subscriptions_opened == 200 + HEALTHY
+        assert endpoint.service.statistics().ledger.subscriptions_opened == 200 + HEALTHY
         reply = await client.request("unsubscribe", args=args)
         assert reply["ok"]
         assert (await client.request("subscribe", args=args[-200:]))["ok"]
@@ -241,7 +240,7 @@ async def test_a_thousand_subscriptions_are_refused_from_the_limit_on(kind, cert
 async def test_deep_json_is_answered_and_the_connection_lives(kind, certificates):
     deep = [b"[" * 60_000, b'{"a":' * 12_000, b'{"op":"subscribe","args":' + b"[" * 60_000]
     deep += [b"[" * 30_000 + b"]" * 30_000, b'{"op":"ping","id":' + b"[" * 60_000]
-    async with attacked(kind, certificates) as door, raw_peer(door.port) as peer:
+    async with attacked(kind, certificates) as endpoint, raw_peer(endpoint.port) as peer:
         await peer.send(admission() + b"".join(masked(TEXT, each) for each in deep))
         answer = await peer.until(lambda frames: len(frames) == 2 + len(deep))
         replies = [json.loads(payload) for _, payload in frames_of(answer)][2:]
@@ -272,30 +271,30 @@ def start(port: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-@at_every_door
+@at_every_endpoint
 async def test_clients_that_are_killed(kind, certificates, caplog):
-    async with attacked(kind, certificates) as door:
-        victims = [start(door.port) for _ in range(3)]
+    async with attacked(kind, certificates) as endpoint:
+        victims = [start(endpoint.port) for _ in range(3)]
         for victim in victims:
             assert await trio.to_thread.run_sync(victim.stdout.readline) == b"in\n"
-        assert door.service.statistics().connections == HEALTHY + 3
+        assert endpoint.service.statistics().connections == HEALTHY + 3
         for victim in victims:
             with victim:
                 victim.kill()
     assert closes(caplog)[:3] == [1006] * 3
 
 
-@at_every_door
+@at_every_endpoint
 @pytest.mark.parametrize("how", ["reset", "fin"])
 async def test_an_end_in_the_middle_of_anything(kind, certificates, caplog, how):
     request = masked(TEXT, json.dumps({"op": "list", "id": "x" * 150}).encode(), b"mask")
     ends = [request[:size] for size in (0, 1, 2, 3, 4, 6, 8, 9, 100, len(request) - 1)]
     ends += [masked(MORE, b"{"), masked(MORE, b"\xe2"), masked(PING, b"abc")[:-1]]
     ends += [masked(CLOSE, b"\x03\xe8")[:3]]
-    async with attacked(kind, certificates) as door:
+    async with attacked(kind, certificates) as endpoint:
         for last in ends:
             for before in (b"", admission("news", "balance", "ticker.A")):
-                async with raw_peer(door.port) as peer:
+                async with raw_peer(endpoint.port) as peer:
                     await peer.send(before + last)
                     if how == "reset":
                         peer.reset()
@@ -305,7 +304,7 @@ async def test_an_end_in_the_middle_of_anything(kind, certificates, caplog, how)
     assert closes(caplog)[: 2 * len(ends)] == [1006] * 2 * len(ends)
 
 
-@at_every_door
+@at_every_endpoint
 async def test_an_upgrade_that_never_ends_is_cut_in_time(kind, certificates):
     async def drip(port: int, data: bytes, gap_s: float) -> None:
         stream = await trio.open_tcp_stream("127.0.0.1", port)
@@ -328,20 +327,20 @@ async def test_an_upgrade_that_never_ends_is_cut_in_time(kind, certificates):
 
     # Bytes that come all the time are no excuse: the whole of it has one second.
     forever = handshake(b"X: " + b"x" * 10_000)
-    async with attacked(kind, certificates, handshake_timeout_s=1) as door:
+    async with attacked(kind, certificates, handshake_timeout_s=1) as endpoint:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 for gap_s in (0.02, 0.1, 0.9):
-                    nursery.start_soon(drip, door.port, forever, gap_s)
+                    nursery.start_soon(drip, endpoint.port, forever, gap_s)
                 for begun in (b"", b"G", handshake()[:-2], handshake()[:-1]):
-                    nursery.start_soon(drip, door.port, begun, 0)
+                    nursery.start_soon(drip, endpoint.port, begun, 0)
 
 
-@at_every_door
+@at_every_endpoint
 async def test_a_stranger_who_drips_frames_is_cut_in_time(kind, certificates, caplog):
     async with (
-        attacked(kind, certificates, authentication_timeout_s=1) as door,
-        raw_peer(door.port) as peer,
+        attacked(kind, certificates, authentication_timeout_s=1) as endpoint,
+        raw_peer(endpoint.port) as peer,
         trio.open_nursery() as nursery,
     ):
 
@@ -356,7 +355,7 @@ async def test_a_stranger_who_drips_frames_is_cut_in_time(kind, certificates, ca
     assert closes(caplog)[0] == 4502
 
 
-@at_every_door
+@at_every_endpoint
 async def test_a_flood_that_is_not_served_leaves_nothing_behind(kind, certificates):
     requests = said(op="ping") * 100_000
 
@@ -365,9 +364,9 @@ async def test_a_flood_that_is_not_served_leaves_nothing_behind(kind, certificat
             sock.sendall(before)
             pour(sock, requests, 1)  # and goes, with its answers unread
 
-    async with attacked(kind, certificates, handler_timeout_s=1, send_timeout_s=1) as door:
+    async with attacked(kind, certificates, handler_timeout_s=1, send_timeout_s=1) as endpoint:
         for before in (b"", admission("news", "balance")) * 2:
-            await trio.to_thread.run_sync(flood, door.port, before)
+            await trio.to_thread.run_sync(flood, endpoint.port, before)
 
 
 # --- floods, and the memory of the server --------------------------------------------------------

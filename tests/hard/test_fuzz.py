@@ -23,11 +23,11 @@ from harness.bystanders import (
     bystanders,
     close_code,
     frames_of,
-    masked,
     raw_peer,
     show_no_trace,
 )
-from harness.endpoints import RAW, open_door
+from harness.endpoints import RAW, open_endpoint
+from harness.frames import masked
 from harness.json_cases import GOOD, ITEMS, every_case
 from harness.sessions import answer, make
 from harness.support import token
@@ -253,11 +253,11 @@ async def test_a_live_socket_bears_every_stream_of_bytes(kind, certificates):
         for data, before in work:
             await one_stream_of_bytes(port, data, before)
 
-    async with open_door(kind, certificates, channels=[NEWS], limits=PATIENT) as door:
-        async with bystanders(door), trio.open_nursery() as nursery:
+    async with open_endpoint(kind, certificates, channels=[NEWS], limits=PATIENT) as endpoint:
+        async with bystanders(endpoint), trio.open_nursery() as nursery:
             for worker in range(WORKERS):
-                nursery.start_soon(work, door.port, iter(inputs[worker::WORKERS]))
-        ledger = door.service.statistics().ledger
+                nursery.start_soon(work, endpoint.port, iter(inputs[worker::WORKERS]))
+        ledger = endpoint.service.statistics().ledger
         assert ledger.connections_opened >= len(inputs)
 
 
@@ -296,9 +296,9 @@ async def test_a_live_socket_bears_every_message(kind, certificates):
                 await one_conversation(peer, [good, *messages] if number % 2 else messages)
 
     async with (
-        open_door(kind, certificates, channels=[NEWS], limits=PATIENT) as door,
-        bystanders(door),
+        open_endpoint(kind, certificates, channels=[NEWS], limits=PATIENT) as endpoint,
+        bystanders(endpoint),
         trio.open_nursery() as nursery,
     ):
         for _ in range(4):
-            nursery.start_soon(work, door.port, AT_THE_SOCKET // 4 // MESSAGES // 4 + 1)
+            nursery.start_soon(work, endpoint.port, AT_THE_SOCKET // 4 // MESSAGES // 4 + 1)

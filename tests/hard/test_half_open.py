@@ -17,7 +17,7 @@ import pytest
 import trio
 import trio_websocket
 
-from harness.endpoints import open_door
+from harness.endpoints import open_endpoint
 from harness.room import lines
 from harness.support import SECRET, TrioClient, hypercorn_serving, token, until
 
@@ -95,7 +95,7 @@ def link() -> Iterator[Link]:
 
 @asynccontextmanager
 async def serving(kind: str, service: PushService) -> AsyncIterator[int]:
-    """One of the doors, at every address of this machine."""
+    """One of the endpoints, at every address of this machine."""
     if kind == "linked":
         async with hypercorn_serving(service, bind=["0.0.0.0:0"]) as port:
             yield port
@@ -211,8 +211,8 @@ async def test_the_kernel_drops_nobody_before_the_heartbeat_says_why(
     kind, heartbeat_s, certificates
 ):
     limits = Limits(heartbeat_s=heartbeat_s)
-    async with open_door(kind, certificates, limits=limits) as door, door.connect(4):
-        (connection,) = door.service.context.connections
+    async with open_endpoint(kind, certificates, limits=limits) as endpoint, endpoint.connect(4):
+        (connection,) = endpoint.service.context.connections
         bare = connection._transport._stream.socket
         kernel_s = bare.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
     step_s = min(1, heartbeat_s / 4)

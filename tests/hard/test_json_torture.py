@@ -1,4 +1,4 @@
-"""Hostile JSON at every door: a typed error for each message, and the connection lives."""
+"""Hostile JSON at every endpoint: a typed error for each message, and the connection lives."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import trio
 
-from harness.endpoints import open_door
+from harness.endpoints import open_endpoint
 from harness.json_cases import BIG, GOOD, ITEMS, REFUSED, every_case
 from harness.sessions import answer, make
 from harness.support import token
 
 from trading_push.settings.schema import Limits
 
-DOORS = ["linked", "plain", "native", "memory"]
+ENDPOINTS = ["linked", "plain", "native", "memory"]
 # Each message is answered for itself: neither the rate nor the row of bad ones ends it.
 PATIENT = Limits(bad_messages=10**6, messages_burst=10**6)
 ERROR_KEYS = {"code", "message", "retryable"}
@@ -31,13 +31,13 @@ def no_trace(caplog):
 
 
 @pytest.mark.parametrize("user", [None, "4"], ids=["a stranger", "a user"])
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", ENDPOINTS)
 async def test_each_bad_message_has_its_typed_reply_and_the_connection_lives(
     kind, certificates, user
 ):
     async with (
-        open_door(kind, certificates, limits=PATIENT) as door,
-        door.connect(user, *([] if user is None else ["balance", "ticker.A"])) as client,
+        open_endpoint(kind, certificates, limits=PATIENT) as endpoint,
+        endpoint.connect(user, *([] if user is None else ["balance", "ticker.A"])) as client,
     ):
         for number, (code, name, text) in enumerate(every_case()):
             if kind != "memory" and len(text.encode("utf-8", "surrogatepass")) > 65_536:
@@ -59,18 +59,24 @@ async def client_reply(client: Any) -> dict[str, Any]:
         return message
 
 
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", ENDPOINTS)
 async def test_what_is_odd_and_good_is_served(kind, certificates):
-    async with open_door(kind, certificates, limits=PATIENT) as door, door.connect() as client:
+    async with (
+        open_endpoint(kind, certificates, limits=PATIENT) as endpoint,
+        endpoint.connect() as client,
+    ):
         for name, (text, request_id) in GOOD.items():
             await client.socket.send_message(text)
             reply = await client_reply(client)
             assert (reply["op"], reply.get("id")) == ("pong", request_id), name
 
 
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", ENDPOINTS)
 async def test_items_fail_one_by_one(kind, certificates):
-    async with open_door(kind, certificates, limits=PATIENT) as door, door.connect(4) as client:
+    async with (
+        open_endpoint(kind, certificates, limits=PATIENT) as endpoint,
+        endpoint.connect(4) as client,
+    ):
         texts = ",".join(text for text, _ in ITEMS)
         await client.socket.send_message(f'{{"op":"subscribe","id":1,"args":[{texts}]}}')
         reply = await client_reply(client)
@@ -101,10 +107,10 @@ def test_raw_surrogates_in_the_text_are_no_json(user):
 
 
 @pytest.mark.parametrize("code", REFUSED)
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", ENDPOINTS)
 async def test_the_tenth_in_a_row_is_the_last(kind, certificates, code):
     text = next(iter(REFUSED[code].values()))
-    async with open_door(kind, certificates) as door, door.connect(4) as client:
+    async with open_endpoint(kind, certificates) as endpoint, endpoint.connect(4) as client:
         for _ in range(2):  # a good one between begins the row anew
             for _ in range(9):
                 await client.socket.send_message(text)
@@ -117,9 +123,12 @@ async def test_the_tenth_in_a_row_is_the_last(kind, certificates, code):
             await client.receive()
 
 
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", ENDPOINTS)
 async def test_ids_come_back_from_bad_requests(kind, certificates):
-    async with open_door(kind, certificates, limits=PATIENT) as door, door.connect() as client:
+    async with (
+        open_endpoint(kind, certificates, limits=PATIENT) as endpoint,
+        endpoint.connect() as client,
+    ):
         for text, request_id in (
             ('{"id":7}', 7),
             ('{"id":"é","op":1}', "é"),
@@ -138,7 +147,7 @@ async def test_ids_come_back_from_bad_requests(kind, certificates):
 
 @pytest.mark.parametrize("text", [token(4) + "\x00", "é", "a.b.c", "." * 60_000, "\ud83d\ude00"])
 async def test_an_odd_token_is_a_bad_one(certificates, text):
-    async with open_door("native", certificates) as door, door.connect() as client:
+    async with open_endpoint("native", certificates) as endpoint, endpoint.connect() as client:
         await client.socket.send_message(json.dumps({"op": "auth", "id": 1, "token": text}))
         reply = await client_reply(client)
         assert (reply["id"], reply["error"]["code"]) == (1, "bad_token")

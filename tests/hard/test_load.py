@@ -13,15 +13,15 @@ from harness.crowd import MANY, Crowd, at_rest, faults, limits
 from harness.embedded import embed
 from harness.support import PATIENCE_S, SIX, plain_hypercorn, serving
 
-DOORS = pytest.mark.parametrize("door", ["linked", "native"])
+ENDPOINTS = pytest.mark.parametrize("endpoint", ["linked", "native"])
 
 
-@DOORS
-def test_who_does_not_read_is_cut_and_nobody_else_notices(door):
+@ENDPOINTS
+def test_who_does_not_read_is_cut_and_nobody_else_notices(endpoint):
     flow = ["ticker.BTCUSDT", "ticker.ETHUSDT", "balance", "positions", "pnl", "orders"]
     with (
         embed("--limits", limits(send_timeout_s=2), "--hz", "20") as server,
-        Crowd(server.ports[door]) as crowd,
+        Crowd(server.ports[endpoint]) as crowd,
     ):
         readers = crowd.join(800, "ticker.BTCUSDT", "ticker.ETHUSDT")
         crowd.during(1)
@@ -77,10 +77,10 @@ def abort_at_some_point(crowd: Crowd, rng: random.Random, count: int) -> int:
     return served
 
 
-@DOORS
-def test_thousands_who_come_and_abort_leave_nothing(door):
+@ENDPOINTS
+def test_thousands_who_come_and_abort_leave_nothing(endpoint):
     count = int(os.environ.get("TESTS_ABORTS", "2000"))
-    with embed("--limits", limits()) as server, Crowd(server.ports[door]) as crowd:
+    with embed("--limits", limits()) as server, Crowd(server.ports[endpoint]) as crowd:
         rng = random.Random(4)
         abort_at_some_point(crowd, rng, 500)
         before = at_rest(server)
@@ -102,11 +102,11 @@ def test_thousands_who_come_and_abort_leave_nothing(door):
         assert after["violations"] == []
 
 
-@DOORS
-def test_a_thousand_resets_in_the_middle_of_a_push_do_not_hold_the_loop(door):
+@ENDPOINTS
+def test_a_thousand_resets_in_the_middle_of_a_push_do_not_hold_the_loop(endpoint):
     with (
         embed("--limits", limits(), exact_memory=False) as server,
-        Crowd(server.ports[door]) as crowd,
+        Crowd(server.ports[endpoint]) as crowd,
     ):
         rng = random.Random(5)
         lag_s = 0.0
@@ -172,12 +172,12 @@ def test_a_stop_of_a_whole_process_group(tmp_path):
         assert server.traces() == []
 
 
-@DOORS
-def test_a_storm_of_those_who_come_back_misses_nothing(door):
+@ENDPOINTS
+def test_a_storm_of_those_who_come_back_misses_nothing(endpoint):
     count = int(os.environ.get("TESTS_STORM", "1000"))
     with (
         embed("--limits", limits(), "--hz", "2", exact_memory=False) as server,
-        Crowd(server.ports[door]) as crowd,
+        Crowd(server.ports[endpoint]) as crowd,
     ):
         members = crowd.join(count, "reports", "ticker.BTCUSDT")
         crowd.during(1)
@@ -201,6 +201,8 @@ def test_a_storm_of_those_who_come_back_misses_nothing(door):
         assert faults(members) == []
         seen = at_rest(server, count)
         assert seen["subscribers_by_data_type"]["reports"] == count
-        print(f"{door}: {count} back in {took_s:.1f} s, {gap_s:.2f} s between two accepts at most")
+        print(
+            f"{endpoint}: {count} back in {took_s:.1f} s, {gap_s:.2f} s between two accepts at most"
+        )
         assert gap_s < 1
         assert server.process.traces() == []

@@ -321,7 +321,7 @@ async def test_a_kick_in_the_middle_of_a_batch_harms_nobody_else(autojump_clock,
 
 @pytest.mark.soak
 def test_the_protocol_is_kept_at_real_sockets():
-    """200 connections, at both doors, of a server in a process of its own."""
+    """200 connections, at both endpoints, of a server in a process of its own."""
     seconds = float(os.environ.get("TESTS_RANDOM_SOCKETS_S", "900"))
     program = [sys.executable, "-m", "harness.random_world", "--seed", "15"]
     with process(*program, cwd=TESTS) as running:

@@ -13,8 +13,9 @@ from statistics import linear_regression
 
 import pytest
 
-from harness.crowd import Crowd, Member, faults, masked
+from harness.crowd import Crowd, Member, faults
 from harness.embedded import Embedded, embed
+from harness.frames import masked
 from harness.support import SIX
 
 pytestmark = pytest.mark.soak
@@ -29,8 +30,8 @@ RUBBISH = [
     b"\x83\x80\x00\x00\x00\x00",  # a reserved opcode
     b"\x81\xff" + b"\xff" * 8,  # a length of 2**64 - 1
     b"\x81\x82\x00\x00\x00\x00\xff\xfe",  # no UTF-8
-    masked(b"{" * 200),
-    masked(b'{"op":"subscribe","args":["balance_5"]}'),
+    masked(0x81, b"{" * 200),
+    masked(0x81, b'{"op":"subscribe","args":["balance_5"]}'),
 ]
 
 
@@ -69,7 +70,7 @@ class Visitors:
             case 1:
                 member.leave()
             case 2:
-                member.say(masked((1000).to_bytes(2, "big"), 8))
+                member.say(masked(0x88, (1000).to_bytes(2, "big")))
             case 3:
                 self.faulty += 1
                 member.rude = True
@@ -105,17 +106,17 @@ def rest(server: Embedded, visitors: Visitors, empty: dict) -> dict:
     )
 
 
-@pytest.mark.parametrize("door", ["linked", "native"])
-def test_nothing_grows(door):
+@pytest.mark.parametrize("endpoint", ["linked", "native"])
+def test_nothing_grows(endpoint):
     flags = ["--faults", "7", "--limits"]
     limits = '{"unauthenticated_per_address": 2000, "send_timeout_s": 3, "heartbeat_s": 5}'
-    with embed(*flags, limits) as server, Crowd(server.ports[door]) as crowd:
+    with embed(*flags, limits) as server, Crowd(server.ports[endpoint]) as crowd:
         visitors = Visitors(crowd, 7)
         began = time.monotonic()
         points: list[tuple[float, int]] = []
         empty: dict = {}
         due = began + LOOK_EVERY_S
-        while (now := time.monotonic()) < began + SECONDS / 2:  # for each door a half
+        while (now := time.monotonic()) < began + SECONDS / 2:  # for each endpoint a half
             visitors.step()
             crowd.during(0.1)
             if now >= due:
@@ -123,7 +124,7 @@ def test_nothing_grows(door):
                 seen = rest(server, visitors, empty)
                 empty = empty or seen
                 points.append((now - began, seen["in_use_kib"]))
-                print(f"[{door} {now - began:5.0f} s] {visitors.came} came, {figures(seen)}")
+                print(f"[{endpoint} {now - began:5.0f} s] {visitors.came} came, {figures(seen)}")
         seen = rest(server, visitors, empty)
         assert seen["violations"] == []
         # The sources fail on purpose: what is logged of that is a line, and never a trace.
@@ -132,7 +133,7 @@ def test_nothing_grows(door):
         later = points[len(points) // 3 :]  # the first rounds fill caches
         slope = linear_regression(*zip(*later, strict=True)).slope * 60 if len(later) > 1 else 0
         print(
-            f"{door}: {visitors.came} came, {visitors.faulty} of them sent rubbish, "
+            f"{endpoint}: {visitors.came} came, {visitors.faulty} of them sent rubbish, "
             f"memory {slope:+.1f} KiB a minute, {figures(seen)}"
         )
         # In a short run the caches still fill.

@@ -25,6 +25,7 @@ from websockets.uri import parse_uri
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
+from harness.frames import masked
 from harness.handshakes import handshake
 from harness.support import SECRET, token
 
@@ -37,12 +38,6 @@ CLIENTS = 40
 BUFFER = 4096
 CHANNELS = [Channel("events", "events", per_user=False), Channel("state", per_user=False)]
 DEFLATE = b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
-
-
-def masked(opcode: int, payload: bytes) -> bytes:
-    size = len(payload)
-    head = bytes((opcode, 0x80 | size)) if size < 126 else bytes((opcode, 254)) + size.to_bytes(2)
-    return head + b"\0\0\0\0" + payload
 
 
 @asynccontextmanager

@@ -17,7 +17,8 @@ import pytest
 import trio
 from websockets.exceptions import ConnectionClosedOK
 
-from harness.endpoints import Door
+from harness.endpoints import Endpoint
+from harness.frames import masked
 from harness.handshakes import handshake
 from harness.support import PATIENCE_S, Client, client, token, until
 
@@ -43,8 +44,8 @@ def show_no_trace(caplog: pytest.LogCaptureFixture) -> None:
 class Bystanders:
     """Ten healthy clients, and how far each of them has read."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         self._published = 0
         self.read = [0] * HEALTHY
 
@@ -52,13 +53,13 @@ class Bystanders:
         """Something new, a hundred times a second."""
         while True:
             self._published += 1
-            await self._door.service.publish("news", self._published)
+            await self._endpoint.service.publish("news", self._published)
             await trio.sleep(PERIOD_S)
 
     async def stay(self, number: int) -> None:
         """One client: it reads each value, without a gap."""
         last = None
-        async with self._door.connect(f"healthy {number}", "news") as client:
+        async with self._endpoint.connect(f"healthy {number}", "news") as client:
             while True:
                 push = await client.push()
                 if push["type"] != "status":
@@ -74,12 +75,12 @@ class Bystanders:
 
 
 @asynccontextmanager
-async def bystanders(door: Door) -> AsyncIterator[None]:
+async def bystanders(endpoint: Endpoint) -> AsyncIterator[None]:
     """Ten clients that get every value meanwhile, and afterwards; nobody else is connected then.
 
-    The door has the channel `NEWS`. No task of anybody else's is left either.
+    The endpoint has the channel `NEWS`. No task of anybody else's is left either.
     """
-    here = Bystanders(door)
+    here = Bystanders(endpoint)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(here.publish)
         for number in range(HEALTHY):
@@ -88,7 +89,7 @@ async def bystanders(door: Door) -> AsyncIterator[None]:
         await here.caught_up()
         tasks = trio.lowlevel.current_statistics().tasks_living
         yield
-        await until(lambda: door.service.statistics().connections == HEALTHY)
+        await until(lambda: endpoint.service.statistics().connections == HEALTHY)
         await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)
         await here.caught_up()
         nursery.cancel_scope.cancel()
@@ -96,22 +97,7 @@ async def bystanders(door: Door) -> AsyncIterator[None]:
 
 # --- a peer that sends raw bytes -----------------------------------------------------------------
 
-MASK = b"\x00\x00\x00\x00"
 _users = itertools.count()
-
-
-def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
-    """A frame of a client; `first` is its first byte: FIN, the reserved bits and the opcode."""
-    size = len(payload)
-    if size < 126:
-        head = bytes((first, 0x80 | size))
-    elif size < 2**16:
-        head = bytes((first, 0xFE)) + size.to_bytes(2, "big")
-    else:
-        head = bytes((first, 0xFF)) + size.to_bytes(8, "big")
-    if mask != MASK:
-        payload = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
-    return head + mask + payload
 
 
 def said(**request: Any) -> bytes:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from harness.embedded import Embedded
+from harness.frames import masked
 from harness.support import PATIENCE_S, token
 
 HANDSHAKE = (
@@ -33,17 +34,8 @@ SMALL_BUFFER = 2304
 MANY = {"unauthenticated_per_address": 20_000, "connections_per_user": 20_000}
 
 
-def masked(payload: bytes, opcode: int = 1) -> bytes:
-    """A client's frame, under a mask of zeros."""
-    size = len(payload)
-    head = bytes((0x80 | opcode, 0x80 | size))
-    if size > 125:
-        head = struct.pack("!BBH", 0x80 | opcode, 0xFE, size)
-    return head + bytes(4) + payload
-
-
 def request(op: str, **fields: Any) -> bytes:
-    return masked(json.dumps({"op": op, **fields}).encode())
+    return masked(0x81, json.dumps({"op": op, **fields}).encode())
 
 
 class Member:
@@ -138,10 +130,10 @@ class Member:
 
     def frame(self, head: bytes | int, payload: bytes) -> None:
         if head == 0x89:
-            self.say(masked(payload, 10))
+            self.say(masked(0x8A, payload))
         elif head == 0x88:
             self.close = int.from_bytes(payload[:2], "big")
-            self.say(masked(payload, 8))
+            self.say(masked(0x88, payload))
         elif head != 0x81:
             self.faults.append(f"the frame {head!r} {payload[:50]!r}")
         elif (push := PUSH.search(payload)) is not None:

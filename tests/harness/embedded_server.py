@@ -1,10 +1,10 @@
 """A program that embeds the service, with data that change at every fetch and a look inside.
 
-It prints the port of Hypercorn's door and that of the native one. For each line on standard input
-it prints one JSON object: the statistics, the living tasks, the open descriptors, the memory in KiB
-(resident, the most that it was, and what of it is in use), what the recorder has seen, and since
-the line before: how late a task that wakes every 10 ms was at most, and how long it was at most
-from one accepted connection to the next.
+It prints the port of Hypercorn's endpoint and that of the native one. For each line on standard
+input it prints one JSON object: the statistics, the living tasks, the open descriptors, the memory
+in KiB (resident, the most that it was, and what of it is in use), what the recorder has seen, and
+since the line before: how late a task that wakes every 10 ms was at most, and how long it was at
+most from one accepted connection to the next.
 """
 
 from __future__ import annotations

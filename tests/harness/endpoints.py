@@ -28,8 +28,8 @@ RAW = ["linked", "native"]
 
 
 @attrs.frozen
-class Door:
-    """A service behind one of its doors."""
+class Endpoint:
+    """A service behind one of its endpoints."""
 
     kind: str
     service: PushService
@@ -70,7 +70,7 @@ async def served(kind: str, service: PushService, certificates: Any) -> AsyncIte
 
 
 @asynccontextmanager
-async def open_door(
+async def open_endpoint(
     kind: str,
     certificates: Any,
     *,
@@ -78,7 +78,7 @@ async def open_door(
     server: Server | None = None,
     authenticate: Any = None,
     channels: Sequence[Channel] = (),
-) -> AsyncIterator[Door]:
+) -> AsyncIterator[Endpoint]:
     limits = limits or Limits()
     old, guard.limits = guard.limits, limits
     try:
@@ -120,7 +120,7 @@ async def open_door(
                         await trio.aclose_forcefully(websocket._stream)
                     nursery.cancel_scope.cancel()
 
-            yield Door(kind, service, port, connect)
+            yield Endpoint(kind, service, port, connect)
             with trio.fail_after(10):
                 while service.statistics().connections:
                     await trio.sleep(0.01)
@@ -164,15 +164,15 @@ async def in_memory(
         await made.socket.aclose()
 
 
-async def status_of(door: Door, request: bytes, certificates: Any) -> int:
+async def status_of(endpoint: Endpoint, request: bytes, certificates: Any) -> int:
     """The status that a handshake is refused with."""
-    return int((await answer_of(door, request, certificates)).split(b" ")[1])
+    return int((await answer_of(endpoint, request, certificates)).split(b" ")[1])
 
 
-async def answer_of(door: Door, request: bytes, certificates: Any) -> bytes:
+async def answer_of(endpoint: Endpoint, request: bytes, certificates: Any) -> bytes:
     """All that a handshake is refused with."""
-    stream: Any = await trio.open_tcp_stream("127.0.0.1", door.port)
-    if door.kind.endswith("tls"):
+    stream: Any = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
+    if endpoint.kind.endswith("tls"):
         stream = trio.SSLStream(stream, certificates[1], server_hostname="localhost")
     async with stream:
         await stream.send_all(request)
@@ -183,6 +183,6 @@ async def answer_of(door: Door, request: bytes, certificates: Any) -> bytes:
                     answer += data
             except trio.BrokenResourceError:
                 pass
-        if door.kind.endswith("tls"):
+        if endpoint.kind.endswith("tls"):
             await trio.aclose_forcefully(stream)
     return answer

@@ -95,9 +95,3 @@ def raw(url: str) -> socket.socket:
         answer += sock.recv(65536)
     assert answer.startswith(b"HTTP/1.1 101")
     return sock
-
-
-def masked(opcode: int, payload: bytes) -> bytes:
-    size = len(payload)
-    length = [0x80 | size] if size < 126 else [0x80 | 126, *size.to_bytes(2, "big")]
-    return bytes([0x80 | opcode, *length, 0, 0, 0, 0]) + payload

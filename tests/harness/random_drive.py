@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import attrs
 import trio
 
+from harness.frames import masked
 from harness.handshakes import handshake
 from harness.random_client import (
     Broken,
@@ -38,14 +39,6 @@ RUBBISH = [
     b"\x81\x82\x00\x00\x00\x00\xff\xfe",  # no UTF-8
     b"\x81\x85\x00",  # half a frame, and then others
 ]
-
-
-def masked(payload: bytes, head: int) -> bytes:
-    """A client's frame under a mask of zeros; `head` holds FIN and the opcode."""
-    size = len(payload)
-    if size < 126:
-        return bytes((head, 0x80 | size)) + bytes(4) + payload
-    return bytes((head, 254)) + size.to_bytes(2, "big") + bytes(4) + payload
 
 
 class Refused(Exception):
@@ -218,10 +211,10 @@ class SocketWire:
                 model.receive(message, data[:-1] if found else None, trio.current_time())
             case 0x89:
                 if self._alive:
-                    self._put(masked(payload, 0x8A))
+                    self._put(masked(0x8A, payload))
                     model.heard_at = trio.current_time()
             case 0x88:
-                self._put(masked(payload[:2], 0x88))
+                self._put(masked(0x88, payload[:2]))
                 return int.from_bytes(payload[:2], "big") if payload else 1005
             case 0x8A:
                 if payload != b"are you there":
@@ -236,16 +229,16 @@ class SocketWire:
 
     def say(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
-            self._put(masked(message, 0x82))
+            self._put(masked(0x82, message))
             return
         payload = message.encode()
         if self._dice.random() < 0.05:  # in two frames, with a ping between
             middle = len(payload) // 2
-            self._put(masked(payload[:middle], 0x01))
-            self._put(masked(b"are you there", 0x89))
-            self._put(masked(payload[middle:], 0x80))
+            self._put(masked(0x01, payload[:middle]))
+            self._put(masked(0x89, b"are you there"))
+            self._put(masked(0x80, payload[middle:]))
         else:
-            self._put(masked(payload, 0x81))
+            self._put(masked(0x81, payload))
 
     def read(self, reads: bool) -> None:
         if reads:
@@ -261,9 +254,9 @@ class SocketWire:
                 self.say(b"binary")
             case "close":
                 assert step.code is not None
-                self._put(masked(step.code.to_bytes(2, "big") + b"bye", 0x88))
+                self._put(masked(0x88, step.code.to_bytes(2, "big") + b"bye"))
             case "rubbish":
-                self._put(self._dice.choice(RUBBISH) + masked(b"more", 0x81))
+                self._put(self._dice.choice(RUBBISH) + masked(0x81, b"more"))
             case "eof":
                 with suppress(OSError):
                     self._stream.socket.shutdown(socket.SHUT_WR)
@@ -274,7 +267,7 @@ class SocketWire:
 def socket_pair(
     service: PushService, nursery: trio.Nursery, *, small: bool = True
 ) -> trio.SocketStream:
-    """A stream to the native door, over buffers that may be so small that writes are short."""
+    """A stream to the native endpoint, over buffers that may be so small that writes are short."""
     ours, theirs = socket.socketpair()
     if small:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)

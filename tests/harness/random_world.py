@@ -1,7 +1,7 @@
 """A service for the random client: sources, a market and streams that are slow, fail and end.
 
-In the suite it runs in the test's own process (`open_world`). As a program it serves both doors, as
-`embedded_server.py` does, and looks inside itself for each line on standard input.
+In the suite it runs in the test's own process (`open_world`). As a program it serves both
+endpoints, as `embedded_server.py` does, and looks inside itself for each line on standard input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Too many messages: refused with `rate_limited`, then closed with 4501, at every door."""
+"""Too many messages: refused with `rate_limited`, then closed with 4501, at every endpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio_websocket
 
-from harness.endpoints import KINDS, open_door
+from harness.endpoints import KINDS, open_endpoint
 from harness.room import room
 from harness.support import until
 
@@ -20,9 +20,9 @@ from trading_push.settings.schema import Limits, Settings
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_flood_is_refused_and_then_cut_and_the_others_are_served(kind, certificates):
     async with (
-        open_door(kind, certificates) as door,
-        door.connect(5) as other,
-        door.connect(4) as client,
+        open_endpoint(kind, certificates) as endpoint,
+        endpoint.connect(5) as other,
+        endpoint.connect(4) as client,
     ):
         replies: Counter[str] = Counter()
         async with trio.open_nursery() as nursery:
@@ -37,7 +37,7 @@ async def test_a_flood_is_refused_and_then_cut_and_the_others_are_served(kind, c
         # `auth` was the first of the sixty.
         assert replies == {"pong": 59, "rate_limited": 61}
         assert (await other.request("list"))["channels"] == []
-        await until(lambda: len(door.service.context.connections) == 1)
+        await until(lambda: len(endpoint.service.context.connections) == 1)
 
 
 async def _send(socket: trio_websocket.WebSocketConnection, text: str) -> None:

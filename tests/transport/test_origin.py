@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.endpoints import open_door, status_of
+from harness.endpoints import open_endpoint, status_of
 from harness.room import lines
 from harness.support import until
 
@@ -75,29 +75,31 @@ def handshake(port: int, *origin: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["linked", "plain", "native"])
-async def test_at_every_door(kind, certificates, caplog):
+async def test_at_every_endpoint(kind, certificates, caplog):
     caplog.set_level("INFO", "trading_push")
-    async with open_door(kind, certificates) as door:
+    async with open_endpoint(kind, certificates) as endpoint:
         for origin, status in (
-            ((f"http://127.0.0.1:{door.port}",), 101),
+            ((f"http://127.0.0.1:{endpoint.port}",), 101),
             ((), 101),
             (("null",), 403),
             (("http://127.0.0.1",), 403),
             (("http://evil.net\x1b[2J",), 403),
             (("http://evil.net",), 403),
-            ((f"http://127.0.0.1:{door.port}", "http://evil.net"), 403),
+            ((f"http://127.0.0.1:{endpoint.port}", "http://evil.net"), 403),
         ):
-            assert await status_of(door, handshake(door.port, *origin), certificates) == status
+            assert (
+                await status_of(endpoint, handshake(endpoint.port, *origin), certificates) == status
+            )
         refused = [line for line in lines(caplog) if "拒绝来源" in line]
         assert "⚠️ 拒绝来源: http://evil.net - 来自: 127.0.0.1" in refused
         assert "⚠️ 拒绝来源: http://evil.net\\x1b[2J - 来自: 127.0.0.1" in refused
         assert len(refused) == 5
-        await until(lambda: not door.service.statistics().connections)
+        await until(lambda: not endpoint.service.statistics().connections)
 
 
 async def test_a_missing_origin_by_policy(certificates):
     server = Server(origin_required=True, origins="https://app.example.com")
-    async with open_door("linked", certificates, server=server) as door:
-        assert await status_of(door, handshake(door.port), certificates) == 403
-        good = handshake(door.port, "https://app.example.com")
-        assert await status_of(door, good, certificates) == 101
+    async with open_endpoint("linked", certificates, server=server) as endpoint:
+        assert await status_of(endpoint, handshake(endpoint.port), certificates) == 403
+        good = handshake(endpoint.port, "https://app.example.com")
+        assert await status_of(endpoint, good, certificates) == 101

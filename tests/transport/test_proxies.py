@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.endpoints import open_door, status_of
+from harness.endpoints import open_endpoint, status_of
 from harness.room import lines
 from harness.support import token, until
 
@@ -65,10 +65,12 @@ def handshake(*headers: str) -> bytes:
 @pytest.mark.parametrize("kind", ["linked", "plain", "native"])
 async def test_the_log_names_the_client_and_not_the_proxy(kind, trusted, certificates, caplog):
     caplog.set_level("INFO", "trading_push")
-    async with open_door(kind, certificates, server=Server(trusted_proxies=trusted)) as door:
+    async with open_endpoint(
+        kind, certificates, server=Server(trusted_proxies=trusted)
+    ) as endpoint:
         request = handshake("X-Forwarded-For: 203.0.113.7")
-        assert await status_of(door, request, certificates) == 101
-        await until(lambda: not door.service.statistics().connections)
+        assert await status_of(endpoint, request, certificates) == 101
+        await until(lambda: not endpoint.service.statistics().connections)
     address = "203.0.113.7" if trusted else "127.0.0.1"
     assert f"🔌 WebSocket客户端连接 - 来自: {address}" in lines(caplog)
 
@@ -77,16 +79,16 @@ async def test_the_log_names_the_client_and_not_the_proxy(kind, trusted, certifi
 async def test_an_address_may_have_so_many_strangers(kind, certificates):
     limits = Limits(unauthenticated_per_address=2)
     server = Server(trusted_proxies="127.0.0.1")
-    async with open_door(kind, certificates, limits=limits, server=server) as door:
+    async with open_endpoint(kind, certificates, limits=limits, server=server) as endpoint:
 
         async def status(address: str) -> int:
             request = handshake(f"X-Forwarded-For: {address}")
-            return await status_of(door, request, certificates)
+            return await status_of(endpoint, request, certificates)
 
         mine = [("X-Forwarded-For", "203.0.113.7")]
         async with (
-            door.connect(extra_headers=mine) as first,
-            door.connect(extra_headers=mine) as second,
+            endpoint.connect(extra_headers=mine) as first,
+            endpoint.connect(extra_headers=mine) as second,
         ):
             for each in (first, second):
                 await each.request("ping")
@@ -94,5 +96,5 @@ async def test_an_address_may_have_so_many_strangers(kind, certificates):
             assert await status("203.0.113.8") == 101
             assert (await first.request("auth", token=token(4)))["ok"]
             assert await status("203.0.113.7") == 101
-        await until(lambda: not door.service.statistics().connections)
-        assert door.service.context.seats.unauthenticated == {}
+        await until(lambda: not endpoint.service.statistics().connections)
+        assert endpoint.service.context.seats.unauthenticated == {}

@@ -1,4 +1,4 @@
-"""The stream under a door: whole frames in order, a deadline on each send, a close is the end."""
+"""The stream below an endpoint: whole frames in order, a deadline on each send, the close."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """trading_push by its public way: `service.publish`, authentication, default logging.
 
-`ours.py hypercorn` under stock Hypercorn with the link, `native` at the native door, `plain` in
+`ours.py hypercorn` under stock Hypercorn with the link, `native` at the native endpoint, `plain` in
 plain ASGI form. Beyond what `common` says it takes the commands `values` (publish what the users'
 snapshots will be), `gone` (wait until nobody is connected), `lag` (of the event loop, for some
 seconds), `trace` and `where` (what the memory since then was taken by).
@@ -150,7 +150,7 @@ async def obey(service: PushService, commands: trio.MemoryReceiveChannel[dict[st
         say(**answer)
 
 
-async def open_door(form: str, service: PushService, nursery: trio.Nursery) -> int:
+async def open_endpoint(form: str, service: PushService, nursery: trio.Nursery) -> int:
     """Listen; the port."""
     if form == "native":
         listeners = await nursery.start(
@@ -185,7 +185,7 @@ def source_of(options: argparse.Namespace) -> Any:
 async def main(options: argparse.Namespace) -> None:
     form = options.form
     if form == "native" and not hasattr(PushService, "handle_stream"):
-        say(skip="this version has no native door")
+        say(skip="this version has no native endpoint")
         return
     if form == "hypercorn":
         hypercorn_link.install(LIMITS)
@@ -202,7 +202,7 @@ async def main(options: argparse.Namespace) -> None:
         open_push_service(source, settings=settings, authenticate=authenticate) as service,
         trio.open_nursery() as nursery,
     ):
-        say(port=await open_door(form, service, nursery))
+        say(port=await open_endpoint(form, service, nursery))
         await obey(service, commands)
 
 
