@@ -33,7 +33,7 @@ class Statistics:
         failures: How often each part of the service has raised and was started again (or, of a
             clean-up, logged) since the start; `feed` is the application's.
         connections_stopped: Connections that ended at a firewall; the link's are of the process.
-        connections_refused: Connections refused over the limit; the link's are of the process.
+        connections_refused: Connections and sockets over the limit; the sockets are of the process.
         connections_reaped: Connections of this process whose handler had to be reaped.
     """
 
@@ -96,6 +96,6 @@ def collect(context: Context, upstream: Upstream, failures: Mapping[str, int]) -
         hung_fetches=upstream.hung_fetches,
         failures={part: count for part, count in every_failure.items() if count},
         connections_stopped=guard.stopped + context.connections.stopped,
-        connections_refused=guard.refused + context.seats.refused,
+        connections_refused=guard.sockets.refused + context.seats.connections.refused,
         connections_reaped=guard.reaped,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
@@ -222,24 +221,18 @@ async def test_at_an_endpoint_too(kind, certificates):
 async def test_whoever_says_nothing_takes_a_seat_too(kind, certificates):
     async with open_endpoint(kind, certificates, limits=Limits(connections=10)) as endpoint:
         streams = [await trio.open_tcp_stream("127.0.0.1", endpoint.port) for _ in range(10)]
-        taken = partial(
-            getattr,
-            *(
-                (guard, "connections")
-                if kind == "linked"
-                else (endpoint.service.context.seats, "taken")
-            ),
-        )
-        await until(lambda: taken() == 10)
+        seats = endpoint.service.context.seats
+        places = guard.sockets if kind == "linked" else seats.connections
+        await until(lambda: places.taken == 10)
         one_more = await trio.open_tcp_stream("127.0.0.1", endpoint.port)
         if kind != "native-tls":
             await one_more.send_all(handshake())
             assert (await one_more.receive_some()).startswith(b"HTTP/1.1 503")
         assert await one_more.receive_some() == b""
-        assert taken() == 10
+        assert places.taken == 10
         for stream in (*streams, one_more):
             await stream.aclose()
-        await until(lambda: taken() == 0)
+        await until(lambda: places.taken == 0)
         async with endpoint.connect(4) as client:
             assert (await client.request("ping"))["op"] == "pong"
 

@@ -213,7 +213,7 @@ async def test_between_requests_a_connection_is_kept_for_a_while():
         with trio.fail_after(5):
             while await stream.receive_some():
                 pass
-        await until(lambda: not guard.connections)
+        await until(lambda: not guard.sockets.taken)
         assert guard.reaped == reaped
 
 
@@ -243,7 +243,7 @@ async def test_the_first_request_has_the_handshake_s_time(secure, tmp_path):
             with suppress(trio.BrokenResourceError):
                 while await stream.receive_some():  # the next one has that to keep alive
                     pass
-        await until(lambda: not guard.connections)
+        await until(lambda: not guard.sockets.taken)
         assert guard.reaped == reaped
 
 
@@ -257,7 +257,7 @@ async def test_a_request_that_does_not_come_ends_its_connection_and_is_no_handle
         with trio.fail_after(PATIENCE_S), suppress(trio.BrokenResourceError):
             while await stream.receive_some():
                 pass
-        await until(lambda: not guard.connections)
+        await until(lambda: not guard.sockets.taken)
         assert guard.reaped == reaped
 
 
@@ -277,7 +277,7 @@ async def test_an_idle_connection_does_not_hold_the_servers_end():
         )
         [url] = await nursery.start(serve)
         async with await trio.open_tcp_stream("127.0.0.1", int(url.rsplit(":", 1)[1])) as stream:
-            await until(lambda: guard.connections)
+            await until(lambda: guard.sockets.taken)
             the_end.set()
             with trio.fail_after(5):
                 while await stream.receive_some():
@@ -286,16 +286,16 @@ async def test_an_idle_connection_does_not_hold_the_servers_end():
 
 async def test_over_the_limit_the_handshake_is_refused():
     async with limited(connections=2) as service, hypercorn_serving(service) as port:
-        await until(lambda: not guard.connections)
-        refused = guard.refused
+        await until(lambda: not guard.sockets.taken)
+        refused = guard.sockets.refused
         async with trio_client(port, 4), trio_client(port, 4):
             stream = await trio.open_tcp_stream("127.0.0.1", port)
             async with stream:
                 await stream.send_all(b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
                 await stream.send_eof()
                 assert (await answer_of(stream)).startswith(b"HTTP/1.1 503")
-        assert guard.refused == refused + 1
-        await until(lambda: not guard.connections)
+        assert guard.sockets.refused == refused + 1
+        await until(lambda: not guard.sockets.taken)
         async with trio_client(port, 4):
             pass
 

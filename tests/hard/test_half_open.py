@@ -192,7 +192,7 @@ async def test_a_client_behind_a_dropped_link_is_gone_in_time(
         took = trio.current_time() - dropped
         assert TIMEOUT_S - 0.5 < took <= TIMEOUT_S + LATE_S
         # What stands below the connection goes, too, when it was given time for a polite close.
-        await until(lambda: not service.context.connections and not guard.connections)
+        await until(lambda: not service.context.connections and not guard.sockets.taken)
         took = trio.current_time() - dropped
         assert took <= TIMEOUT_S + LATE_S + limits.close_timeout_s
         nursery.cancel_scope.cancel()

@@ -392,7 +392,7 @@ def leftovers(service: PushService) -> dict[str, Any]:
         "failing fetches": statistics.failing_fetches,
         "ledger": () if statistics.ledger.balanced else attrs.asdict(statistics.ledger),
         "open connections": list(context.connections),
-        "seats taken": context.seats.taken,
+        "seats taken": context.seats.connections.taken,
         "seats of addresses": context.seats.unauthenticated,
         "seats of users": context.seats.by_user,
         "heartbeat": context.heartbeat._steps,

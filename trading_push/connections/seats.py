@@ -1,5 +1,12 @@
 """The limits on connections: in all, by address and by user.
 
+Two things are bounded by `limits.connections`, each with a count of its own, by the one rule of
+`Places`. A *connection* is a WebSocket: a service counts its own, at every endpoint. A *socket* is
+what Hypercorn has accepted: the link counts those of the process. The two differ, and neither count
+can stand for the other: a socket on which nothing was asked for yet is no connection, and holds a
+place among the sockets; over HTTP/2 many connections share one socket; a process may have several
+services, or a service without our link.
+
 Everything here is synchronous: a place is taken in the step in which its limit is looked at, and
 before the first wait of a handshake, so that no number of handshakes under way can pass a limit.
 """
@@ -14,7 +21,7 @@ import attrs
 from trading_push.errors import CloseCode, TradingPushError
 from trading_push.settings.schema import Limits
 
-__all__ = ["NoSeat", "Seat", "Seated", "Seats"]
+__all__ = ["NoSeat", "Places", "Seat", "Seated", "Seats"]
 
 
 class NoSeat(TradingPushError):
@@ -30,20 +37,43 @@ class Seated(Protocol):
 
 
 @attrs.define
+class Places:
+    """A count of what `limits.connections` bounds.
+
+    Args:
+        taken: How many there are now.
+        refused: How many have come when all places were taken.
+    """
+
+    taken: int = 0
+    refused: int = 0
+
+    def take(self, limits: Limits) -> bool:
+        """Take a place; False if all are taken. Whoever has one calls `leave`, once."""
+        if self.taken >= limits.connections:
+            self.refused += 1
+            return False
+        self.taken += 1
+        return True
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self.taken -= 1
+
+
+@attrs.define
 class Seats:
     """The seats of a service.
 
     Args:
         limits: How many there are.
-        taken: How many connections there are, and handshakes under way.
-        refused: How many have found no seat.
+        connections: The WebSockets of the service, handshakes under way among them.
         unauthenticated: How many of them have not authenticated, by address.
         by_user: The connections of each user who has authenticated, oldest first.
     """
 
     limits: Limits
-    taken: int = 0
-    refused: int = 0
+    connections: Places = attrs.field(factory=Places)
     unauthenticated: Counter[str] = attrs.field(factory=Counter)
     by_user: dict[str, dict[Seated, None]] = attrs.field(factory=dict)
 
@@ -53,10 +83,8 @@ class Seats:
         Raises:
             NoSeat: They are all taken.
         """
-        if self.taken >= self.limits.connections:
-            self.refused += 1
+        if not self.connections.take(self.limits):
             raise NoSeat("too many connections")
-        self.taken += 1
         return Seat(self)
 
 
@@ -122,5 +150,5 @@ class Seat:
         """Give the place back; harmless when that was done."""
         self.release()
         if self._seats is not None:
-            self._seats.taken -= 1
+            self._seats.connections.leave()
             self._seats = None

@@ -31,6 +31,7 @@ from hypercorn.utils import parse_socket_addr
 from wsproto.connection import Connection
 
 from trading_push import logs
+from trading_push.connections.seats import Places
 from trading_push.endpoints.admission import refuse_unread
 from trading_push.errors import innermost
 from trading_push.settings.schema import Limits
@@ -47,14 +48,14 @@ _CHUNK: Final = 4096
 class Guard:
     """What the link has seen in this process.
 
-    `connections` are open now, `refused` were over the limit, `stopped` ended at the firewall,
-    `reaped` had a handler that outlived its peer or left its bytes unread.
+    `sockets` are accepted and open: WebSockets, and what is not one or not yet (`connections.seats`
+    says why they are counted apart). `stopped` ended at the firewall, `reaped` had a handler that
+    outlived its peer or left its bytes unread.
     """
 
     limits: Limits = attrs.field(factory=Limits)
     installed: bool = False
-    connections: int = 0
-    refused: int = 0
+    sockets: Places = attrs.field(factory=Places)
     stopped: int = 0
     reaped: int = 0
 
@@ -85,12 +86,10 @@ class GuardedTCPServer(TCPServer):
 
     async def run(self) -> None:
         """Serve the connection; no exception of its making gets out."""
-        if guard.connections >= guard.limits.connections:
-            guard.refused += 1
+        if not guard.sockets.take(guard.limits):
             await refuse_unread(self.push_stream)
             self.push_stream.abort()
             return
-        guard.connections += 1
         current_server.set(self)
         try:
             self.push_stream.set_user_timeout(guard.limits.heartbeat_s)
@@ -115,7 +114,7 @@ class GuardedTCPServer(TCPServer):
                 )
             )
         finally:
-            guard.connections -= 1
+            guard.sockets.leave()
             if isinstance(self.context, GuardedWorkerContext):
                 self.context.idle.discard(self)
             self.push_stream.abort()
