@@ -48,6 +48,8 @@ class Bystanders:
         self._endpoint = endpoint
         self._published = 0
         self.read = [0] * HEALTHY
+        self.updated: set[int] = set()
+        """Who has been sent an update: the snapshot comes before the server has begun to send."""
 
     async def publish(self) -> None:
         """Something new, a hundred times a second."""
@@ -67,6 +69,8 @@ class Bystanders:
                     assert "dropped" not in push
                     assert push["data"] == push["seq"]
                     self.read[number] = last = push["seq"]
+                if push["type"] == "update":
+                    self.updated.add(number)
 
     async def caught_up(self) -> None:
         """Each has read what is published by now."""
@@ -85,8 +89,7 @@ async def bystanders(endpoint: Endpoint) -> AsyncIterator[None]:
         nursery.start_soon(here.publish)
         for number in range(HEALTHY):
             nursery.start_soon(here.stay, number)
-        await until(lambda: min(here.read))
-        await here.caught_up()
+        await until(lambda: len(here.updated) == HEALTHY)
         tasks = trio.lowlevel.current_statistics().tasks_living
         yield
         await until(lambda: endpoint.service.statistics().connections == HEALTHY)

@@ -32,8 +32,9 @@ PAUSE_S: Final = 0.01
 interpreter away from the event loop."""
 LAST_LINES_S: Final = 2
 """How long the last lines may take at the end, when nothing is written any more."""
-PROGRESS_S: Final = 0.5
-"""At the end: how often the thread must have written something to be waited for longer."""
+PROGRESS_S: Final = 2
+"""At the end: how often the thread must have written something to be waited for longer. On a busy
+machine a reader that is there may read nothing for more than half a second."""
 EXTRA_S: Final = 6
 """At the end: how much longer it is waited for while it writes. Thousands of clients that leave at
 the end make tens of thousands of lines."""
