@@ -40,6 +40,7 @@ BALANCE = Query(
 )
 NOTES = Query("SELECT * FROM notes WHERE user_id = :user_id", single=True, json_columns=("body",))
 SLOW = Query("SELECT pg_sleep(600)::text FROM balances WHERE user_id = :user_id AND asset = 'BTC'")
+DEADLINE = Query("SELECT current_setting('statement_timeout') AS deadline WHERE :user_id <> ''")
 CHANNEL = "trading_push"
 
 
@@ -547,7 +548,7 @@ async def test_the_settings_make_the_source(
         jwt_secret=SECRET,
         database=Database(
             url=postgres.url(database),
-            queries={"balance": BALANCE},
+            queries={"balance": DEADLINE},
             notify_channel=CHANNEL,
             statement_timeout_s=7,
         ),
@@ -555,5 +556,4 @@ async def test_the_settings_make_the_source(
     async with assembly.open_configured_service(settings):
         (source,) = made
         assert source._channel == CHANNEL
-        with source._engine.connect() as session:
-            assert session.exec_driver_sql("SHOW statement_timeout").scalar() == "7s"
+        assert decoded(await source.fetch_many(["4"], "balance"))["4"] == [{"deadline": "7s"}]

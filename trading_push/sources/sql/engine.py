@@ -1,10 +1,17 @@
-"""The database: its URL, its pool of connections, and the deadline of each statement."""
+"""The database: its URL, its pool of connections, and the read-only transaction of each read.
+
+1. A connection may be shared with others: a pooler in transaction mode (PgBouncer) gives each
+   transaction another session of the server. So nothing is left on it. There are no prepared
+   statements, and PostgreSQL's deadline is set for one transaction only.
+2. PostgreSQL, MySQL and MariaDB are read in read-only transactions, and SQLite is told to refuse
+   writes. For any other database the account itself must be allowed to read only.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -16,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from trading_push.errors import ConfigurationError
 from trading_push.sources.sqlite import open_sqlite
 
-__all__ = ["is_sqlite_file", "open_engine", "parse"]
+__all__ = ["beginning", "is_sqlite_file", "open_engine", "parse", "transaction"]
 
 # How libpq (section 34.1.2 of PostgreSQL's manual) is told to give up: on a server that does not
 # answer a connect, and on one that has vanished in the midst of an answer. The URL may override it.
@@ -28,13 +35,19 @@ _LIBPQ = {
     "tcp_user_timeout": "25000",
     "application_name": "trading_push",
 }
+_LIBPQ_DRIVERS = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+
+_MYSQL = ("mysql", "mariadb")
+_MYSQL_DRIVERS = ("pymysql", "mysqldb")
+
+_PREPARE = "prepare_threshold"
 
 _STEPS = 1_000_000
 """SQLite looks at the clock after so many steps of its virtual machine, about 10 ms of them."""
 
 
 def parse(url: str | URL) -> URL:
-    """Parse the URL of a database, and add what libpq needs to give up in time.
+    """Parse the URL of a database, and add what its driver needs to give up in time.
 
     Raises:
         ConfigurationError: It cannot be read, or names no SQLite file.
@@ -47,18 +60,39 @@ def parse(url: str | URL) -> URL:
             "the database's url cannot be read: give one like "
             "postgresql+psycopg://user:password@host/name or sqlite:////path/to/file"
         ) from None
+    if "@" in (parsed.host or ""):
+        # What follows the first @ would be taken for the host, and shown in messages.
+        raise ConfigurationError(
+            "the database's url has an @ in its user or password: write it percent-encoded, as %40 "
+            "(and %25 for a %, %3A for a :, %2F for a /)"
+        )
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "the database's url names no file: give one like sqlite:////path/to/file"
         )
-    if parsed.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
-        return parsed.set(query={**_LIBPQ, **parsed.query})
+    if parsed.drivername in _LIBPQ_DRIVERS:
+        # JSON is UTF-8. From a database in SQL_ASCII a driver would give bytes in place of texts.
+        return parsed.set(query={**_LIBPQ, **parsed.query, "client_encoding": "utf8"})
+    if parsed.get_backend_name() in _MYSQL and _driver(parsed) in _MYSQL_DRIVERS:
+        return parsed.set(query={"charset": "utf8mb4", **parsed.query})
     return parsed
 
 
 def is_sqlite_file(url: URL) -> bool:
     """Whether it is a file for Python's own SQLite driver; a URL with options is left as it is."""
-    return url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
+    return _is_python_sqlite(url) and not url.query
+
+
+def _is_python_sqlite(url: URL) -> bool:
+    return url.drivername in ("sqlite", "sqlite+pysqlite")
+
+
+def _driver(url: URL) -> str:
+    """Return the driver that is named, or that SQLAlchemy takes; empty if there is none."""
+    try:
+        return url.get_driver_name()
+    except (NoSuchModuleError, ImportError):
+        return ""
 
 
 def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
@@ -67,7 +101,7 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
     Args:
         url: The database.
         threads: How many connections there are at most.
-        statement_timeout_s: How long PostgreSQL, or an SQLite file, may take for one query.
+        statement_timeout_s: How long SQLite may take for one query.
 
     Raises:
         ConfigurationError: There is no such driver, or it cannot do with the URL.
@@ -76,7 +110,7 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
         "pool_size": threads,
         "max_overflow": 0,
         "poolclass": sqlalchemy.QueuePool,
-        # A fetch only reads: there is no transaction to begin and roll back around it.
+        # The driver begins no transaction: `transaction` does.
         "isolation_level": "AUTOCOMMIT",
     }
     backend = url.get_backend_name()
@@ -87,6 +121,9 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
     if backend == "postgresql":
         # JSON goes on as the server wrote it: as floats its numbers would lose digits.
         options["json_deserializer"] = msgspec.Raw
+    if backend == "postgresql" and _driver(url) == "psycopg":
+        options["connect_args"] = {_PREPARE: _prepare_threshold(url)}
+        url = url.difference_update_query((_PREPARE,))
     try:
         engine = create_engine(url, **options)
     except (NoSuchModuleError, ImportError):
@@ -97,12 +134,25 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
         raise ConfigurationError(
             f"the database's url is not one for {url.drivername!r}: correct it"
         ) from None
-    # A statement's deadline, which the database itself holds.
-    if is_sqlite_file(url):
+    if _is_python_sqlite(url):
+        event.listen(engine, "connect", _on_connect("PRAGMA query_only = ON"))
         event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
-    elif backend == "postgresql":
-        event.listen(engine, "connect", _postgres_deadline(statement_timeout_s))
+    elif backend in _MYSQL:
+        # These sessions are ours alone. A TIMESTAMP is given in the session's time zone.
+        event.listen(engine, "connect", _on_connect("SET time_zone = '+00:00'"))
     return engine
+
+
+def _prepare_threshold(url: URL) -> int | None:
+    """Read after how many uses psycopg prepares a statement; by default never (rule 1)."""
+    given = url.query.get(_PREPARE, "none")
+    if isinstance(given, str) and given.lower() == "none":
+        return None
+    if isinstance(given, str) and given.isascii() and given.isdigit():
+        return int(given)
+    raise ConfigurationError(
+        f"{_PREPARE} in the database's url is not usable: give a whole number, or none"
+    )
 
 
 def _advice(backend: str) -> str:
@@ -111,12 +161,10 @@ def _advice(backend: str) -> str:
     return "install it, or name another (as in postgresql+psycopg://)"
 
 
-def _postgres_deadline(seconds: float) -> Callable[..., None]:
+def _on_connect(statement: str) -> Callable[..., None]:
     def on_connect(connection: Any, _record: object) -> None:
-        # Not among the options of the connect, which a URL may have, and a pooler refuses.
         with closing(connection.cursor()) as cursor:
-            cursor.execute(f"SET statement_timeout = {round(seconds * 1000)}")
-        connection.commit()  # else a driver that has begun a transaction takes it back
+            cursor.execute(statement)
 
     return on_connect
 
@@ -128,3 +176,47 @@ def _sqlite_deadline(seconds: float) -> Callable[..., None]:
         driver.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
 
     return before_execute
+
+
+def beginning(url: URL, statement_timeout_s: float) -> Sequence[str]:
+    """Return the commands that begin a read-only transaction; none where a database has no such.
+
+    Args:
+        url: The database.
+        statement_timeout_s: How long PostgreSQL may take for one query of the transaction.
+    """
+    backend = url.get_backend_name()
+    if backend == "postgresql":
+        begin = "BEGIN READ ONLY"
+        deadline = f"SET LOCAL statement_timeout = {round(statement_timeout_s * 1000)}"
+        # libpq sends both at once, if it need not prepare them.
+        at_once = url.drivername in _LIBPQ_DRIVERS and _PREPARE not in url.query
+        return (f"{begin}; {deadline}",) if at_once else (begin, deadline)
+    if backend in _MYSQL:
+        return ("START TRANSACTION READ ONLY",)
+    return ()
+
+
+@contextmanager
+def transaction(connection: Connection, begin: Sequence[str]) -> Iterator[None]:
+    """Keep a transaction open, if there are commands to begin one.
+
+    Raises:
+        SQLAlchemyError: It cannot be begun or ended.
+    """
+    for command in begin:
+        _run(connection, command)
+    try:
+        yield
+    except BaseException:
+        if begin and not connection.invalidated:
+            with suppress(Exception):  # a connection that is lost is known to be, from then on
+                _run(connection, "ROLLBACK")
+        raise
+    if begin:
+        _run(connection, "COMMIT")
+
+
+def _run(connection: Connection, command: str) -> None:
+    # With parameters, even with none, a driver could send one command only.
+    connection.exec_driver_sql(command, execution_options={"no_parameters": True})

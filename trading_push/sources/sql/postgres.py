@@ -35,6 +35,11 @@ __all__ = ["PostgresSource"]
 LISTEN_TIMEOUT_S = 10
 """How long the server may take to confirm LISTEN."""
 
+_POOLED = (
+    "nothing is heard of notify_channel through a pooler in transaction mode (PgBouncer): give the "
+    "url of PostgreSQL itself or of a pool in session mode, or remove notify_channel"
+)
+
 
 class _Changed(msgspec.Struct):
     """What a notification says."""
@@ -148,10 +153,26 @@ class PostgresSource(SqlSource):
                     connection.close()
 
     def _connect(self) -> Connection[Any]:
-        """Open a connection; in a worker thread (rule 3), for no longer than its time-out."""
-        _, parameters = self._engine.dialect.create_connect_args(self._url)
-        # JSON is UTF-8, whatever the database's own encoding.
-        return self._psycopg.Connection.connect(**{**parameters, "client_encoding": "utf8"})
+        """Open a connection; in a worker thread (rule 3), for no longer than its time-out.
+
+        Raises:
+            SourceError: It is one of a pooler that gives each transaction another session.
+        """
+        _, parameters = self._engine.dialect.create_connect_args(self._engine.url)
+        parameters["autocommit"] = True
+        connection: Connection[Any] = self._psycopg.Connection.connect(**parameters)
+        try:
+            session = _session(connection)
+            # A pooler says another number than the session has. LISTEN works if it keeps one
+            # session for each connection, and does not if a second connection gets the same one.
+            if session != connection.info.backend_pid:
+                with self._psycopg.Connection.connect(**parameters) as other:
+                    if _session(other) == session:
+                        raise SourceError(_POOLED, retryable=False)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _changes(self, payload: bytes) -> list[tuple[str, str]]:
         """Read a notification: the users and data types that have changed."""
@@ -169,6 +190,12 @@ class PostgresSource(SqlSource):
             return []
         types = self._plans if changed.type is None else (changed.type,)
         return [(str(changed.user), data_type) for data_type in types]
+
+
+def _session(connection: Connection[Any]) -> int:
+    """Return the number of the server's session that the connection has at the moment."""
+    ((number,),) = connection.execute("SELECT pg_backend_pid()").fetchall()
+    return int(number)
 
 
 async def _command(server: PGconn, command: str) -> None:

@@ -4,11 +4,12 @@
    before it ends; nothing is held between two calls. There are as many connections as threads.
 2. The event loop does no work on the rows: they leave the thread as encoded JSON.
 3. No URL, password or parameter is in the text of an error.
-4. An SQLite file is opened read-only: a reader can neither make nor change it. (A URL with options
-   of its own, after a `?`, says itself how it is opened.)
+4. Each read is a read-only transaction of its own (see `engine`). An SQLite file is opened
+   read-only: a reader can neither make nor change it. (A URL with options of its own, after a `?`,
+   says itself how it is opened.)
 5. A thread cannot be cancelled, so a statement has a deadline that the database itself holds:
-   PostgreSQL and an SQLite file have `statement_timeout_s`. For another database the driver's own
-   time-out belongs into the URL (`?read_timeout=30` for PyMySQL), or to the role that reads.
+   PostgreSQL and SQLite have `statement_timeout_s`. For another database the driver's own time-out
+   belongs into the URL (`?read_timeout=30` for PyMySQL), or to the role that reads.
 6. User ids are bound as untyped strings, so that the database compares them with a column of its
    own type.
 """
@@ -30,7 +31,13 @@ from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.sql import sqlite_json
-from trading_push.sources.sql.engine import is_sqlite_file, open_engine, parse
+from trading_push.sources.sql.engine import (
+    beginning,
+    is_sqlite_file,
+    open_engine,
+    parse,
+    transaction,
+)
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
 from trading_push.sources.sql.rows import encode_rows, in_parts, read_rows
 
@@ -45,7 +52,7 @@ class SqlSource:
             `?` goes into a `sqlalchemy.URL`.
         queries: A query for each data type. A type without one has nothing to say.
         threads: How many fetches may run at the same time, each with a connection.
-        statement_timeout_s: How long PostgreSQL, or an SQLite file, may take for one query.
+        statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
 
     Raises:
         ConfigurationError: The URL, its driver or a query's shape is wrong.
@@ -68,6 +75,8 @@ class SqlSource:
         self._one_reads: AbstractContextManager[Any]
         self._one_reads = threading.Lock() if self._is_sqlite_file else nullcontext()
         self._engine = open_engine(self._url, threads, statement_timeout_s)
+        # What begins the transaction of each read.
+        self._begin = beginning(self._url, statement_timeout_s)
         # From then on a connection that comes back is closed.
         self._closed = False
         # By data type, the query that gives all rows as one text (see `sqlite_json`); None where
@@ -119,7 +128,8 @@ class SqlSource:
     def _read(self, plan: Plan, user_ids: Sequence[str]) -> dict[str, msgspec.Raw | None]:
         try:
             with self._engine.connect() as connection:
-                rows = self._rows(connection, plan, user_ids)
+                with transaction(connection, self._begin):
+                    rows = self._rows(connection, plan, user_ids)
                 if self._closed:
                     connection.detach()
         except SQLAlchemyError as error:
@@ -157,8 +167,9 @@ class SqlSource:
                     # NULL compares with a column of any type, and equals none.
                     parameters = {"user_ids": [None]} if plan.many else {"user_id": None}
                     try:
-                        result = connection.execute(plan.statement, parameters)
-                        check_columns(plan, list(result.keys()))
+                        with transaction(connection, self._begin):
+                            result = connection.execute(plan.statement, parameters)
+                            check_columns(plan, list(result.keys()))
                     except SQLAlchemyError as error:
                         raise ConfigurationError(
                             f"the query of {plan.data_type} cannot be run "
