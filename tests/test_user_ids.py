@@ -104,6 +104,16 @@ def test_capital_and_small_letters_are_the_same_only_where_that_is_set() -> None
     }
 
 
+def test_one_id_asked_for_in_two_spellings_is_of_both() -> None:
+    asked = ["BOB", "bob", "carol"]
+    for answered in ("bob", "BOB", "Bob"):
+        (found,) = UserIds("caseless").match(asked, [answered]).users.values()
+        assert sorted(found) == ["BOB", "bob"]
+    spelt = [ONE_UUID, ONE_UUID.upper()]
+    for same in (ONE_UUID, UUID(ONE_UUID)):
+        assert UserIds("uuid").match(spelt, [same]).users == {same: spelt}
+
+
 def test_ids_of_another_kind_are_refused() -> None:
     integers, uuids = UserIds("integer"), UserIds("uuid")
     assert [

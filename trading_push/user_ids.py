@@ -111,7 +111,8 @@ class UserIds:
             asked: The users who were asked for.
             answered: The ids in the answer, of any type that can be hashed.
         """
-        exact = set(asked)
+        # Of these kinds two asked users may be one: the same id, spelt in two ways.
+        exact = set(asked) if self.kind in ("text", "integer") else ()
         users: dict[Any, Sequence[str]] = {}
         others = []
         for each in answered:
@@ -128,11 +129,12 @@ class UserIds:
                 by_key.setdefault(key, []).append(user)
         strays = []
         for each in others:
-            found = next(filter(None, map(by_key.get, self._answered_keys(each))), None)
-            if found is None:
-                strays.append(each)
-            else:
+            keys = self._answered_keys(each)
+            found = list(dict.fromkeys(user for key in keys for user in by_key.get(key, ())))
+            if found:
                 users[each] = found
+            else:
+                strays.append(each)
         if not strays:
             return Matches(users, {})
         answered_for = {user for found in users.values() for user in found}
