@@ -115,12 +115,13 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
 
 def _database(url: str, database: Database) -> SqlSource:
     if database.notify_channel is not None:
-        return PostgresSource(url, database.queries, database.notify_channel, **_bounds(database))
-    return SqlSource(url, database.queries, **_bounds(database))
+        return PostgresSource(url, database.queries, database.notify_channel, **_options(database))
+    return SqlSource(url, database.queries, **_options(database))
 
 
-def _bounds(database: Database) -> dict[str, Any]:
-    return {"threads": database.threads, "statement_timeout_s": database.statement_timeout_s}
+def _options(database: Database) -> dict[str, Any]:
+    names = ("threads", "statement_timeout_s", "user_id")
+    return {name: getattr(database, name) for name in names}
 
 
 async def _checked(source: SqlSource, opened: AsyncExitStack) -> SqlSource:
@@ -156,7 +157,7 @@ async def _paper_exchange(
     exchange = await opened.enter_async_context(
         open_paper_exchange(path, market=market or SimulatedMarket(seed), seed=seed)
     )
-    source = PaperSource(path, database.queries, **_bounds(database))
+    source = PaperSource(path, database.queries, **_options(database))
     return await _checked(source, opened), exchange
 
 

@@ -216,6 +216,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "❌ {part}意外出错: {error} - {delay}秒后重启",
         "❌ The {part} failed: {error} - started again in {delay} s",
     ),
+    "users_unverified": (
+        "source",
+        "⚠️ {data_types}的查询结果没有user_id列，无法核对数据属于哪个用户",
+        "⚠️ The queries of {data_types} give no column user_id: whose rows they are is not verified",
+    ),
     "notification_unusable": (
         "source",
         "⚠️ 频道{channel}的通知无法解析，已忽略（仅提示一次）: {error} - '{payload}'",

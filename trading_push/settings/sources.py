@@ -29,6 +29,7 @@ from trading_push.settings.validators import (
     whole,
     words,
 )
+from trading_push.user_ids import IdKind
 
 __all__ = ["Ccxt", "Database", "Function", "Http", "Market", "Query"]
 
@@ -137,6 +138,12 @@ class Database:
         number(0.1),
         "How long one query may take, in PostgreSQL and SQLite.",
         unit="s",
+    )
+    user_id: IdKind = setting(
+        "text",
+        one_of("text", "integer", "uuid", "caseless"),
+        "How the database compares user ids: `text` as they are; `integer` or `uuid`, where any "
+        "other id is refused before a query; `caseless` where capitals count as small letters.",
     )
     notify_channel: str | None = setting(
         None,

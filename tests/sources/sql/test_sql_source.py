@@ -65,6 +65,13 @@ def decoded(values: Any) -> dict[str, Any]:
     return {user: value and msgspec.json.decode(value) for user, value in values.items()}
 
 
+def readable(values: Any) -> dict[str, Any]:
+    """Values that can be compared: errors have no equality."""
+    return {
+        user: repr(each) if isinstance(each, SourceError) else each for user, each in values.items()
+    }
+
+
 async def test_many_users_in_one_query(make: Any) -> None:
     source = make(orders=ORDERS)
     assert isinstance(source, BatchSource)
@@ -197,10 +204,7 @@ async def test_a_column_of_json_is_json_or_an_error(
     )
     told: list[Any] = []
     for source in forms(make, query):
-        try:
-            told.append(await source.fetch_many(["3"], "kept"))
-        except SourceError as error:
-            told.append(str(error))
+        told.append(readable(await source.fetch_many(["3"], "kept")))
     assert told[0] == told[1]
 
 
@@ -221,7 +225,7 @@ async def test_what_sqlite_has_no_json_for_is_told_as_ever(
     told: list[Any] = []
     for source in forms(make, Query(TEXTS)):
         try:
-            told.append(await source.fetch_many(["1", "3"], "kept"))
+            told.append(readable(await source.fetch_many(["1", "3"], "kept")))
         except SourceError as error:
             told.append(str(error))
     assert told[0] == told[1]

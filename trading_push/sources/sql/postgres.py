@@ -58,8 +58,7 @@ class PostgresSource(SqlSource):
         url: A database of PostgreSQL. Whatever driver it names, it is read by psycopg 3.
         queries: A query for each data type.
         notify_channel: The channel to LISTEN on.
-        threads: How many fetches may run at the same time, each with a connection.
-        statement_timeout_s: How long one query may take.
+        options: Further arguments of an `SqlSource`.
 
     Raises:
         ConfigurationError: The URL, its driver or a query's shape is wrong, or psycopg is missing.
@@ -70,9 +69,7 @@ class PostgresSource(SqlSource):
         url: str | URL,
         queries: Mapping[str, Query],
         notify_channel: str,
-        *,
-        threads: int = 4,
-        statement_timeout_s: float = 30,
+        **options: Any,
     ) -> None:
         parsed = parse(url)
         if parsed.get_backend_name() != "postgresql":
@@ -80,12 +77,7 @@ class PostgresSource(SqlSource):
                 "only PostgreSQL has a notify_channel: give a url like "
                 "postgresql+psycopg://user:password@host/name, or no notify_channel"
             )
-        super().__init__(
-            parsed.set(drivername="postgresql+psycopg"),
-            queries,
-            threads=threads,
-            statement_timeout_s=statement_timeout_s,
-        )
+        super().__init__(parsed.set(drivername="postgresql+psycopg"), queries, **options)
         import psycopg  # an extra of the package; without it the engine has raised already
 
         self._psycopg = psycopg

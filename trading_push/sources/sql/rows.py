@@ -1,26 +1,28 @@
-"""Rows of a database as encoded JSON, by user.
+"""Rows of a database as records that can be encoded, by the `user_id` that they have.
 
 Decimals leave as plain decimal strings and times as integer milliseconds, UTC. JSON in a column
-goes on as it stands.
+goes on as it stands. A value that cannot stand in JSON is an error of its row's user.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+import attrs
 import msgspec
 from sqlalchemy import Connection
 
 from trading_push.errors import SourceError
 from trading_push.models import milliseconds, plain_decimal
 from trading_push.sources.sql.plan import Plan
+from trading_push.sources.sql.psycopg_answer import PsycopgAnswer
 
-__all__ = ["encode_rows", "in_parts", "read_rows"]
+__all__ = ["Found", "in_parts", "read_rows"]
 
 IDS_PER_QUERY = 500
 """How many users one query names.
@@ -32,8 +34,20 @@ may name the list twice); more users are read in several queries on the same con
 # What may go into the JSON as it is; a row of nothing else needs no look at its values.
 _PLAIN = frozenset({str, int, bool, type(None)})
 
-_encode = msgspec.json.Encoder().encode
 _validate = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+@attrs.frozen
+class Found:
+    """What a query gave, by `user_id` as the database has it.
+
+    Args:
+        records: Rows without their `user_id`, in order.
+        errors: Of ids that have a row which cannot stand in JSON.
+    """
+
+    records: dict[Any, list[Any]] = attrs.field(factory=dict)
+    errors: dict[Any, SourceError] = attrs.field(factory=dict)
 
 
 def in_parts(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -47,8 +61,10 @@ def read_rows(
     plan: Plan,
     user_ids: Sequence[str],
     turn: AbstractContextManager[Any],
-) -> dict[str, list[dict[str, Any]]]:
-    """Read each user's rows as dictionaries that can be encoded, without their user_id.
+) -> Found:
+    """Read the rows of some users; of one user if the query asks for one.
+
+    Rows without a column `user_id` are those of the one user.
 
     Args:
         connection: Where to read.
@@ -57,50 +73,64 @@ def read_rows(
         turn: Entered while rows are fetched from the driver.
 
     Raises:
-        SQLAlchemyError: The database refused.
-        SourceError: A value cannot stand in JSON.
+        Exception: The database refused, or its driver cannot read what it gave.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    if not plan.many:
-        # A query for each user.
-        for user in user_ids:
-            result = connection.execute(plan.statement, {"user_id": user})
+    found = Found()
+    for ids in in_parts(user_ids):
+        parameters = {"user_ids": ids} if plan.many else {"user_id": ids[0]}
+        alone = None if plan.many else ids[0]
+        result = connection.execute(plan.statement, parameters)
+        columns = list(result.keys())
+        answer = PsycopgAnswer.of(result)
+        try:
             with turn:
                 rows = result.all()
-            records = list(_records(plan, list(result.keys()), rows))
-            for record in records:
-                record.pop("user_id", None)
-            if records:
-                found[user] = records
-        return found
-    # A query for each part of the users.
-    for ids in in_parts(user_ids):
-        result = connection.execute(plan.statement, {"user_ids": ids})
-        with turn:
-            rows = result.all()
-        for record in _records(plan, list(result.keys()), rows):
-            user = str(record.pop("user_id", None))
-            if user in found:
-                found[user].append(record)
-            else:
-                found[user] = [record]
+        except Exception:
+            if answer is None:
+                raise
+            # One value that Python has no object for: the others' rows are there.
+            rows, unreadable = answer.rows(columns)
+            for user_id, error in unreadable:
+                user = alone if user_id is None else user_id
+                found.errors[user] = SourceError(
+                    f"{plan.data_type}: a row cannot be read: {error}", retryable=False
+                )
+        _sort(plan, columns, rows, alone, found)
     return found
 
 
-def _records(
-    plan: Plan, columns: list[str], rows: Iterable[Sequence[Any]]
-) -> Iterable[dict[str, Any]]:
+def _sort(
+    plan: Plan, columns: list[str], rows: Sequence[Sequence[Any]], alone: str | None, found: Found
+) -> None:
+    """Put each row to those of its user_id; a row without one is that of `alone`."""
     plain = _PLAIN.issuperset
     for row in rows:
         record = dict(zip(columns, row, strict=True))
-        if not plain(map(type, row)):
-            for column, value in record.items():
-                if type(value) not in _PLAIN and column != "user_id":
-                    record[column] = _convert(plan, column, value)
-        for column in plan.json_columns:
-            if isinstance(value := record.get(column), str):
-                record[column] = _splice(plan, column, value)
-        yield record
+        user = record.pop("user_id", alone)
+        try:
+            if not plain(map(type, row)):
+                user = _hashable(user)
+                for column, value in record.items():
+                    if type(value) not in _PLAIN:
+                        record[column] = _convert(plan, column, value)
+            for column in plan.json_columns:
+                if isinstance(value := record.get(column), str):
+                    record[column] = _splice(plan, column, value)
+        except SourceError as error:
+            found.errors[user] = error
+            continue
+        if user in found.records:
+            found.records[user].append(record)
+        else:
+            found.records[user] = [record]
+
+
+def _hashable(user_id: Any) -> Any:
+    try:
+        hash(user_id)
+    except TypeError:
+        return str(user_id)
+    return user_id
 
 
 def _convert(plan: Plan, column: str, value: Any) -> Any:
@@ -125,28 +155,4 @@ def _splice(plan: Plan, column: str, value: str) -> msgspec.Raw:
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise SourceError(
             f"{plan.data_type}: column {column} is not JSON", retryable=False
-        ) from None
-
-
-def encode_rows(plan: Plan, records: Sequence[Any] | None) -> msgspec.Raw | None:
-    """Encode the rows of one user.
-
-    Returns:
-        The query's `empty` where there are none.
-
-    Raises:
-        SourceError: They cannot be encoded, or are several where the query is `single`.
-    """
-    if not records:
-        return plan.empty
-    if plan.single and len(records) > 1:
-        raise SourceError(
-            f"{plan.data_type}: the query gives several rows for one user, but is 'single'",
-            retryable=False,
-        )
-    try:
-        return msgspec.Raw(_encode(records[0] if plan.single else records))
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise SourceError(
-            f"{plan.data_type}: a row cannot be encoded: {error}", retryable=False
         ) from None

@@ -11,7 +11,7 @@
    PostgreSQL and SQLite have `statement_timeout_s`. For another database the driver's own time-out
    belongs into the URL (`?read_timeout=30` for PyMySQL), or to the role that reads.
 6. User ids are bound as untyped strings, so that the database compares them with a column of its
-   own type.
+   own type. Whose a row is, is compared again (see `answers`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from sqlalchemy import Connection, TextClause
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
+from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.sql import sqlite_json
+from trading_push.sources.sql.answers import Answer, answers, refused
 from trading_push.sources.sql.engine import (
     beginning,
     is_sqlite_file,
@@ -39,7 +41,8 @@ from trading_push.sources.sql.engine import (
     transaction,
 )
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
-from trading_push.sources.sql.rows import encode_rows, in_parts, read_rows
+from trading_push.sources.sql.rows import Found, in_parts, read_rows
+from trading_push.user_ids import IdKind, UserIds
 
 __all__ = ["SqlSource"]
 
@@ -53,6 +56,7 @@ class SqlSource:
         queries: A query for each data type. A type without one has nothing to say.
         threads: How many fetches may run at the same time, each with a connection.
         statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
+        user_id: How the database compares user ids; see `UserIds`.
 
     Raises:
         ConfigurationError: The URL, its driver or a query's shape is wrong.
@@ -65,7 +69,9 @@ class SqlSource:
         *,
         threads: int = 4,
         statement_timeout_s: float = 30,
+        user_id: IdKind = "text",
     ) -> None:
+        self._ids = UserIds(user_id)
         self._plans = {name: make_plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
         self._url = parse(url)
@@ -83,6 +89,11 @@ class SqlSource:
         # its rows have to be read one by one. A type that was never read is not in it.
         self._whole: dict[str, TextClause | None] = {}
 
+    @property
+    def data_types(self) -> Sequence[str]:
+        """The data types that it has: those with a query."""
+        return tuple(self._plans)
+
     async def check(self) -> None:
         """Run each query for nobody, in a worker thread, to find a mistake at the start.
 
@@ -92,15 +103,24 @@ class SqlSource:
             ConfigurationError: The database cannot be opened, or a query cannot be run or has not
                 the columns that it needs.
         """
-        await trio.to_thread.run_sync(self._check, abandon_on_cancel=True, limiter=self._limiter)
+        unverified = await trio.to_thread.run_sync(
+            self._check, abandon_on_cancel=True, limiter=self._limiter
+        )
+        if unverified:
+            logs.emit(logs.line("users_unverified", data_types=", ".join(unverified)))
 
     async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | None:
-        """Read one user's current value; see `fetch_many`."""
-        return (await self.fetch_many((user_id,), data_type)).get(user_id)
+        """Read one user's current value; see `fetch_many`.
 
-    async def fetch_many(
-        self, user_ids: Sequence[str], data_type: str
-    ) -> Mapping[str, msgspec.Raw | None]:
+        Raises:
+            SourceError: The database refused, or gave what cannot be this user's value.
+        """
+        value = (await self.fetch_many((user_id,), data_type)).get(user_id)
+        if isinstance(value, SourceError):
+            raise value
+        return value
+
+    async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Answer]:
         """Read the current values as encoded JSON, by user id; each user asked for is among them.
 
         Cancellation abandons the thread, which gives its connection back by itself; it counts as
@@ -108,40 +128,48 @@ class SqlSource:
 
         Returns:
             An empty mapping for a data type without a query. A value is None where the query is
-            `single`, has no `empty` and gave no row.
+            `single`, has no `empty` and gave no row. It is a `SourceError` where this user's rows
+            cannot be given.
 
         Raises:
-            SourceError: The database refused, or gave what cannot stand in JSON.
+            SourceError: The database refused, or its driver cannot read what it gave.
         """
         plan = self._plans.get(data_type)
         if plan is None or not user_ids:
             return {}
-        return await trio.to_thread.run_sync(
-            self._read, plan, user_ids, abandon_on_cancel=True, limiter=self._limiter
-        )
+        values: dict[str, Answer] = {**refused(self._ids, user_ids)}
+        asked = [user for user in user_ids if user not in values]
+        if asked:
+            values |= await trio.to_thread.run_sync(
+                self._read, plan, asked, abandon_on_cancel=True, limiter=self._limiter
+            )
+        return values
 
     def close(self) -> None:
         """Close the idle connections at once, and the others when they come back."""
         self._closed = True
         self._engine.dispose()
 
-    def _read(self, plan: Plan, user_ids: Sequence[str]) -> dict[str, msgspec.Raw | None]:
+    def _read(self, plan: Plan, user_ids: Sequence[str]) -> dict[str, Answer]:
+        # A query that asks for one user is run for each of them.
+        parts = [user_ids] if plan.many else [[user] for user in user_ids]
         try:
             with self._engine.connect() as connection:
                 with transaction(connection, self._begin):
-                    rows = self._rows(connection, plan, user_ids)
+                    read = [(users, self._rows(connection, plan, users)) for users in parts]
                 if self._closed:
                     connection.detach()
-        except SQLAlchemyError as error:
+        except Exception as error:  # a driver raises more than its own errors
             raise SourceError(
-                self._first_line(error), retryable=not isinstance(error, DataError)
+                self._first_line(error), retryable=not isinstance(error, DataError | ValueError)
             ) from None
-        return {user: encode_rows(plan, rows.get(user)) for user in user_ids}
+        values: dict[str, Answer] = {}
+        for users, found in read:
+            values |= answers(plan, self._ids, users, found)
+        return values
 
-    def _rows(
-        self, connection: Connection, plan: Plan, user_ids: Sequence[str]
-    ) -> Mapping[str, Sequence[Any]]:
-        """Read each user's rows in a form that can be encoded; a user without any is left out."""
+    def _rows(self, connection: Connection, plan: Plan, user_ids: Sequence[str]) -> Found:
+        """Read some users' rows in a form that can be encoded."""
         # At best SQLite makes one text of them all.
         if plan.many and self._is_sqlite_file:
             if plan.data_type not in self._whole:
@@ -152,34 +180,44 @@ class SqlSource:
             if (statement := self._whole[plan.data_type]) is not None:
                 found = sqlite_json.read_whole(connection, statement, in_parts(user_ids))
                 if found is not None:
-                    return found
+                    return Found(dict(found))
                 self._whole[plan.data_type] = None  # it would fail in the same way the next time
         return read_rows(connection, plan, user_ids, self._one_reads)
 
-    def _check(self) -> None:
+    def _check(self) -> list[str]:
+        """Run each query; return the types whose rows do not say whose they are."""
         if self._is_sqlite_file and not Path(str(self._url.database)).is_file():
             raise ConfigurationError(
                 f"there is no database file {self._url.database}: correct the database's url"
             )
+        unverified = []
         try:
             with self._engine.connect() as connection:
                 for plan in self._plans.values():
-                    # NULL compares with a column of any type, and equals none.
-                    parameters = {"user_ids": [None]} if plan.many else {"user_id": None}
-                    try:
-                        with transaction(connection, self._begin):
-                            result = connection.execute(plan.statement, parameters)
-                            check_columns(plan, list(result.keys()))
-                    except SQLAlchemyError as error:
-                        raise ConfigurationError(
-                            f"the query of {plan.data_type} cannot be run "
-                            f"({self._first_line(error)}): correct the query or the database's url"
-                        ) from None
-        except SQLAlchemyError as error:
+                    if "user_id" not in self._columns(connection, plan):
+                        unverified.append(plan.data_type)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # a driver raises more than its own errors
             raise ConfigurationError(
                 f"the database cannot be opened ({self._first_line(error)}): "
                 "correct the database's url, or start the database"
             ) from None
+        return unverified
+
+    def _columns(self, connection: Connection, plan: Plan) -> Sequence[str]:
+        # NULL compares with a column of any type, and equals none.
+        parameters = {"user_ids": [None]} if plan.many else {"user_id": None}
+        try:
+            with transaction(connection, self._begin):
+                columns = list(connection.execute(plan.statement, parameters).keys())
+        except Exception as error:  # as above
+            raise ConfigurationError(
+                f"the query of {plan.data_type} cannot be run ({self._first_line(error)}): "
+                "correct the query or the database's url"
+            ) from None
+        check_columns(plan, columns)
+        return columns
 
     def _first_line(self, error: Exception) -> str:
         """Return what the driver said, in one line; SQLAlchemy's own text holds the parameters."""

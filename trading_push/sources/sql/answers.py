@@ -1,0 +1,90 @@
+"""Whose the rows are: each asked user's value, or the error that stands in its place.
+
+A database may compare ids in a way of its own: MySQL gives `4abc` the rows of an integer 4, and
+`citext` gives `BOB` those of `bob`. So the `user_id` of each row is compared again (see
+`user_ids`). A row of a user who was not asked for may belong to any asked one without rows. To show
+their accounts as empty would hide an account that exists, so it is an error of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from trading_push.errors import SourceError
+from trading_push.sources.sql.plan import Plan
+from trading_push.sources.sql.rows import Found
+from trading_push.user_ids import UserIds
+
+__all__ = ["Answer", "answers", "refused"]
+
+Answer = msgspec.Raw | SourceError | None
+"""A user's value as encoded JSON, the error in its place, or None for nothing to say."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+def refused(ids: UserIds, users: Sequence[str]) -> dict[str, SourceError]:
+    """Return the errors of those users whose ids cannot be asked for."""
+    return {
+        user: SourceError(why, retryable=False, reason="refused")
+        for user in users
+        if (why := ids.refusal(user)) is not None
+    }
+
+
+def answers(plan: Plan, ids: UserIds, asked: Sequence[str], found: Found) -> dict[str, Answer]:
+    """Give each asked user their rows, encoded.
+
+    Args:
+        plan: The query.
+        ids: How ids are compared.
+        asked: Whom the query was run for.
+        found: The rows that it gave.
+    """
+    matches = ids.match(asked, (*found.records, *(found.errors.keys() - found.records.keys())))
+    # The errors of users, of their rows first.
+    errors: dict[str, SourceError] = {}
+    records: dict[str, list[Any]] = {}
+    for answered, users in matches.users.items():
+        for user in users:
+            if answered in found.errors:
+                errors[user] = found.errors[answered]
+            rows = found.records.get(answered, [])
+            records[user] = records[user] + rows if user in records else rows
+    for stray, users in matches.strays.items():
+        for user in users or asked:
+            if user not in records and user not in errors:
+                errors[user] = _stray(plan, stray, user)
+    return {user: errors.get(user) or _encoded(plan, records.get(user)) for user in asked}
+
+
+def _stray(plan: Plan, stray: object, user: str) -> SourceError:
+    return SourceError(
+        f"{plan.data_type}: the database gave rows with the user_id {_shown(stray)} when "
+        f"{_shown(user)} was asked for: set database.user_id as the column compares (integer, uuid "
+        "or caseless), or correct the query",
+        retryable=False,
+    )
+
+
+def _shown(user_id: object) -> str:
+    text = repr(user_id)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _encoded(plan: Plan, records: Sequence[Any] | None) -> Answer:
+    """Encode the rows of one user; without any it is the query's `empty`."""
+    if not records:
+        return plan.empty
+    if plan.single and len(records) > 1:
+        return SourceError(
+            f"{plan.data_type}: the query gives several rows for one user, but is 'single'",
+            retryable=False,
+        )
+    try:
+        return msgspec.Raw(_encode(records[0] if plan.single else records))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        return SourceError(f"{plan.data_type}: a row cannot be encoded: {error}", retryable=False)
