@@ -11,7 +11,7 @@ import trustme
 
 pytest.register_assert_rewrite("harness")
 
-from harness import postgres_server
+from harness import mariadb_server, postgres_server
 from harness.embedded import Embedded, embed
 
 
@@ -36,4 +36,11 @@ def embedded() -> Iterator[Embedded]:
 def postgres() -> Iterator[postgres_server.PostgresServer]:
     """A server for the whole run: what is in it belongs into a database of the test's own."""
     with postgres_server.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[mariadb_server.MariaDbServer]:
+    """A server for the whole run: what is in it belongs into a database of the test's own."""
+    with mariadb_server.running() as server:
         yield server

@@ -120,7 +120,7 @@ def _database(url: str, database: Database) -> SqlSource:
 
 
 def _options(database: Database) -> dict[str, Any]:
-    names = ("threads", "statement_timeout_s", "user_id")
+    names = ("threads", "statement_timeout_s", "user_id", "time_zone")
     return {name: getattr(database, name) for name in names}
 
 

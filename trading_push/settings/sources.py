@@ -17,6 +17,7 @@ from trading_push.settings.validators import (
     is_object_name,
     is_pointer,
     is_query,
+    is_time_zone,
     is_token,
     is_url,
     is_websocket_url,
@@ -144,6 +145,11 @@ class Database:
         one_of("text", "integer", "uuid", "caseless"),
         "How the database compares user ids: `text` as they are; `integer` or `uuid`, where any "
         "other id is refused before a query; `caseless` where capitals count as small letters.",
+    )
+    time_zone: str = setting(
+        "UTC",
+        text("give an IANA name that this machine knows, like Asia/Shanghai", is_time_zone),
+        "The time zone of times that have none (`timestamp` in PostgreSQL, `DATETIME` in MySQL).",
     )
     notify_channel: str | None = setting(
         None,

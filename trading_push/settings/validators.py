@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import attrs
 import msgspec
@@ -28,6 +29,7 @@ __all__ = [
     "is_path",
     "is_pointer",
     "is_query",
+    "is_time_zone",
     "is_token",
     "is_url",
     "is_websocket_url",
@@ -239,6 +241,14 @@ def is_identifier(value: str) -> bool:
     """Whether it is a name that NOTIFY and pg_notify() read alike."""
     # NOTIFY turns capitals into small letters and pg_notify() does not. 63 characters at most.
     return re.fullmatch("[a-z_][a-z0-9_]{0,62}", value) is not None
+
+
+def is_time_zone(value: str) -> bool:
+    """Whether it is the IANA name of a time zone that this machine knows."""
+    try:
+        return value == "UTC" or bool(ZoneInfo(value))
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # a directory is an OSError
+        return False
 
 
 def is_object_name(value: str) -> bool:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from trading_push.errors import ConfigurationError
 from trading_push.sources.sqlite import open_sqlite
 
-__all__ = ["beginning", "is_sqlite_file", "open_engine", "parse", "transaction"]
+__all__ = ["MYSQL", "beginning", "is_sqlite_file", "open_engine", "parse", "transaction"]
 
 # How libpq (section 34.1.2 of PostgreSQL's manual) is told to give up: on a server that does not
 # answer a connect, and on one that has vanished in the midst of an answer. The URL may override it.
@@ -37,7 +37,7 @@ _LIBPQ = {
 }
 _LIBPQ_DRIVERS = ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
 
-_MYSQL = ("mysql", "mariadb")
+MYSQL = ("mysql", "mariadb")
 _MYSQL_DRIVERS = ("pymysql", "mysqldb")
 
 _PREPARE = "prepare_threshold"
@@ -73,7 +73,7 @@ def parse(url: str | URL) -> URL:
     if parsed.drivername in _LIBPQ_DRIVERS:
         # JSON is UTF-8. From a database in SQL_ASCII a driver would give bytes in place of texts.
         return parsed.set(query={**_LIBPQ, **parsed.query, "client_encoding": "utf8"})
-    if parsed.get_backend_name() in _MYSQL and _driver(parsed) in _MYSQL_DRIVERS:
+    if parsed.get_backend_name() in MYSQL and _driver(parsed) in _MYSQL_DRIVERS:
         return parsed.set(query={"charset": "utf8mb4", **parsed.query})
     return parsed
 
@@ -137,7 +137,7 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
     if _is_python_sqlite(url):
         event.listen(engine, "connect", _on_connect("PRAGMA query_only = ON"))
         event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
-    elif backend in _MYSQL:
+    elif backend in MYSQL:
         # These sessions are ours alone. A TIMESTAMP is given in the session's time zone.
         event.listen(engine, "connect", _on_connect("SET time_zone = '+00:00'"))
     return engine
@@ -192,7 +192,7 @@ def beginning(url: URL, statement_timeout_s: float) -> Sequence[str]:
         # libpq sends both at once, if it need not prepare them.
         at_once = url.drivername in _LIBPQ_DRIVERS and _PREPARE not in url.query
         return (f"{begin}; {deadline}",) if at_once else (begin, deadline)
-    if backend in _MYSQL:
+    if backend in MYSQL:
         return ("START TRANSACTION READ ONLY",)
     return ()
 

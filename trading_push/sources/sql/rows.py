@@ -1,7 +1,10 @@
 """Rows of a database as records that can be encoded, by the `user_id` that they have.
 
-Decimals leave as plain decimal strings and times as integer milliseconds, UTC. JSON in a column
-goes on as it stands. A value that cannot stand in JSON is an error of its row's user.
+1. Decimals leave as plain decimal strings and times as integer milliseconds, UTC. JSON in a column
+   goes on as it stands.
+2. A time without a zone is one of the zone that the settings name. MySQL gives a TIMESTAMP without
+   one, in the zone of the session, which is UTC (see `engine`).
+3. A value that cannot stand in JSON is an error of its row's user.
 """
 
 from __future__ import annotations
@@ -9,20 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from decimal import Decimal
 from typing import Any
 
 import attrs
 import msgspec
-from sqlalchemy import Connection
+from sqlalchemy import Connection, CursorResult
 
 from trading_push.errors import SourceError
 from trading_push.models import milliseconds, plain_decimal
+from trading_push.sources.sql.engine import MYSQL
 from trading_push.sources.sql.plan import Plan
 from trading_push.sources.sql.psycopg_answer import PsycopgAnswer
 
-__all__ = ["Found", "in_parts", "read_rows"]
+__all__ = ["Found", "RowReader", "in_parts"]
 
 IDS_PER_QUERY = 500
 """How many users one query names.
@@ -33,6 +37,9 @@ may name the list twice); more users are read in several queries on the same con
 
 # What may go into the JSON as it is; a row of nothing else needs no look at its values.
 _PLAIN = frozenset({str, int, bool, type(None)})
+
+# The type of a column as MySQL's protocol numbers it, whatever the driver.
+_MYSQL_TIMESTAMP = 7
 
 _validate = msgspec.json.Decoder(msgspec.Raw).decode
 
@@ -56,51 +63,67 @@ def in_parts(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
         yield user_ids[start : start + IDS_PER_QUERY]
 
 
-def read_rows(
-    connection: Connection,
-    plan: Plan,
-    user_ids: Sequence[str],
-    turn: AbstractContextManager[Any],
-) -> Found:
-    """Read the rows of some users; of one user if the query asks for one.
-
-    Rows without a column `user_id` are those of the one user.
+@attrs.frozen
+class RowReader:
+    """Reads the rows of queries.
 
     Args:
-        connection: Where to read.
-        plan: The query.
-        user_ids: Whom to read for.
         turn: Entered while rows are fetched from the driver.
-
-    Raises:
-        Exception: The database refused, or its driver cannot read what it gave.
+        zone: The time zone of times that have none.
     """
-    found = Found()
-    for ids in in_parts(user_ids):
-        parameters = {"user_ids": ids} if plan.many else {"user_id": ids[0]}
-        alone = None if plan.many else ids[0]
-        result = connection.execute(plan.statement, parameters)
-        columns = list(result.keys())
-        answer = PsycopgAnswer.of(result)
-        try:
-            with turn:
-                rows = result.all()
-        except Exception:
-            if answer is None:
-                raise
-            # One value that Python has no object for: the others' rows are there.
-            rows, unreadable = answer.rows(columns)
-            for user_id, error in unreadable:
-                user = alone if user_id is None else user_id
-                found.errors[user] = SourceError(
-                    f"{plan.data_type}: a row cannot be read: {error}", retryable=False
-                )
-        _sort(plan, columns, rows, alone, found)
-    return found
+
+    turn: AbstractContextManager[Any]
+    zone: tzinfo
+
+    def read(self, connection: Connection, plan: Plan, user_ids: Sequence[str]) -> Found:
+        """Read the rows of some users; of one user if the query asks for one.
+
+        Rows without a column `user_id` are those of the one user.
+
+        Raises:
+            Exception: The database refused, or its driver cannot read what it gave.
+        """
+        found = Found()
+        for ids in in_parts(user_ids):
+            alone = None if plan.many else ids[0]
+            parameters = {"user_ids": ids} if plan.many else {"user_id": alone}
+            result = connection.execute(plan.statement, parameters)
+            columns = list(result.keys())
+            zones = self._zones(result, columns)
+            answer = PsycopgAnswer.of(result)
+            try:
+                with self.turn:
+                    rows: Sequence[Sequence[Any]] = result.all()
+            except Exception:
+                if answer is None:
+                    raise
+                # One value that Python has no object for: the others' rows are there.
+                rows, unreadable = answer.rows(columns)
+                for user_id, error in unreadable:
+                    user = alone if user_id is None else user_id
+                    found.errors[user] = SourceError(
+                        f"{plan.data_type}: a row cannot be read: {error}", retryable=False
+                    )
+            _sort(plan, columns, zones, rows, alone, found)
+        return found
+
+    def _zones(self, result: CursorResult[Any], columns: Sequence[str]) -> Sequence[tzinfo]:
+        """Return the time zone of each column, for times that have none."""
+        zones = [self.zone] * len(columns)
+        if result.dialect.name in MYSQL:
+            for place, (_, kind, *_) in enumerate(result.cursor.description):
+                if kind == _MYSQL_TIMESTAMP:
+                    zones[place] = UTC
+        return zones
 
 
 def _sort(
-    plan: Plan, columns: list[str], rows: Sequence[Sequence[Any]], alone: str | None, found: Found
+    plan: Plan,
+    columns: Sequence[str],
+    zones: Sequence[tzinfo],
+    rows: Sequence[Sequence[Any]],
+    alone: str | None,
+    found: Found,
 ) -> None:
     """Put each row to those of its user_id; a row without one is that of `alone`."""
     plain = _PLAIN.issuperset
@@ -110,9 +133,9 @@ def _sort(
         try:
             if not plain(map(type, row)):
                 user = _hashable(user)
-                for column, value in record.items():
-                    if type(value) not in _PLAIN:
-                        record[column] = _convert(plan, column, value)
+                for column, zone in zip(columns, zones, strict=True):
+                    if type(value := record.get(column)) not in _PLAIN:
+                        record[column] = _convert(plan, column, zone, value)
             for column in plan.json_columns:
                 if isinstance(value := record.get(column), str):
                     record[column] = _splice(plan, column, value)
@@ -133,7 +156,7 @@ def _hashable(user_id: Any) -> Any:
     return user_id
 
 
-def _convert(plan: Plan, column: str, value: Any) -> Any:
+def _convert(plan: Plan, column: str, zone: tzinfo, value: Any) -> Any:
     if isinstance(value, Decimal | float) and not math.isfinite(value):
         raise SourceError(
             f"{plan.data_type}: column {column} holds {value}, which is no amount",
@@ -142,9 +165,9 @@ def _convert(plan: Plan, column: str, value: Any) -> Any:
     if isinstance(value, Decimal):
         return plain_decimal(value)
     if isinstance(value, datetime):
-        return milliseconds(value)
+        return milliseconds(value if value.tzinfo is not None else value.replace(tzinfo=zone))
     if isinstance(value, list):  # an array
-        return [_convert(plan, column, each) for each in value]
+        return [_convert(plan, column, zone, each) for each in value]
     return value
 
 

@@ -19,8 +19,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, tzinfo
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 import trio
@@ -31,6 +33,7 @@ from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
+from trading_push.settings.validators import is_time_zone
 from trading_push.sources.sql import sqlite_json
 from trading_push.sources.sql.answers import Answer, answers, refused
 from trading_push.sources.sql.engine import (
@@ -41,7 +44,7 @@ from trading_push.sources.sql.engine import (
     transaction,
 )
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
-from trading_push.sources.sql.rows import Found, in_parts, read_rows
+from trading_push.sources.sql.rows import Found, RowReader, in_parts
 from trading_push.user_ids import IdKind, UserIds
 
 __all__ = ["SqlSource"]
@@ -57,9 +60,10 @@ class SqlSource:
         threads: How many fetches may run at the same time, each with a connection.
         statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
         user_id: How the database compares user ids; see `UserIds`.
+        time_zone: The time zone, by its IANA name, of times that have none.
 
     Raises:
-        ConfigurationError: The URL, its driver or a query's shape is wrong.
+        ConfigurationError: The URL, its driver, a query's shape or the time zone is wrong.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SqlSource:
         threads: int = 4,
         statement_timeout_s: float = 30,
         user_id: IdKind = "text",
+        time_zone: str = "UTC",
     ) -> None:
         self._ids = UserIds(user_id)
         self._plans = {name: make_plan(name, query) for name, query in queries.items()}
@@ -78,8 +83,9 @@ class SqlSource:
         self._is_sqlite_file = is_sqlite_file(self._url)
         # Python's SQLite driver releases the interpreter at each row: two threads that read rows
         # at the same time do little else than hand it to each other.
-        self._one_reads: AbstractContextManager[Any]
-        self._one_reads = threading.Lock() if self._is_sqlite_file else nullcontext()
+        turn: AbstractContextManager[Any]
+        turn = threading.Lock() if self._is_sqlite_file else nullcontext()
+        self._reader = RowReader(turn, _zone(time_zone))
         self._engine = open_engine(self._url, threads, statement_timeout_s)
         # What begins the transaction of each read.
         self._begin = beginning(self._url, statement_timeout_s)
@@ -182,7 +188,7 @@ class SqlSource:
                 if found is not None:
                     return Found(dict(found))
                 self._whole[plan.data_type] = None  # it would fail in the same way the next time
-        return read_rows(connection, plan, user_ids, self._one_reads)
+        return self._reader.read(connection, plan, user_ids)
 
     def _check(self) -> list[str]:
         """Run each query; return the types whose rows do not say whose they are."""
@@ -228,3 +234,11 @@ class SqlSource:
         line = lines[0] if lines else type(cause or error).__name__
         password = self._url.password
         return line.replace(str(password), "***") if password else line
+
+
+def _zone(name: str) -> tzinfo:
+    if not is_time_zone(name):
+        raise ConfigurationError(
+            f"there is no time zone {name!r}: give an IANA name, like Asia/Shanghai"
+        )
+    return UTC if name == "UTC" else ZoneInfo(name)
