@@ -132,7 +132,10 @@ class Database:
         example=_QUERIES_EXAMPLE,
     )
     threads: int = setting(
-        4, whole(1, 100), "Worker threads that read from the database, each with a connection."
+        4,
+        whole(1, 100),
+        "Worker threads that read from the database, each with a connection. Of several data types "
+        "none uses all of them.",
     )
     statement_timeout_s: float = setting(
         30,

@@ -202,7 +202,7 @@ async def test_no_more_connections_than_threads(
         while len(nursery.child_tasks) > 0:
             seen.append(len(await trio.to_thread.run_sync(postgres.sessions, database)))
             await trio.sleep(0.02)
-    assert max(seen) == 3
+    assert max(seen) == 2  # one type leaves a thread to the others
 
 
 async def test_a_restart_between_two_fetches_is_not_noticed(

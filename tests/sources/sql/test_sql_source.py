@@ -375,6 +375,39 @@ async def test_more_fetches_than_threads(make: Any) -> None:
     assert source._engine.pool.checkedout() == 0
 
 
+async def test_a_slow_type_leaves_a_thread_to_the_others(make: Any) -> None:
+    endless = Query(
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 3000000) "
+        "SELECT max(n) AS n, :user_id AS user FROM c"
+    )
+    source = make(threads=2, slow=endless, orders=ORDERS)
+    ended: list[str] = []
+
+    async def fetch(user: str, data_type: str) -> None:
+        await source.fetch(user, data_type)
+        ended.append(data_type)
+
+    async with trio.open_nursery() as nursery:
+        for user in range(3):
+            nursery.start_soon(fetch, str(user), "slow")
+        await trio.testing.wait_all_tasks_blocked()
+        await fetch("1", "orders")
+        with trio.move_on_after(0):  # waits for a thread of its type, and leaves none taken
+            await source.fetch("1", "slow")
+    assert ended == ["orders", "slow", "slow", "slow"]
+    assert source._limiter.borrowed_tokens == 0
+    with trio.fail_after(30):
+        await source.fetch("1", "slow")
+
+
+def test_how_many_users_a_call_may_name(make: Any) -> None:
+    one = Query("SELECT user_id FROM orders WHERE user_id = :user_id")
+    source = make(orders=ORDERS, pnl=one)
+    assert source.batch_size("orders") is source.batch_size("balance") is None
+    assert source.batch_size("pnl") == 1
+    assert source.data_types == ("orders", "pnl")
+
+
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,11 @@ class PaperSource(SqlSource):
         self._path = path
         # The last fill that was published; None before the first `watch`.
         self._last: int | None = None
+
+    @property
+    def data_types(self) -> Sequence[str]:
+        """The data types that it has: those with a query, and the fills that `watch` publishes."""
+        return (*super().data_types, "fills")
 
     async def watch(self, sink: ChangeSink) -> None:
         """Publish each new fill to its user, in order, until cancelled.

@@ -1,7 +1,8 @@
 """An SQL database as a source: configured queries, many users in one, run in worker threads.
 
 1. Every fetch is one call in a worker thread, which takes one connection, uses it and gives it back
-   before it ends; nothing is held between two calls. There are as many connections as threads.
+   before it ends; nothing is held between two calls. There are as many connections as threads, and
+   where there are several types, none may use all of them.
 2. The event loop does no work on the rows: they leave the thread as encoded JSON.
 3. No URL, password or parameter is in the text of an error.
 4. Each read is a read-only transaction of its own (see `engine`). An SQLite file is opened
@@ -45,6 +46,7 @@ from trading_push.sources.sql.engine import (
 )
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
 from trading_push.sources.sql.rows import Found, RowReader, in_parts
+from trading_push.sources.sql.slots import TypeSlots
 from trading_push.user_ids import IdKind, UserIds
 
 __all__ = ["SqlSource"]
@@ -57,7 +59,8 @@ class SqlSource:
         url: The database as SQLAlchemy names it, with a synchronous driver. A path that may hold a
             `?` goes into a `sqlalchemy.URL`.
         queries: A query for each data type. A type without one has nothing to say.
-        threads: How many fetches may run at the same time, each with a connection.
+        threads: How many fetches may run at the same time, each with a connection; of one type,
+            where there are several, at most one less.
         statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
         user_id: How the database compares user ids; see `UserIds`.
         time_zone: The time zone, by its IANA name, of times that have none.
@@ -79,6 +82,9 @@ class SqlSource:
         self._ids = UserIds(user_id)
         self._plans = {name: make_plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
+        # By data type; one of several types leaves a thread to the others.
+        most = threads if len(self._plans) == 1 else max(1, threads - 1)
+        self._slots = {name: TypeSlots(most, self._limiter) for name in self._plans}
         self._url = parse(url)
         self._is_sqlite_file = is_sqlite_file(self._url)
         # Python's SQLite driver releases the interpreter at each row: two threads that read rows
@@ -99,6 +105,14 @@ class SqlSource:
     def data_types(self) -> Sequence[str]:
         """The data types that it has: those with a query."""
         return tuple(self._plans)
+
+    def batch_size(self, data_type: str) -> int | None:
+        """Return how many users one call should name at most; None for any number.
+
+        One where the query asks for one user: each then has a call, and a deadline, of their own.
+        """
+        plan = self._plans.get(data_type)
+        return None if plan is None or plan.many else 1
 
     async def check(self) -> None:
         """Run each query for nobody, in a worker thread, to find a mistake at the start.
@@ -146,8 +160,9 @@ class SqlSource:
         values: dict[str, Answer] = {**refused(self._ids, user_ids)}
         asked = [user for user in user_ids if user not in values]
         if asked:
+            slots: Any = self._slots[data_type]  # trio takes anything with its two methods
             values |= await trio.to_thread.run_sync(
-                self._read, plan, asked, abandon_on_cancel=True, limiter=self._limiter
+                self._read, plan, asked, abandon_on_cancel=True, limiter=slots
             )
         return values
 
