@@ -10,7 +10,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">= 2025.11.12"
-nox.options.sessions = ["tests", "http", "lint", "types"]
+nox.options.sessions = ["tests", "asks", "lint", "types"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 # CI would make it an error; the one that runs nox is there in any case.
@@ -55,18 +55,16 @@ def _from_root(argument: str) -> str:
 
 
 @nox.session
-def http(session: nox.Session) -> None:
-    """The HTTP source's tests, with the library that it alone needs; arguments go to pytest."""
+def asks(session: nox.Session) -> None:
+    """The HTTP source's tests, by asks in place of httpx; arguments go to pytest."""
     project = nox.project.load_toml("pyproject.toml")
     session.install(".", *nox.project.dependency_groups(project, "test"))
     # As the README says. Its metadata would have an anyio that fails on today's trio.
     session.install("--no-deps", "asks", "async_generator", "h11")
     session.chdir("tests")
-    files = (
-        *("sources/http/test_http_source.py", "sources/http/test_http_missing.py"),
-        *("sources/test_every_source.py", "-k", "http"),
-    )
-    session.run("pytest", *files, *map(_from_root, session.posargs))
+    files = ("sources/http", "sources/test_every_source.py", "-k", "http")
+    env = {"TESTS_HTTP_CLIENT": "asks"}
+    session.run("pytest", *files, *map(_from_root, session.posargs), env=env)
 
 
 @nox.session
@@ -109,7 +107,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy on the source, and on a program that uses the installed package."""
-    session.install(".[postgres]", "mypy == 2.*")
+    session.install(".[postgres,http]", "mypy == 2.*")
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
     session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")

@@ -548,7 +548,7 @@ def test_what_is_installed_for_a_source_is_what_the_package_says():
     extras = importlib.metadata.metadata("trading_push").get_all("Provides-Extra")
     named = re.findall(r"pip install '\.\[(\w+)\]'", "".join(PAGES.values()))
     assert set(named) == set(extras or ())
-    assert "pip install --no-deps asks async_generator h11" in block("http_serve")
+    assert "pip install '.[http]'" in block("http_serve")
 
 
 def test_a_setting_of_the_environment(monkeypatch):

@@ -14,7 +14,7 @@ from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
 from trading_push.settings import import_string
 from trading_push.settings.schema import Settings
-from trading_push.settings.sources import Ccxt, Database, Function, Http
+from trading_push.settings.sources import Ccxt, Database, Function
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt.exchange import ExchangeOptions
@@ -29,6 +29,7 @@ from trading_push.sources.functions import FunctionSource
 from trading_push.sources.paper import PaperSource, open_paper_exchange
 from trading_push.sources.sql.postgres import PostgresSource
 from trading_push.sources.sql.source import SqlSource
+from trading_push.transport.outbound_proxies import OutboundProxies
 
 __all__ = ["authenticator", "open_configured_service"]
 
@@ -98,7 +99,7 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
     if settings.database.url is not None:
         return await _checked(_database(settings.database.url, settings.database), opened)
     if settings.http.url is not None:
-        return _http(settings.http.url, settings.http, opened)
+        return _http(settings, opened)
     if settings.function.fetch is not None:
         return _functions(settings.function.fetch, settings.function)
     if settings.ccxt.credentials_file is not None or settings.ccxt.credentials is not None:
@@ -130,23 +131,17 @@ async def _checked(source: SqlSource, opened: AsyncExitStack) -> SqlSource:
     return source
 
 
-def _http(url: str, http: Http, opened: AsyncExitStack) -> Source:
+def _http(settings: Settings, opened: AsyncExitStack) -> Source:
     # It needs a library that is not installed with this one.
-    from trading_push.sources.http.source import HttpBatchSource, HttpSource
+    from trading_push.sources.http.source import http_source
 
-    options: dict[str, Any] = {
-        "headers": http.headers,
-        "token": http.token,
-        "pointer": http.pointer,
-        "timeout_s": http.timeout_s,
-        "connections": http.connections,
-    }
-    if http.batch_url is None:
-        source = HttpSource(url, **options)
-    else:
-        source = HttpBatchSource(url, http.batch_url, **options)
+    source = http_source(settings.http, _proxies(settings))
     opened.push_async_callback(source.aclose)
     return source
+
+
+def _proxies(settings: Settings) -> OutboundProxies:
+    return OutboundProxies(settings.proxy.url, settings.proxy.no_proxy)
 
 
 async def _paper_exchange(

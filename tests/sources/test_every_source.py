@@ -20,6 +20,7 @@ import trio
 from flask_sqlalchemy import SQLAlchemy
 
 from harness import loopback_exchange
+from harness.http_service import HTTP_CLIENT
 from harness.room import lines
 from harness.sources import Service, serving
 from harness.support import PATIENCE_S, until
@@ -37,6 +38,7 @@ from trading_push import (
 from trading_push.settings.schema import Intervals, Polling, Settings
 from trading_push.settings.sources import Query
 from trading_push.sources.ccxt.exchange import CcxtExchange
+from trading_push.sources.http.source import HttpSource
 
 TABLE = "CREATE TABLE balances (user_id TEXT, asset TEXT, free TEXT)"
 BALANCE = Query("SELECT user_id, asset, free FROM balances WHERE user_id IN :user_ids")
@@ -200,9 +202,6 @@ async def function(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
 
 @asynccontextmanager
 async def http(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
-    pytest.importorskip("asks", reason="asks is not here; `nox -s http` tests with it")
-    from trading_push.sources.http.source import HttpSource
-
     service = Service()
     amounts: dict[str, str] = {}
     fails = threading.Event()
@@ -223,7 +222,7 @@ async def http(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(served_over_http(service))
         url = f"http://127.0.0.1:{port}/users/{{user_id}}/{{data_type}}"
-        source = HttpSource(url, pointer="/data")
+        source = HttpSource(url, pointer="/data", client=HTTP_CLIENT)
         stack.push_async_callback(source.aclose)
         yield Upstream(source, amounts.__setitem__, fails.set, fails.clear)
 

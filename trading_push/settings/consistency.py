@@ -52,6 +52,17 @@ def _check_accounts(settings: Settings) -> None:
             "database.notify_channel is set without database.url: set the url of a PostgreSQL "
             "database, or remove the channel"
         )
+    tokens = [
+        name for name in ("token", "token_file", "token_command") if getattr(http, name) is not None
+    ]
+    if len(tokens) > 1:
+        raise ConfigurationError(
+            f"http.{tokens[0]} and http.{tokens[1]} are both set: keep the one that has the token"
+        )
+    if http.client_key is not None and http.client_cert is None:
+        raise ConfigurationError(
+            "http.client_key is set without http.client_cert: give the certificate as well"
+        )
     if http.url is None and http.batch_url is not None:
         raise ConfigurationError("http.batch_url is set without http.url: give that one as well")
     if database.url is not None and not database.queries:

@@ -16,7 +16,7 @@ import attrs
 
 from trading_push.errors import ConfigurationError
 from trading_push.settings.definition import section, setting
-from trading_push.settings.sources import Ccxt, Database, Function, Http, Market, Query
+from trading_push.settings.sources import Ccxt, Database, Function, Http, Market, Proxy, Query
 from trading_push.settings.validators import (
     file_path,
     is_host,
@@ -45,6 +45,7 @@ __all__ = [
     "Log",
     "Market",
     "Polling",
+    "Proxy",
     "Query",
     "Server",
     "Settings",
@@ -321,9 +322,9 @@ class Settings:
     )
     http: Http = section(
         Http,
-        "An HTTP service in place of the paper exchange. It needs a library: the documentation "
-        "says how to install it.",
+        "An HTTP service in place of the paper exchange (pip install 'trading_push[http]').",
     )
+    proxy: Proxy = section(Proxy)
     function: Function = section(
         Function,
         "Functions of your own in place of a database, each named as module:attribute.",

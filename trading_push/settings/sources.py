@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import attrs
 
@@ -16,6 +16,7 @@ from trading_push.settings.validators import (
     is_json,
     is_object_name,
     is_pointer,
+    is_proxy_url,
     is_query,
     is_time_zone,
     is_token,
@@ -32,7 +33,7 @@ from trading_push.settings.validators import (
 )
 from trading_push.user_ids import IdKind
 
-__all__ = ["Ccxt", "Database", "Function", "Http", "Market", "Query"]
+__all__ = ["Ccxt", "Database", "Function", "Http", "Market", "Proxy", "Query"]
 
 _object_name = optional(text("give module:attribute, as in shop.push:fetch", is_object_name))
 
@@ -200,6 +201,22 @@ class Http:
         example='[http.headers]\nX-Api-Version = "2"\n',
         repr=False,
     )
+    token_file: Path | None = setting(
+        None,
+        optional(file_path),
+        "A file that holds the token, of mode 0600. It is read again when it has changed.",
+        example='"http-token"',
+    )
+    token_command: str | None = setting(
+        None,
+        optional(text("give a program and its arguments, as in a shell")),
+        "A command that writes the token. It is run without a shell, and again when the token is "
+        "too old or is refused with 401.",
+        example='"/usr/local/bin/get-token --for accounts"',
+    )
+    token_command_s: float = setting(
+        300, number(1), "How long the token of `token_command` is used.", unit="s"
+    )
     timeout_s: float = setting(
         10,
         number(0.1),
@@ -207,6 +224,64 @@ class Http:
         unit="s",
     )
     connections: int = setting(20, whole(1, 1000), "Connections to the service at the same time.")
+    user_id: IdKind = setting(
+        "text",
+        one_of(*get_args(IdKind)),
+        "What the service's user ids are: `text`; `integer` or `uuid`, which refuse any other id "
+        "before it is asked for; `caseless`, where capitals and small letters are the same.",
+    )
+    data_types: str = setting(
+        "",
+        words,
+        "The data types that the service has, separated by spaces; by default all of them.",
+    )
+    client: Literal["httpx", "asks"] = setting(
+        "httpx",
+        one_of("httpx", "asks"),
+        "The library that sends the requests, `httpx` or `asks`. The documentation says how to "
+        "install either.",
+    )
+    http2: bool = setting(False, switch, "Use HTTP/2 if the service has it; `httpx` only.")
+    ca_file: Path | None = setting(
+        None,
+        optional(file_path),
+        "The authorities that may have signed the service's certificate, in PEM; by default the "
+        "system's.",
+        example='"ca.pem"',
+    )
+    client_cert: Path | None = setting(
+        None,
+        optional(file_path),
+        "A certificate to show to the service, in PEM.",
+        example='"client.pem"',
+    )
+    client_key: Path | None = setting(
+        None,
+        optional(file_path),
+        "The key of `client_cert`, in PEM without a password; by default it stands in the same "
+        "file.",
+        example='"client-key.pem"',
+    )
+
+
+@attrs.frozen
+class Proxy:
+    """The proxy that leads to HTTP services and exchanges."""
+
+    url: str | None = setting(
+        None,
+        optional(text("give one like http://host:3128 or socks5://host:1080", is_proxy_url)),
+        "The proxy that leads to the HTTP service, to exchanges and to what ccxt opens. By default "
+        "the environment's `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` say it.",
+        example='"http://proxy.example.com:3128"',
+        repr=False,
+    )
+    no_proxy: str = setting(
+        "",
+        words,
+        "Hosts, addresses and networks that are connected to without the proxy, separated by "
+        "spaces, beside those of `NO_PROXY`; `*` for all. This machine always is.",
+    )
 
 
 @attrs.frozen

@@ -13,6 +13,7 @@ import msgspec
 
 from trading_push.errors import ConfigurationError
 from trading_push.transport.origin import is_origin
+from trading_push.transport.outbound_proxies import Proxy
 from trading_push.transport.proxies import networks as parsed_networks
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "is_object_name",
     "is_path",
     "is_pointer",
+    "is_proxy_url",
     "is_query",
     "is_time_zone",
     "is_token",
@@ -164,6 +166,15 @@ def is_url(value: str) -> bool:
 def is_websocket_url(value: str) -> bool:
     """Whether it is one ws(s) URL."""
     return value.startswith(("wss://", "ws://")) and len(value.split()) == 1
+
+
+def is_proxy_url(value: str) -> bool:
+    """Whether it is the URL of a proxy."""
+    try:
+        Proxy.of(value)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def is_host(value: str) -> bool:

@@ -11,7 +11,14 @@ import pytest
 
 from harness.support import PATIENCE_S, TESTS
 
-INSTALL = "pip install --no-deps asks async_generator h11"
+INSTALL = {
+    "httpx": "pip install 'trading_push[http]'",
+    "asks": "pip install --no-deps asks async_generator h11",
+}
+SAYS = {
+    "httpx": f"the HTTP source needs the library httpx: {INSTALL['httpx']}",
+    "asks": f'http.client = "asks" needs the library asks: {INSTALL["asks"]}',
+}
 URL = "http://127.0.0.1:9/{user_id}/{data_type}"
 
 
@@ -28,25 +35,46 @@ def without(module: str, program: str, *args: str, **env: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize("module", ["asks", "async_generator"])
-def test_importing_it_says_how_to_install_it(module: str) -> None:
-    ended = without(module, "from trading_push.sources.http import HttpSource")
+MISSING = [("httpx", "httpx"), ("httpx", "httpcore"), ("asks", "asks"), ("asks", "async_generator")]
+
+
+@pytest.mark.parametrize(("client", "module"), MISSING)
+def test_making_it_says_how_to_install_it(client: str, module: str) -> None:
+    make = f"HttpSource({URL!r}, client={client!r})"
+    ended = without(module, f"from trading_push.sources.http import HttpSource; {make}")
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("trading_push.errors.ConfigurationError: the HTTP source needs")
-    assert last.endswith(INSTALL)
+    assert last == f"trading_push.errors.ConfigurationError: {SAYS[client]}"
 
 
-def test_serve_says_so_in_one_line(tmp_path: Path) -> None:
-    env = {"TRADING_PUSH_HTTP_URL": URL, "XDG_DATA_HOME": str(tmp_path)}
+@pytest.mark.parametrize("client", SAYS)
+def test_serve_says_so_in_one_line(tmp_path: Path, client: str) -> None:
+    env = {
+        "TRADING_PUSH_HTTP_URL": URL,
+        "TRADING_PUSH_HTTP_CLIENT": client,
+        "XDG_DATA_HOME": str(tmp_path),
+    }
     program = "from trading_push.cli.commands import main; main()"
-    ended = without("asks", program, "serve", "--port", "0", **env)
+    ended = without(client, program, "serve", "--port", "0", **env)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.splitlines() == [
-        f"trading-push: the HTTP source needs the library asks: {INSTALL}"
-    ]
+    assert ended.stderr.splitlines() == [f"trading-push: {SAYS[client]}"]
 
 
-def test_the_readme_says_the_same() -> None:
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-    assert INSTALL in readme
+def test_what_a_socks_proxy_needs_besides_is_told_too() -> None:
+    ended = without(
+        "socksio",
+        "from trading_push.sources.http import HttpSource; "
+        "from trading_push.transport.outbound_proxies import OutboundProxies; "
+        "P = OutboundProxies('socks5://proxy.test:1080'); "
+        "HttpSource('http://accounts.test/{user_id}/{data_type}', proxies=P)",
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("trading_push.errors.ConfigurationError: ")
+    assert last.endswith(INSTALL["httpx"])
+
+
+def test_the_docs_say_the_same() -> None:
+    for page in ("README.md", "docs/http.md"):
+        text = (TESTS.parent / page).read_text(encoding="utf-8")
+        assert INSTALL["asks"] in text, page
+        assert "[http]'" in text, page
