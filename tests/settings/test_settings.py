@@ -307,6 +307,17 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, config: Path) -> None:
         load_settings(config=config, flags={})
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_file_as_an_editor_of_windows_writes_it(config: Path, ends: str) -> None:
+    text = "\ufeff# 端口\n[server]\nport = 9001\n".replace("\n", ends)
+    config.write_bytes(text.encode())
+    assert load_settings(config=config, flags={}).server.port == 9001
+    for encoding in ("utf-16-le", "utf-16-be"):
+        config.write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigurationError, match=r"it is UTF-16, .*: save it as UTF-8"):
+            load_settings(config=config, flags={})
+
+
 def test_flags_are_checked_as_well() -> None:
     with pytest.raises(ConfigurationError, match=r"command line: server.port is '9\.7'"):
         load_settings(config=None, flags={"server.port": "9.7"})

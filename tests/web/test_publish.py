@@ -126,7 +126,12 @@ async def test_one_and_many_arrive() -> None:
             {"channel": "alerts", "user": "4", "data": [0.10, 12345678901234567890]},
         ]
         assert await post(many) == (200, {"ok": True, "published": 4})
-        arrived = await values(client, 4)
+        # With a byte order mark, and null where nothing is meant.
+        marked = b'\xef\xbb\xbf{"channel": "news", "data": [0.30], "user": null}'
+        assert await post(marked) == (200, {"ok": True, "published": 1})
+        arrived = await values(client, 5)
+        assert [0.30] in arrived
+        arrived.remove([0.30])
         arrived.remove(None)  # of another channel: there is no order between two
         assert arrived == [{"n": 1}, {"n": 2}, [0.1, 12345678901234567890]]
         assert await post([]) == (200, {"ok": True, "published": 0})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import logging
 import os
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -13,8 +15,8 @@ import attrs
 import typed_settings
 from typed_settings.converters import TSConverter
 from typed_settings.dict_utils import set_path
-from typed_settings.exceptions import ConfigFileNotFoundError, TsError
-from typed_settings.loaders import Loader, TomlFormat
+from typed_settings.exceptions import TsError
+from typed_settings.loaders import Loader
 from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionList, SettingsDict
 
 from trading_push.errors import ConfigurationError
@@ -120,13 +122,13 @@ class _FileLoader:
     def __call__(self, settings_cls: type, options: OptionList) -> LoadedSettings:
         path = self._path
         try:
-            # Without a section: with one, a mistyped section would be ignored in silence.
-            raw = TomlFormat(None)(path, settings_cls, options)
-        except ConfigFileNotFoundError as error:
+            # Not by typed-settings, which takes no byte order mark.
+            raw = tomllib.loads(_decoded(path.read_bytes()))
+        except FileNotFoundError as error:
             raise ConfigurationError(
                 f"there is no configuration file {str(path)!r}: `trading-push init` writes one"
             ) from error
-        except (TsError, OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigurationError(
                 f"cannot read the configuration file {str(path)!r}: {why}"
@@ -167,6 +169,13 @@ class _EnvironmentLoader:
             parsed = _parsed(option, value)
             set_path(settings, option.path, _checked(option, parsed, given, name, Path.cwd()))
         return LoadedSettings(settings, LoaderMeta("environment"))
+
+
+def _decoded(data: bytes) -> str:
+    """Decode a file, with or without a byte order mark, that an editor or a shell has written."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16, which a shell of Windows writes: save it as UTF-8")
+    return data.decode("utf-8-sig")
 
 
 def _variable(path: str) -> str:

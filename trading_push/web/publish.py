@@ -6,6 +6,7 @@ its answer was lost repeats its key, and is given the first answer again.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 import time
@@ -238,6 +239,7 @@ def _allowed(principal: Principal) -> frozenset[str] | None:
 
 
 def _values(body: bytes) -> list[_Value]:
+    body = body.removeprefix(codecs.BOM_UTF8)  # .NET and PowerShell send one
     try:
         # All of it, for Raw is passed over: what is no JSON would break every subscriber's frame.
         body.decode()
