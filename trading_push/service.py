@@ -37,6 +37,7 @@ from trading_push.topics import (
     Channels,
     Kind,
     Topic,
+    symbol_of,
 )
 from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
@@ -128,7 +129,8 @@ class PushService:
 
         Raises:
             PayloadError: The data cannot be encoded.
-            ValueError: There is no such channel, or a user is missing or too much.
+            ValueError: There is no such channel, a user is missing or too much, or it is the ticker
+                of a symbol that nobody can subscribe to.
             ServiceClosed: The service runs no more.
 
         A checkpoint. What was published is published, also when cancelled.
@@ -151,7 +153,7 @@ class PushService:
 
     def _publish_now(self, values: Iterable[tuple[str, Any, str | int | None]]) -> None:
         batch = [
-            (self._topic(channel, user), payloads.encode_data(data))
+            (self._publishable(channel, user), payloads.encode_data(data))
             for channel, data, user in values
         ]
         self._registry.check_running()  # before anything is numbered and kept
@@ -175,6 +177,15 @@ class PushService:
             return None
         age_s = max(0.0, time.time() - last.ts / 1000)
         return Latest(msgspec.Raw(last.data), last.ts, age_s, self._broker.status(topic))
+
+    def _publishable(self, channel: str, user: str | int | None) -> Topic:
+        topic = self._topic(channel, user)
+        symbol = symbol_of(topic.channel)
+        if symbol is not None and not self.context.knows_symbol(symbol):
+            raise ValueError(
+                f"{topic.channel!r} cannot be subscribed: the market feed has no such symbol"
+            )
+        return topic
 
     def _topic(self, channel: str, user: str | int | None) -> Topic:
         if channel in self.context.streams.own:

@@ -8,6 +8,7 @@ for a user's membership (`balance_4`, `ticker_BTCUSDT_4`).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -16,10 +17,29 @@ import attrs
 
 from trading_push.errors import ConfigurationError, ErrorCode, RequestError
 
-__all__ = ["BUILTIN_CHANNELS", "Channel", "Channels", "Topic", "symbol_of", "ticker_topic"]
+__all__ = [
+    "BUILTIN_CHANNELS",
+    "SYMBOL_RULE",
+    "Channel",
+    "Channels",
+    "Topic",
+    "canonical_symbol",
+    "symbol_of",
+    "ticker_topic",
+]
 
 TICKER_PREFIX = "ticker."
-_SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._:/-]{0,31}")
+SYMBOL_RULE = (
+    "a symbol has 1 to 64 characters: letters and digits of any script, . _ : / - & ^ = $ @ + and "
+    "spaces inside"
+)
+"""The rule of `canonical_symbol`, for error messages."""
+_SYMBOL_LENGTH = 64
+_SYMBOL = re.compile(r"[A-Z0-9._:/&^=$@+ -]+")
+_SYMBOL_MARKS = frozenset("._:/-&^=$@+ ")
+_LETTERS_AND_DIGITS = frozenset({"Lu", "Ll", "Lt", "Lm", "Lo", "Nd"})
+# The Hangul fillers count as letters, and are invisible: two symbols would look the same.
+_INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _ASCII_UPPER = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
 
@@ -67,6 +87,36 @@ class Channel:
 
 
 BUILTIN_CHANNELS = ("balance", "positions", "pnl", "orders")
+
+
+def canonical_symbol(text: str) -> str | None:
+    """Spell a symbol as the channel of its ticker does; None if it cannot name one.
+
+    Clients, publishers, tapes and feeds all come through here: `SYMBOL_RULE`, in Unicode's form
+    NFC, with ASCII letters in upper case.
+    """
+    # A long text is none, before anything is made of it.
+    if not 0 < len(text) <= 4 * _SYMBOL_LENGTH:
+        return None
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
+    symbol = text.translate(_ASCII_UPPER)
+    if len(symbol) > _SYMBOL_LENGTH or symbol[0] == " " or symbol[-1] == " ":
+        return None
+    if symbol.isascii():
+        is_good = _SYMBOL.fullmatch(symbol) is not None
+    else:
+        is_good = all(
+            character in _SYMBOL_MARKS
+            or (
+                unicodedata.category(character) in _LETTERS_AND_DIGITS
+                and character not in _INVISIBLE
+            )
+            for character in symbol
+        )
+    # Marks alone name nothing; "." and ".." would even be paths.
+    return symbol if is_good and not _SYMBOL_MARKS.issuperset(symbol) else None
 
 
 def symbol_of(channel: str) -> str | None:
@@ -129,9 +179,8 @@ class Channels:
         """The topic of a ticker channel in any spelling; None if it is another channel."""
         if not name.startswith(TICKER_PREFIX):
             return None
-        # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
-        symbol = name[len(TICKER_PREFIX) :].translate(_ASCII_UPPER)
-        return ticker_topic(symbol) if _SYMBOL.fullmatch(symbol) else None
+        symbol = canonical_symbol(name[len(TICKER_PREFIX) :])
+        return None if symbol is None else ticker_topic(symbol)
 
     def topic(self, name: str, user: str | int | None) -> Topic:
         """The topic that an application names.
@@ -149,6 +198,8 @@ class Channels:
                 raise ValueError("a ticker is everyone's: leave out the user")
             return ticker
         channel = self._by_name.get(name)
+        if channel is None and name.startswith(TICKER_PREFIX):
+            raise ValueError(f"{name[:80]!r} cannot be subscribed: {SYMBOL_RULE}")
         if channel is None:
             raise ValueError(f"there is no channel {name!r}: add it to channels=")
         if channel.per_user != (user is not None):
@@ -173,6 +224,8 @@ class Channels:
                 raise RequestError(
                     ErrorCode.FORBIDDEN, "that is another user's room: name the channel only"
                 )
+            if name.startswith(TICKER_PREFIX):
+                raise RequestError(ErrorCode.UNKNOWN_CHANNEL, SYMBOL_RULE)
             raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no channel of that name")
         return topic
 

@@ -202,8 +202,8 @@ def test_a_binary_message_is_the_end():
     [
         "Balance", "BALANCE", "balance ", " balance", "balance\n", "balаnce",  # a Cyrillic letter
         "ｂalance", "balance_5", "balance_04", "balance_4 ", "balance_４", "balance_4_4",
-        "ticker.", "ticker", "ticker.BTCUSDT_", "ticker.ß", "ticker.ı", "ticker._A", "ticker.A\n",
-        "ticker." + "A" * 33, "ticker_BTCUSDT_5", "", "ticker.BTC USDT", "_4", "news_5",
+        "ticker.", "ticker", "ticker.BTCUSDT_", "ticker. A", "ticker.A*", "ticker.A\n",
+        "ticker." + "A" * 65, "ticker_BTCUSDT_5", "", "ticker.BTC\u00a0USDT", "_4", "news_5",
     ],
 )  # fmt: skip
 def test_no_other_spelling_names_anything_of_another_user(name):

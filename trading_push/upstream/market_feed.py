@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import attrs
 import trio
 
 from trading_push import logs
@@ -19,10 +20,12 @@ from trading_push.models import Ticker
 from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import TickerFeed, WatchedFeed
 from trading_push.supervision import keep_running
-from trading_push.topics import Topic, ticker_topic
+from trading_push.topics import SYMBOL_RULE, Topic, canonical_symbol, ticker_topic
 
 __all__ = ["MarketFeed"]
 
+_UNUSABLE_LOGGED = 1000
+"""Of how many symbols at most it is logged that they cannot be used."""
 _MARGIN = 1.03
 """Lengthens the period, so that uneven delivery brings no publication too many into a second."""
 
@@ -94,10 +97,18 @@ class MarketFeed:
             logs.emit(logs.traced("feed_failed_at", error, symbol=symbol))
 
     def update(self, tickers: Sequence[Ticker]) -> None:
-        """Take the newest value of some symbols."""
+        """Take the newest value of some symbols, in whatever spelling; the channel's is published.
+
+        A symbol that nobody can subscribe to is logged once. The others are published.
+        """
         now = trio.current_time()
         for ticker in tickers:
-            symbol = ticker.symbol
+            symbol = canonical_symbol(ticker.symbol)
+            if symbol is None:
+                self._log_unusable(ticker.symbol, PayloadError(SYMBOL_RULE))
+                continue
+            if symbol != ticker.symbol:
+                ticker = attrs.evolve(ticker, symbol=symbol)
             if self._watched_feed is not None and symbol not in self._watched:
                 continue  # it was under way when the symbol was unwatched
             self._latest[symbol] = ticker
@@ -109,7 +120,8 @@ class MarketFeed:
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
         """Mark symbols that stand still, after what is still to be published of them."""
-        for symbol in list(self._latest) if symbols is None else symbols:
+        given = list(self._latest) if symbols is None else map(canonical_symbol, symbols)
+        for symbol in given:
             if symbol in self._latest:
                 self._newly_stale[symbol] = reason
                 self._heard.pop(symbol, None)
@@ -182,6 +194,6 @@ class MarketFeed:
         self._newly_stale.clear()
 
     def _log_unusable(self, symbol: str, error: PayloadError) -> None:
-        if symbol not in self._logged_unusable:
+        if symbol not in self._logged_unusable and len(self._logged_unusable) < _UNUSABLE_LOGGED:
             self._logged_unusable.add(symbol)
             logs.emit(logs.line("ticker_unusable", symbol=symbol, error=error))

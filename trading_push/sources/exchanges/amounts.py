@@ -16,8 +16,7 @@ from decimal import (
 
 import msgspec
 
-from trading_push.errors import RequestError
-from trading_push.topics import Channels, symbol_of
+from trading_push.topics import SYMBOL_RULE, canonical_symbol
 
 __all__ = [
     "DECIMALS",
@@ -98,9 +97,8 @@ class Symbols(dict[str, str]):
     """The spelling that clients use, by the spelling of a tape."""
 
     def __missing__(self, name: str) -> str:
-        try:
-            topic = Channels(()).resolve(f"ticker.{name}", "")
-        except RequestError:
-            raise ValueError("the symbol is missing or cannot name a ticker") from None
-        self[name] = symbol = symbol_of(topic.channel) or name
+        symbol = canonical_symbol(name)
+        if symbol is None:
+            raise ValueError(f"the symbol is missing or cannot name a ticker: {SYMBOL_RULE}")
+        self[name] = symbol
         return symbol
