@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from trading_push.sources.base import (
         BatchSource,
         ChangeSink,
+        ListedFeed,
         MarketSink,
         SessionSource,
         Source,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from trading_push.sources.ccxt.source import CcxtSource
     from trading_push.sources.exchanges.binance import BinanceFeed
     from trading_push.sources.exchanges.bybit import BybitFeed
+    from trading_push.sources.exchanges.okx import OkxFeed
     from trading_push.sources.flask import FlaskSource
     from trading_push.sources.functions import FunctionSource
     from trading_push.sources.sql.postgres import PostgresSource
@@ -76,14 +78,15 @@ else:
             "settings.loading": "load_settings",
             "settings.schema": "Settings",
             "sources.base": (
-                "BatchSource ChangeSink MarketSink SessionSource Source TickerFeed WatchedFeed "
-                "WatchingSource"
+                "BatchSource ChangeSink ListedFeed MarketSink SessionSource Source TickerFeed "
+                "WatchedFeed WatchingSource"
             ),
             "sources.ccxt.exchange": "ExchangeOptions",
             "sources.ccxt.feed": "CcxtFeed",
             "sources.ccxt.source": "CcxtSource",
             "sources.exchanges.binance": "BinanceFeed",
             "sources.exchanges.bybit": "BybitFeed",
+            "sources.exchanges.okx": "OkxFeed",
             "sources.flask": "FlaskSource",
             "sources.functions": "FunctionSource",
             "sources.sql.postgres": "PostgresSource",
@@ -114,7 +117,9 @@ __all__ = [
     "JwtAuthenticator",
     "Latest",
     "LinkError",
+    "ListedFeed",
     "MarketSink",
+    "OkxFeed",
     "Order",
     "PayloadError",
     "Pnl",

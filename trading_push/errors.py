@@ -49,7 +49,8 @@ class ConfigurationError(TradingPushError):
 
 class ErrorCode(enum.StrEnum):
     """The `code` of an error reply; the members that the same request may be retried after are
-    `retryable`, and so is `bad_token` where a token is not valid yet."""
+    `retryable`, and so is `bad_token` where a token is not valid yet, and `too_many_subscriptions`
+    where it is the server that watches too many symbols."""
 
     BAD_JSON = "bad_json"
     BAD_REQUEST = "bad_request"
@@ -75,16 +76,14 @@ class RequestError(TradingPushError):
     Args:
         code: The error's code on the wire.
         message: What is wrong and what to do, for the developer of the client.
-
-    Attributes:
-        retryable: Whether the same request, unchanged, may succeed later.
+        retryable: Whether the same request, unchanged, may succeed later; None as its code says.
     """
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, *, retryable: bool | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.retryable = code.retryable
+        self.retryable = code.retryable if retryable is None else retryable
 
 
 class AuthenticationError(RequestError):

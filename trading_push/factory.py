@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import attrs
 
 from trading_push.auth.demo import data_dir, secret_of
 from trading_push.auth.principal import Authenticate
@@ -14,15 +16,19 @@ from trading_push.errors import ConfigurationError
 from trading_push.service import PushService, open_push_service
 from trading_push.settings import import_string
 from trading_push.settings.schema import Settings
-from trading_push.settings.sources import Ccxt, Database, Function
+from trading_push.settings.sources import Ccxt, Database, Function, Market
 from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
 from trading_push.sources.ccxt.source import CcxtSource
+from trading_push.sources.exchanges import binance, bybit, okx
 from trading_push.sources.exchanges.binance import BinanceFeed
 from trading_push.sources.exchanges.bybit import BybitFeed
+from trading_push.sources.exchanges.dialect import ExchangeLimits
+from trading_push.sources.exchanges.okx import OkxFeed
 from trading_push.sources.exchanges.simulated_market import SimulatedMarket
+from trading_push.sources.exchanges.stream import ExchangeFeed
 from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.flask import FlaskSource
 from trading_push.sources.functions import FunctionSource
@@ -77,12 +83,13 @@ async def open_configured_service(
 async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | None:
     """The market that is set; None where the paper exchange has its simulated one."""
     market, ccxt = settings.market, settings.ccxt
-    given = () if market.url is None else (market.url,)
     match market.feed:
         case "binance":
-            return BinanceFeed(*given)
+            return _live(BinanceFeed, binance.LIMITS, market)
         case "bybit":
-            return BybitFeed(*given)
+            return _live(BybitFeed, bybit.LIMITS, market)
+        case "okx":
+            return _live(OkxFeed, okx.LIMITS, market)
         case "ccxt":
             feed = CcxtFeed(_exchange(ccxt), interval_s=ccxt.interval_s)
             opened.callback(feed.close)
@@ -92,6 +99,21 @@ async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | No
     tape = Tape(market.tape, market.speed, market.loop)
     await tape.open()
     return tape
+
+
+class _Feed(Protocol):
+    """Makes the feed of an exchange; `url` has a default."""
+
+    def __call__(
+        self, url: str = ..., *, limits: ExchangeLimits, rest_url: str | None
+    ) -> ExchangeFeed: ...
+
+
+def _live(feed: _Feed, limits: ExchangeLimits, market: Market) -> ExchangeFeed:
+    limits = attrs.evolve(limits, mute_s=market.stale_after_s)
+    if market.url is None:
+        return feed(limits=limits, rest_url=market.rest_url)
+    return feed(market.url, limits=limits, rest_url=market.rest_url)
 
 
 async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None:

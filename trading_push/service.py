@@ -38,6 +38,7 @@ from trading_push.topics import (
     Kind,
     Topic,
     symbol_of,
+    ticker_topic,
 )
 from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
@@ -84,6 +85,7 @@ class PushService:
             publish=self._publish_now,
             fetch_context=fetch_context,
             user_session=user_session,
+            watchers=lambda symbol: self._registry.users_of(ticker_topic(symbol).channel),
         )
         # How often each part of the service has failed since the start.
         self._failures: Counter[str] = Counter()
@@ -100,7 +102,7 @@ class PushService:
             registry=self._registry,
             broker=self._broker,
             tokens=TokenCheck(authenticate, settings.auth.leeway_s),
-            knows_symbol=(lambda symbol: True) if feed is None else feed.knows,
+            market=self._upstream.market,
             awaits_source=self._awaits_source,
         )
         publisher = PublishEndpoint(
@@ -181,7 +183,7 @@ class PushService:
     def _publishable(self, channel: str, user: str | int | None) -> Topic:
         topic = self._topic(channel, user)
         symbol = symbol_of(topic.channel)
-        if symbol is not None and not self.context.knows_symbol(symbol):
+        if symbol is not None and not self._upstream.market.knows(symbol):
             raise ValueError(
                 f"{topic.channel!r} cannot be subscribed: the market feed has no such symbol"
             )

@@ -11,13 +11,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import attrs
 
 from trading_push.errors import ConfigurationError, ErrorCode, RequestError
 
 __all__ = [
+    "ASCII_UPPER",
     "BUILTIN_CHANNELS",
     "SYMBOL_RULE",
     "Channel",
@@ -41,7 +42,8 @@ _LETTERS_AND_DIGITS = frozenset({"Lu", "Ll", "Lt", "Lm", "Lo", "Nd"})
 # The Hangul fillers count as letters, and are invisible: two symbols would look the same.
 _INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_ASCII_UPPER = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
+ASCII_UPPER: Final = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
+"""A table for `str.translate` that turns ASCII letters only."""
 
 Kind = Literal["state", "events"]
 
@@ -101,7 +103,7 @@ def canonical_symbol(text: str) -> str | None:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     # Only ASCII letters: str.upper() would turn 'ß' into 'SS' and 'ı' into 'I'.
-    symbol = text.translate(_ASCII_UPPER)
+    symbol = text.translate(ASCII_UPPER)
     if len(symbol) > _SYMBOL_LENGTH or symbol[0] == " " or symbol[-1] == " ":
         return None
     if symbol.isascii():

@@ -1,4 +1,4 @@
-"""A loopback exchange that speaks Binance's or Bybit's protocol, follows a script and keeps count.
+"""A loopback exchange: Binance, Bybit or OKX. It follows a script and keeps count.
 
 It answers as the exchanges' documentation says, and notes whoever breaks the limits that stand
 there: the test fails when it leaves. What it sends, and when it misbehaves, the test decides.
@@ -6,25 +6,33 @@ there: the test fails when it leaves. What it sends, and when it misbehaves, the
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from string import ascii_uppercase
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
+import h11
 import trio
 import trio_websocket
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
-Dialect = Literal["binance", "spot", "linear"]
+Dialect = Literal["binance", "spot", "linear", "okx"]
 
 STREAMS_PER_CONNECTION = 1024  # Binance, "Websocket Limits"
 MESSAGES_PER_S = 5
 SPOT_ARGS = 10  # Bybit, "Public channel - Args limits"
 ARGS_CHARACTERS = 21_000
+OKX_REQUEST_BYTES = 64 * 1024  # OKX, "Subscribe"
+OKX_REQUESTS_PER_HOUR = 480
+PAGE = 100
+"""How many symbols a page of Bybit's list has here."""
 
 
 class _Tapped(trio.abc.Stream):
@@ -117,6 +125,10 @@ class Exchange:
             instead of to nothing.
         acknowledges: Whether the requests of a connection are answered.
         greeting: What a subscription to one stream, or topic, is sent at once.
+        listed: The symbols that the REST service lists; its address is `rest_url`.
+        rest_status: What it answers with.
+        rest_calls: What it was asked.
+        refuses_whole: Whether OKX does nothing of a request that has a channel that does not exist.
     """
 
     def __init__(self, dialect: Dialect, messages_per_s: float) -> None:
@@ -130,6 +142,11 @@ class Exchange:
         self.subscribes_in_part = False
         self.acknowledges: Callable[[Session], bool] = lambda session: True
         self.greeting: Callable[[str], Iterable[object]] = lambda name: ()
+        self.rest_url = ""
+        self.listed: list[str] = []
+        self.rest_status = 200
+        self.rest_calls: list[str] = []
+        self.refuses_whole = False
         self._messages_per_s = messages_per_s
 
     @property
@@ -146,13 +163,17 @@ class Exchange:
     def names(self, symbol: str) -> list[str]:
         """The streams, or the topic, of a symbol."""
         if self.dialect == "binance":
-            return [f"{symbol.lower()}@{kind}" for kind in ("ticker", "bookTicker", "trade")]
-        return [f"tickers.{symbol}"]
+            lower = symbol.encode().lower().decode()  # ASCII letters only
+            return [f"{lower}@{kind}" for kind in ("ticker", "bookTicker", "trade")]
+        if self.dialect == "okx":
+            return [symbol]
+        books = [f"orderbook.1.{symbol}"] if self.dialect == "spot" else []
+        return [f"tickers.{symbol}", *books]
 
     async def say(self, *frames: dict[str, Any]) -> None:
         """Send frames to everybody who has subscribed to their stream, or topic."""
         for frame in frames:
-            name = frame["stream"] if self.dialect == "binance" else frame["topic"]
+            name = frame.get("stream") or frame.get("topic") or frame["arg"]["instId"]
             for session in list(self.sessions):
                 if name in session.subscribed:
                     with suppress(trio_websocket.ConnectionClosed):
@@ -180,6 +201,13 @@ class Exchange:
                 await trio.aclose_forcefully(stream)
 
     async def _hear(self, session: Session, message: str | bytes) -> None:
+        if self.dialect == "okx":
+            if message == "ping":
+                session.requests.append({"op": "ping"})
+                await session.send("pong")
+                return
+            await self._okx(session, message)
+            return
         request = json.loads(message)
         session.requests.append(request)
         answer = self._binance if self.dialect == "binance" else self._bybit
@@ -195,7 +223,7 @@ class Exchange:
     def _binance(self, session: Session, request: dict[str, Any]) -> tuple[list[str], object]:
         assert request.keys() == {"method", "params", "id"}, request
         names = request["params"]
-        assert all(name.partition("@")[0].islower() for name in names), names
+        assert not any(set(name.partition("@")[0]) & set(ascii_uppercase) for name in names), names
         if request["method"] == "UNSUBSCRIBE":
             session.subscribed.difference_update(names)
             return [], {"result": None, "id": request["id"]}
@@ -206,6 +234,71 @@ class Exchange:
                 return [], {"error": error, "id": request["id"]}
         session.subscribed.update(names)
         return names, {"result": None, "id": request["id"]}
+
+    async def _okx(self, session: Session, message: str | bytes) -> None:
+        if len(message) > OKX_REQUEST_BYTES:
+            self.broken.append("a request of more than 64 KB")
+        request = json.loads(message)
+        session.requests.append(request)
+        if sum(each["op"] != "ping" for each in session.requests) > OKX_REQUESTS_PER_HOUR:
+            self.broken.append("more than 480 requests in one hour")
+        assert request.keys() == {"id", "op", "args"}, request
+        assert request["id"].isalnum(), request
+        replies: list[dict[str, Any]] = []
+        is_refused = any(arg["instId"] in self.unknown for arg in request["args"])
+        for arg in request["args"]:
+            assert arg.keys() == {"channel", "instId"}, request
+            assert arg["channel"] == "tickers", request
+            symbol = arg["instId"]
+            reply = {"id": request["id"], "connId": "a4d3ae55"}
+            if symbol in self.unknown:
+                words = f"Wrong URL or channel:tickers,instId:{symbol} doesn't exist."
+                replies.append({**reply, "event": "error", "code": "60018", "msg": words})
+                if self.refuses_whole:
+                    break
+                continue
+            if self.refuses_whole and is_refused:
+                continue
+            if request["op"] == "subscribe":
+                session.subscribed.add(symbol)
+            else:
+                session.subscribed.discard(symbol)
+            replies.append({**reply, "event": request["op"], "arg": arg})
+        if self.acknowledges(session):
+            for each in replies:
+                await session.send(each)
+
+    def _rest(self, target: str) -> object:
+        parts = urlsplit(target)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        match parts.path:
+            case "/api/v3/exchangeInfo":
+                return {"timezone": "UTC", "symbols": [{"symbol": each} for each in self.listed]}
+            case "/v5/market/instruments-info":
+                assert query["category"] == self.dialect
+                start = int(query.get("cursor", 0))
+                page = [{"symbol": each} for each in self.listed[start : start + PAGE]]
+                more = str(start + PAGE) if start + PAGE < len(self.listed) else ""
+                return {"retCode": 0, "result": {"list": page, "nextPageCursor": more}}
+            case "/api/v5/public/instruments":
+                listed = self.listed if query["instType"] == "SPOT" else []
+                return {"code": "0", "msg": "", "data": [{"instId": each} for each in listed]}
+        return None
+
+    async def serve_rest(self, stream: trio.SocketStream) -> None:
+        """Answer one request for the list of symbols."""
+        http = h11.Connection(h11.SERVER)
+        async with stream:
+            while not isinstance(event := http.next_event(), h11.Request):
+                http.receive_data(bytes(await stream.receive_some(65536)))
+            target = event.target.decode()
+            self.rest_calls.append(target)
+            body = gzip.compress(json.dumps(self._rest(target)).encode())
+            head = [("Content-Encoding", "gzip"), ("Transfer-Encoding", "chunked")]
+            data = http.send(h11.Response(status_code=self.rest_status, headers=head)) or b""
+            for start in range(0, len(body), 1000):
+                data += http.send(h11.Data(data=body[start : start + 1000])) or b""
+            await stream.send_all(data + (http.send(h11.EndOfMessage()) or b""))
 
     def _bybit(self, session: Session, request: dict[str, Any]) -> tuple[list[str], object]:
         reply = {
@@ -229,7 +322,7 @@ class Exchange:
             if name in before:
                 error = f"error:already subscribed,topic:{name}"
                 return [], reply | {"success": False, "ret_msg": error}
-            if name.removeprefix("tickers.") in self.unknown:
+            if name.rpartition(".")[2] in self.unknown:
                 error = f"error:handler not found,topic:{name}"
                 return [], reply | {"success": False, "ret_msg": error}
             if self.subscribes_in_part:
@@ -264,7 +357,7 @@ async def exchange(
         ssl_context: Serve over TLS with this, as `localhost`.
     """
     made = Exchange(dialect, messages_per_s)
-    path = "/stream" if dialect == "binance" else f"/v5/public/{dialect}"
+    path = {"binance": "/stream", "okx": "/ws/v5/public"}.get(dialect, f"/v5/public/{dialect}")
 
     async def serve(stream: trio.SocketStream) -> None:
         if ssl_context is None:
@@ -278,6 +371,10 @@ async def exchange(
             [listener] = await nursery.start(listen)
             port = listener.socket.getsockname()[1]
             address = f"127.0.0.1:{port}" if ssl_context is None else f"localhost:{port}"
+            [rest] = await nursery.start(
+                partial(trio.serve_tcp, made.serve_rest, 0, host="127.0.0.1")
+            )
+            made.rest_url = f"http://127.0.0.1:{rest.socket.getsockname()[1]}"
             made.url = f"{'ws' if ssl_context is None else 'wss'}://{address}{path}"
             yield made
             for session in made.sessions:

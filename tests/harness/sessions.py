@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from trading_push import AuthenticationError, Channel, Principal
+from trading_push.errors import ErrorCode, RequestError
 from trading_push.protocol import messages
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.protocol.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
@@ -17,12 +18,30 @@ LIMITS = Limits(subscriptions=5, messages_burst=10_000)
 NOW = [0.0]
 
 
+class _Market:
+    """Has every symbol but NOPE, and says some of them."""
+
+    def knows(self, symbol: str) -> bool:
+        return symbol != "NOPE"
+
+    def admit(self, user: str, symbol: str) -> None:
+        if symbol == "FULL":
+            code = ErrorCode.TOO_MANY_SUBSCRIPTIONS
+            raise RequestError(code, "there are too many", retryable=True)
+
+    def symbols(self) -> tuple[list[str], bool]:
+        return ["ETHBTC", "BTCUSDT", "币安人生USDT", "ADAUSDT"], True
+
+
+MARKET = _Market()
+
+
 def make(user: str | None = None, limits: Limits = LIMITS) -> Session:
     session = Session(
         CHANNELS,
         limits,
         "c1",
-        knows_symbol=lambda symbol: symbol != "NOPE",
+        market=MARKET,
         rate=MessageRate(limits, lambda: NOW[0]),
         clock=lambda: 1000.0,
     )

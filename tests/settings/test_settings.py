@@ -378,7 +378,10 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
     # Of the places that accounts are read from each excludes the others, and a tape an exchange.
     database, http = ('url = "postgresql', "notify_channel"), ('url = "https', "batch_url")
     function, ccxt = ("fetch", "flask_app"), ("credentials", "exchange")
-    always_left_out = ("jwt_secret", "path", 'url = "wss', "token_file", "token_command")
+    always_left_out = (
+        *("jwt_secret", "path", 'url = "wss', "rest_url"),
+        *("token_file", "token_command"),
+    )
 
     def usable(*left_out: str) -> Settings:
         pattern = "|".join(map(re.escape, (*always_left_out, *left_out)))

@@ -41,6 +41,11 @@ class Status(NamedTuple):
     state: State
     reason: str | None = None
 
+    def differs(self, told: Status) -> bool:
+        """Whether it is news to who was told `told`: another state, or that nothing will come."""
+        is_final = self.reason == "refused" and told.reason != "refused"
+        return self.state != told.state or is_final
+
 
 @attrs.frozen(eq=False)
 class StatusChange:

@@ -90,7 +90,7 @@ class MemoryBroker:
         changes: list[Message] = []
         for topic in topics:
             state = self._state(topic)
-            changed = state.status.state != status.state
+            changed = status.differs(state.status)
             self._turn(topic, state, status)
             if changed:
                 changes.append(StatusChange(topic, status, now))

@@ -132,7 +132,7 @@ class Connection:
             context.channels,
             context.limits,
             self._member.id,
-            knows_symbol=context.knows_symbol,
+            market=context.market,
             rate=MessageRate(context.limits, trio.current_time),
             clock=time.time,
         )

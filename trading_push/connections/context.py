@@ -13,6 +13,7 @@ from trading_push.connections.registry import Registry
 from trading_push.connections.roster import Roster
 from trading_push.connections.seats import Seats
 from trading_push.connections.streams import Streams
+from trading_push.protocol.session import Market
 from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic
 from trading_push.transport.proxies import Network
@@ -32,7 +33,7 @@ class Context:
         registry: Who subscribes to what.
         broker: Each topic's last value, numbering and status.
         tokens: The check of tokens, and those that are revoked.
-        knows_symbol: Whether a symbol may exist.
+        market: Which symbols there are.
         awaits_source: Whether the source has yet to answer for a topic for the first time since it
             is watched, so that the value there may be old.
         origins: The web pages that may connect; see `transport.origin`.
@@ -51,7 +52,7 @@ class Context:
     registry: Registry
     broker: Broker
     tokens: TokenCheck
-    knows_symbol: Callable[[str], bool]
+    market: Market
     awaits_source: Callable[[Topic], bool]
     origins: frozenset[str] = frozenset()
     origin_required: bool = False

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import trio
@@ -80,6 +80,10 @@ class Registry:
     def counts(self) -> dict[str, int]:
         """The number of subscribed users by channel, where there are any."""
         return {channel: len(users) for channel, users in self._watchers.items()}
+
+    def users_of(self, channel: str) -> Collection[str]:
+        """The users who subscribe to a channel."""
+        return self._watchers.get(channel, {}).keys()
 
     def _watchers_of(self, channel: str) -> int:
         return len(self._watchers.get(channel, ()))

@@ -8,12 +8,12 @@ sender task, of kind `events` all of them do, in order, up to a bound.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 import trio
 
-from trading_push.broker.base import Message, Publication, State, StatusChange
+from trading_push.broker.base import Message, Publication, Status, StatusChange
 from trading_push.errors import TransportClosed
 from trading_push.protocol import frames
 from trading_push.topics import Kind, Topic
@@ -37,6 +37,9 @@ class Siblings:
     limit: int
     bytes: int = 0
     changes: int = 0
+
+
+_LIVE: Final = Status("live")
 
 
 class Owner(Protocol):
@@ -138,7 +141,7 @@ class Subscription(_AtEachDelivery):
         self.epoch = ""
         self.status: StatusChange | None = None
         self.settled = False
-        self._told: State | None = "live"
+        self._told: Status | None = _LIVE
         self._period = 0.0
         self._pause: trio.CancelScope | None = None
         self._sent_at = -math.inf
@@ -317,9 +320,9 @@ class Subscription(_AtEachDelivery):
 
     def status_frame(self, change: StatusChange) -> bytes | None:
         """The frame of a status for this peer; None where it was told that already."""
-        if change.status.state == self._told:
+        if self._told is not None and not change.status.differs(self._told):
             return None
-        self._told = change.status.state
+        self._told = change.status
         return frames.frame(
             frames.status_push(self.head, change.status.state, change.status.reason, change.ts)
         )

@@ -247,6 +247,21 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ {exchange}拒绝订阅{symbol}: {error}",
         "⚠️ {exchange} refused to subscribe {symbol}: {error}",
     ),
+    "exchange_replaced": (
+        "feed",
+        "🔄 {exchange}行情更换连接: {error}",
+        "🔄 Another connection to {exchange} takes over: {error}",
+    ),
+    "exchange_unknown": (
+        "feed",
+        "⚠️ {exchange}没有已订阅的{count}个交易对: {symbols}",
+        "⚠️ {exchange} does not have {count} symbols that were subscribed: {symbols}",
+    ),
+    "exchange_list_failed": (
+        "feed",
+        "⚠️ 无法读取{exchange}的交易对列表: {error} - {delay}秒后重试",
+        "⚠️ The list of symbols of {exchange} cannot be read: {error} - next try in {delay} s",
+    ),
     "exchange_bad_frames": (
         "feed",
         "⚠️ {exchange}有{count}条消息无法解析: {error}",

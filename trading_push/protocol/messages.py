@@ -17,6 +17,7 @@ from trading_push.errors import ErrorCode, RequestError
 __all__ = [
     "MAX_ITEMS",
     "SUBPROTOCOL",
+    "SYMBOLS",
     "AuthReply",
     "AuthRequest",
     "BadRequest",
@@ -35,6 +36,8 @@ __all__ = [
     "Since",
     "SubscribeItem",
     "SubscribeRequest",
+    "SymbolsReply",
+    "SymbolsRequest",
     "UnsubscribeRequest",
     "decode_channel",
     "decode_item",
@@ -50,6 +53,9 @@ SUBPROTOCOL: Final = "trading-push.v1"
 MAX_ITEMS: Final = 1024
 """How many items a request may have. One with more is refused whole, so that a small request has
 no giant reply."""
+
+SYMBOLS: Final = 50
+"""How many symbols a reply has, where the request does not say."""
 
 Id = int | str | None
 """The `id` of a request; None if it has none."""
@@ -104,11 +110,20 @@ class ListRequest(_Strict):
     """Ask for the channels that the connection is subscribed to."""
 
 
+class SymbolsRequest(_Strict, kw_only=True):
+    """Ask for symbols whose names contain a text."""
+
+    like: Annotated[str, Meta(max_length=64)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] | None = None
+
+
 class PingRequest(_Strict):
     """Ask for a `pong`."""
 
 
-Request = AuthRequest | SubscribeRequest | UnsubscribeRequest | ListRequest | PingRequest
+Request = (
+    AuthRequest | SubscribeRequest | UnsubscribeRequest | ListRequest | SymbolsRequest | PingRequest
+)
 
 
 class _Envelope(Struct):
@@ -135,6 +150,7 @@ _decoders: Final[dict[str, Any]] = {
     "subscribe": msgspec.json.Decoder(SubscribeRequest).decode,
     "unsubscribe": msgspec.json.Decoder(UnsubscribeRequest).decode,
     "list": msgspec.json.Decoder(ListRequest).decode,
+    "symbols": msgspec.json.Decoder(SymbolsRequest).decode,
     "ping": msgspec.json.Decoder(PingRequest).decode,
 }
 
@@ -306,6 +322,15 @@ class ListReply(Struct, tag_field="op", tag="list"):
     channels: list[str]
 
 
+class SymbolsReply(Struct, tag_field="op", tag="symbols"):
+    """Symbols that can be subscribed to; `more` if there are others, or may be."""
+
+    id: int | str | UnsetType
+    ok: bool
+    symbols: list[str]
+    more: bool
+
+
 class Pong(Struct, tag_field="op", tag="pong"):
     """The reply to `ping`; `ts` is the server's time in milliseconds since the epoch."""
 
@@ -321,7 +346,7 @@ class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
     expires_in: int | UnsetType = UNSET
 
 
-Reply = ErrorReply | AuthReply | ItemsReply | ListReply | Pong | Notice
+Reply = ErrorReply | AuthReply | ItemsReply | ListReply | SymbolsReply | Pong | Notice
 
 _encode: Final = msgspec.json.Encoder().encode
 

@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Final
+import unicodedata
+from collections.abc import Callable, Collection, Iterable
+from typing import Final, Protocol
 
 import attrs
 from msgspec import UNSET, Raw
@@ -23,12 +24,13 @@ from trading_push.protocol import messages
 from trading_push.protocol.messages import Id, ItemResult, Since
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
-from trading_push.topics import Channels, Topic, symbol_of
+from trading_push.topics import ASCII_UPPER, Channels, Topic, symbol_of
 
 __all__ = [
     "Action",
     "CheckToken",
     "End",
+    "Market",
     "Reply",
     "Session",
     "Subscribe",
@@ -97,6 +99,26 @@ class End:
 Action = Reply | CheckToken | Subscribe | Unsubscribe | End
 
 
+class Market(Protocol):
+    """Which symbols there are, and who may subscribe to their tickers."""
+
+    def knows(self, symbol: str) -> bool:
+        """Whether there may be a ticker of a symbol."""
+        ...
+
+    def admit(self, user: str, symbol: str) -> None:
+        """Let a user subscribe to a symbol that there may be.
+
+        Raises:
+            RequestError: There are too many already.
+        """
+        ...
+
+    def symbols(self) -> tuple[Collection[str], bool]:
+        """Return the symbols that are known, and whether those are all that there are."""
+        ...
+
+
 class Session:
     """What one connection may do and is subscribed to; nothing that a peer sends makes it raise.
 
@@ -104,7 +126,7 @@ class Session:
         channels: The channels that there are.
         limits: How many subscriptions and bad messages are allowed, and the heartbeat's interval.
         connection_id: The connection's name in the reply to `auth`.
-        knows_symbol: Whether there may be a ticker of this symbol.
+        market: Which symbols there are.
         rate: The budget of messages.
         clock: The time in seconds since the epoch.
 
@@ -119,8 +141,8 @@ class Session:
         "_channels",
         "_clock",
         "_connection_id",
-        "_knows_symbol",
         "_limits",
+        "_market",
         "_rate",
         "_tokens",
         "principal",
@@ -134,14 +156,14 @@ class Session:
         limits: Limits,
         connection_id: str,
         *,
-        knows_symbol: Callable[[str], bool],
+        market: Market,
         rate: MessageRate,
         clock: Callable[[], float],
     ) -> None:
         self._channels = channels
         self._limits = limits
         self._connection_id = connection_id
-        self._knows_symbol = knows_symbol
+        self._market = market
         self._rate = rate
         self._clock = clock
         self._bad = 0  # bad messages in a row
@@ -198,6 +220,8 @@ class Session:
                 return [self._subscribe(request_id, args, self.principal.user)]
             case messages.UnsubscribeRequest(args=args):
                 return [self._unsubscribe(request_id, args, self.principal.user)]
+            case messages.SymbolsRequest():
+                return [Reply(self._symbols(request_id, request))]
             case messages.ListRequest():
                 names = sorted(topic.channel for topic in self.topics)
                 return [Reply(messages.ListReply(messages.reply_id(request_id), True, names))]
@@ -295,7 +319,10 @@ class Session:
             name = messages.item_channel(raw)
             try:
                 item = messages.decode_item(raw)
-                topic = self._resolve(item.channel, user)
+                topic = self._channels.resolve(item.channel, user)
+                symbol = symbol_of(topic.channel)
+                if symbol is not None and not self._market.knows(symbol):
+                    raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
                 max_hz = None if item.max_hz is None else float(item.max_hz)
                 told_hz = UNSET if item.max_hz is None else item.max_hz
                 result = ItemResult(topic.channel, True, max_hz=told_hz)
@@ -308,6 +335,8 @@ class Session:
                         f"a connection has {self._limits.subscriptions} subscriptions at most",
                     )
                 else:
+                    if symbol is not None:
+                        self._market.admit(user, symbol)
                     self.topics[topic] = None
                     wanted.append(Wanted(topic, max_hz, item.since, result))
                 results.append(result)
@@ -332,12 +361,18 @@ class Session:
                 results.append(_failed(name, error))
         return Unsubscribe(_items_reply("unsubscribe", request_id, results), tuple(ended))
 
-    def _resolve(self, name: str, user: str) -> Topic:
-        topic = self._channels.resolve(name, user)
-        symbol = symbol_of(topic.channel)
-        if symbol is not None and not self._knows_symbol(symbol):
-            raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
-        return topic
+    def _symbols(self, request_id: Id, request: messages.SymbolsRequest) -> messages.SymbolsReply:
+        """Find symbols by a part of their names; those that begin with it come first."""
+        known, are_all = self._market.symbols()
+        # As symbols are spelled, but it may begin or end with a blank.
+        part = unicodedata.normalize("NFC", request.like or "").translate(ASCII_UPPER)
+        found = sorted(
+            (symbol for symbol in known if part in symbol),
+            key=lambda symbol: (not symbol.startswith(part), symbol),
+        )
+        limit = messages.SYMBOLS if request.limit is None else request.limit
+        more = len(found) > limit or not are_all
+        return messages.SymbolsReply(messages.reply_id(request_id), True, found[:limit], more)
 
 
 def _cost(request: messages.Request) -> int:

@@ -88,10 +88,12 @@ def _check_market(settings: Settings) -> None:
             f"market.tape and market.feed = {market.feed!r} are both set: keep the one to take "
             "tickers from"
         )
-    if market.url is not None and market.feed not in ("binance", "bybit"):
-        raise ConfigurationError(
-            "market.url is set without an exchange: set market.feed to binance or bybit"
-        )
+    for name in ("url", "rest_url"):
+        if getattr(market, name) is not None and market.feed not in ("binance", "bybit", "okx"):
+            raise ConfigurationError(
+                f"market.{name} is set without an exchange: set market.feed to binance, bybit or "
+                "okx"
+            )
 
     # The exchange of ccxt, which may have accounts, tickers or both.
     has_keys = ccxt.credentials_file is not None or ccxt.credentials is not None

@@ -42,17 +42,30 @@ _object_name = optional(text("give module:attribute, as in shop.push:fetch", is_
 class Market:
     """Where tickers come from: the simulation, a recorded tape, or an exchange."""
 
-    feed: Literal["simulated", "binance", "bybit", "ccxt"] = setting(
+    feed: Literal["simulated", "binance", "bybit", "okx", "ccxt"] = setting(
         "simulated",
-        one_of("simulated", "binance", "bybit", "ccxt"),
-        "Where tickers come from: `simulated` (or the tape below), `binance`, `bybit`, or `ccxt` "
-        "for the exchange of that section.",
+        one_of("simulated", "binance", "bybit", "okx", "ccxt"),
+        "Where tickers come from: `simulated` (or the tape below), `binance`, `bybit`, `okx`, or "
+        "`ccxt` for the exchange of that section.",
     )
     url: str | None = setting(
         None,
         optional(text("give a URL that begins with wss:// or ws://", is_websocket_url)),
         "Another address of the exchange: a test network, or another category of Bybit.",
         example='"wss://stream.bybit.com/v5/public/linear"',
+    )
+    rest_url: str | None = setting(
+        None,
+        optional(text("give a URL that begins with https:// or http://", is_url)),
+        "Where the exchange lists its symbols, so that others are refused. By default the "
+        "exchange's own address; with another `url` and without this, symbols are taken as they "
+        "are asked for.",
+        example='"https://api.bybit.com"',
+    )
+    symbols: int = setting(
+        1000,
+        whole(1, 1_000_000),
+        "How many symbols are asked of the exchange at most; of one user, a quarter of them.",
     )
     seed: int = setting(1, whole(0), "The seed of the simulated market.")
     tape: Path | None = setting(

@@ -7,7 +7,7 @@ delay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from trading_push.models import Ticker
 __all__ = [
     "BatchSource",
     "ChangeSink",
+    "ListedFeed",
     "MarketSink",
     "SessionSource",
     "Source",
@@ -122,7 +123,10 @@ class MarketSink(Protocol):
     """What a feed reports to; synchronous, never blocks."""
 
     def update(self, tickers: Sequence[Ticker]) -> None:
-        """Publish the newest value of some symbols, which are live from now on."""
+        """Publish the newest value of some symbols, which are live from now on.
+
+        A symbol may be spelled in lower case. One that nobody can subscribe to is logged once.
+        """
         ...
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
@@ -131,7 +135,8 @@ class MarketSink(Protocol):
         The last values are kept, and are stale until the next `update` of their symbol.
 
         Args:
-            reason: A word for programs, such as `disconnected` or `source_timeout`.
+            reason: A word for programs, such as `disconnected` or `source_timeout`. `refused` says
+                that there is no such symbol (any more): it is down, not stale.
             symbols: Which symbols; None for all.
         """
         ...
@@ -163,4 +168,13 @@ class WatchedFeed(TickerFeed, Protocol):
 
     def unwatch(self, symbol: str) -> None:
         """End with a symbol, `polling.watch_linger_s` after its last watcher left; synchronous."""
+        ...
+
+
+@runtime_checkable
+class ListedFeed(TickerFeed, Protocol):
+    """A feed that can say which symbols there are."""
+
+    def symbols(self) -> Collection[str] | None:
+        """Return all symbols that clients can name; None where they are not known (yet)."""
         ...

@@ -7,6 +7,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -27,7 +28,7 @@ from trading_push.topics import Channels, Topic, symbol_of
 from trading_push.upstream.batcher import Batcher
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import Interest, SessionFactory
-from trading_push.upstream.market_feed import MarketFeed
+from trading_push.upstream.market_feed import MarketFeed, OpenMarket
 from trading_push.upstream.poller import Poller
 
 __all__ = ["Publish", "Upstream"]
@@ -51,6 +52,7 @@ class Upstream:
         publish: Publishes what a source tells by itself.
         fetch_context: Opened anew round each call of the source.
         user_session: The application's own session of a user.
+        watchers: The users who watch a symbol.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Upstream:
         publish: Publish,
         fetch_context: FetchContext,
         user_session: SessionFactory | None,
+        watchers: Callable[[str], Collection[str]],
     ) -> None:
         polling = settings.polling
         self.failures: Counter[str] = Counter()
@@ -92,9 +95,13 @@ class Upstream:
                 )
         self.feed: MarketFeed | None = None
         """The market feed, where there is one."""
+        self.market: MarketFeed | OpenMarket = OpenMarket()
+        """Which symbols there are."""
         if feed is not None:
             market = settings.market
-            self.feed = MarketFeed(feed, broker, market.max_hz, market.stale_after_s)
+            self.feed = self.market = MarketFeed(
+                feed, broker, market.max_hz, market.stale_after_s, market.symbols, watchers
+            )
         self.interest = Interest(
             polling.watch_linger_s,
             begin=self._begin,
@@ -126,6 +133,8 @@ class Upstream:
 
     def published(self, topic: Topic) -> None:
         """Somebody has published to a topic: forget it in time if the source can give it again."""
+        if (symbol := symbol_of(topic.channel)) is not None:
+            self.market.published(symbol)
         if topic.channel in self.pollers and not self.interest.holds(topic):
             self._idle_since[topic] = trio.current_time()
 

@@ -8,26 +8,55 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final
 
 import attrs
 import trio
 
 from trading_push import logs
-from trading_push.broker.base import Broker, Status
+from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import PayloadError
 from trading_push.models import Ticker
 from trading_push.protocol.payloads import encode_data
-from trading_push.sources.base import TickerFeed, WatchedFeed
+from trading_push.sources.base import ListedFeed, TickerFeed, WatchedFeed
 from trading_push.supervision import keep_running
 from trading_push.topics import SYMBOL_RULE, Topic, canonical_symbol, ticker_topic
+from trading_push.upstream.symbol_quota import SymbolQuota
 
-__all__ = ["MarketFeed"]
+__all__ = ["MarketFeed", "OpenMarket"]
 
 _UNUSABLE_LOGGED = 1000
 """Of how many symbols at most it is logged that they cannot be used."""
 _MARGIN = 1.03
 """Lengthens the period, so that uneven delivery brings no publication too many into a second."""
+
+
+_PUBLISHED: Final = 10_000
+"""Of how many symbols at most it is remembered that somebody has published them."""
+
+
+class OpenMarket:
+    """A market without a feed: any symbol may be subscribed, and its tickers are published."""
+
+    def __init__(self) -> None:
+        self._published: dict[str, None] = {}
+
+    def knows(self, symbol: str) -> bool:
+        """Whether a symbol may exist: any may."""
+        return True
+
+    def admit(self, user: str, symbol: str) -> None:
+        """Let a user subscribe to a symbol."""
+
+    def published(self, symbol: str) -> None:
+        """Remember that somebody has published a symbol's ticker."""
+        if len(self._published) < _PUBLISHED:
+            self._published[symbol] = None
+
+    def symbols(self) -> tuple[Collection[str], bool]:
+        """Return the symbols that were published; there may be others."""
+        return self._published, False
 
 
 class MarketFeed:
@@ -38,10 +67,18 @@ class MarketFeed:
         broker: Where they are published.
         max_hz: How often a second a symbol is published at most.
         stale_after_s: How long a symbol may go without an update before it is stale.
+        symbols: How many a feed that asks upstream for what is watched may be asked for.
+        watchers: The users who watch a symbol.
     """
 
     def __init__(
-        self, feed: TickerFeed, broker: Broker, max_hz: float, stale_after_s: float
+        self,
+        feed: TickerFeed,
+        broker: Broker,
+        max_hz: float,
+        stale_after_s: float,
+        symbols: int = 1000,
+        watchers: Callable[[str], Collection[str]] = lambda symbol: (),
     ) -> None:
         self.failures = 0
         """How often the feed has raised since the start."""
@@ -49,11 +86,14 @@ class MarketFeed:
         # The feed again, where it wants to be told what is watched; and what is.
         self._watched_feed = feed if isinstance(feed, WatchedFeed) else None
         self._watched: set[str] = set()
+        self._quota = SymbolQuota(symbols, watchers, self._watched.__contains__)
         self._broker = broker
         self._period_s = _MARGIN / max_hz
         self._stale_after_s = stale_after_s
         # The last ticker of each symbol, and which are still to be published.
         self._latest: dict[str, Ticker] = {}
+        # Every symbol that had one since the start.
+        self._seen: dict[str, None] = {}
         self._changed: dict[str, None] = {}
         # When each live symbol was last updated, on trio's clock, the oldest first.
         self._heard: dict[str, float] = {}
@@ -65,6 +105,29 @@ class MarketFeed:
         self._logged_unusable: set[str] = set()
         # Set when there is something to publish.
         self._wake = trio.Event()
+
+    def knows(self, symbol: str) -> bool:
+        """Whether a symbol may exist."""
+        return self._feed.knows(symbol)
+
+    def admit(self, user: str, symbol: str) -> None:
+        """Let a user subscribe to a symbol.
+
+        Raises:
+            RequestError: `too_many_subscriptions`, which may be retried.
+        """
+        if self._watched_feed is not None:
+            self._quota.admit(user, symbol)
+
+    def symbols(self) -> tuple[Collection[str], bool]:
+        """Return the symbols that are known, and whether those are all that there are."""
+        if isinstance(self._feed, ListedFeed) and (listed := self._feed.symbols()) is not None:
+            return listed, True
+        return self._seen, self._watched_feed is None
+
+    def published(self, symbol: str) -> None:
+        """Remember that somebody has published a symbol's ticker."""
+        self._seen[symbol] = None
 
     def watch(self, symbol: str) -> None:
         """Tell the feed that a symbol's first watcher has arrived."""
@@ -81,6 +144,7 @@ class MarketFeed:
         if self._watched_feed is None:
             return False
         self._watched.discard(symbol)
+        self._quota.release(symbol)
         self._tell_feed(self._watched_feed.unwatch, symbol)
         for kept in (self._changed, self._heard, self._newly_stale):
             kept.pop(symbol, None)
@@ -112,6 +176,7 @@ class MarketFeed:
             if self._watched_feed is not None and symbol not in self._watched:
                 continue  # it was under way when the symbol was unwatched
             self._latest[symbol] = ticker
+            self._seen[symbol] = None
             self._changed[symbol] = None
             self._heard.pop(symbol, None)
             self._heard[symbol] = now
@@ -119,12 +184,17 @@ class MarketFeed:
         self._wake.set()
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
-        """Mark symbols that stand still, after what is still to be published of them."""
+        """Mark symbols that stand still, after what is still to be published of them.
+
+        The reason `refused` says that there is no such symbol: it is down.
+        """
         given = list(self._latest) if symbols is None else map(canonical_symbol, symbols)
         for symbol in given:
             if symbol in self._latest:
                 self._newly_stale[symbol] = reason
                 self._heard.pop(symbol, None)
+            elif symbol in self._watched and reason == "refused":
+                self._broker.mark([ticker_topic(symbol)], Status("down", reason))
         self._wake.set()
 
     async def run(self) -> None:
@@ -187,7 +257,8 @@ class MarketFeed:
         self._broker.mark(unchanged, Status("live"))
         self._broker.publish(batch)
         for symbol, reason in self._newly_stale.items():
-            self._broker.mark([ticker_topic(symbol)], Status("stale", reason))
+            state: State = "down" if reason == "refused" else "stale"
+            self._broker.mark([ticker_topic(symbol)], Status(state, reason))
             if symbol not in self._logged_stale:
                 logs.emit(logs.line("symbol_stale", symbol=symbol))
         self._logged_stale.update(self._newly_stale)

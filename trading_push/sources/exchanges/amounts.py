@@ -23,6 +23,7 @@ __all__ = [
     "UNUSABLE",
     "Symbols",
     "epoch_ns",
+    "known_price",
     "number",
     "percentage",
     "price",
@@ -69,6 +70,11 @@ def price(text: str | int | None) -> Decimal:
     if not value:
         raise ValueError("a price is zero")
     return value
+
+
+def known_price(text: str | int | None) -> Decimal | None:
+    """Read a price; exchanges write zero where there is none, such as before the first trade."""
+    return number(text) or None
 
 
 def percentage(text: str) -> Decimal:

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import msgspec
 
-from trading_push.sources.exchanges.amounts import number, percentage, price
+from trading_push.sources.exchanges.amounts import known_price, number, percentage, price
 from trading_push.sources.exchanges.ticker_state import Kind
 
 __all__ = ["Frame", "Payload", "is_other_event", "values_of"]
@@ -57,7 +57,7 @@ def values_of(payload: Payload, stream: str = "") -> tuple[Kind, tuple[Decimal |
     """
     event = payload.event
     if event == "bookTicker" or (not event and payload.bid is not None):
-        return "quote", (number(payload.bid), number(payload.ask))
+        return "quote", (known_price(payload.bid), known_price(payload.ask))
     if event in ("trade", "aggTrade"):
         return "trade", (price(payload.price), number(payload.quantity))
     if event == "24hrTicker":
@@ -79,12 +79,13 @@ _EVENTS = ("bookTicker", "trade", "aggTrade", "24hrTicker")
 
 
 def _window(payload: Payload) -> tuple[Decimal | None, ...]:
-    last = price(payload.last)
+    last = known_price(payload.last)  # a pair without a trade yet has zeros
     window: tuple[Decimal | None, ...] = (None, None, None, None)
     if payload.open is not None:
-        window = tuple(map(number, (payload.open, payload.high, payload.low, payload.volume)))
-    percent = None if payload.percent is None else percentage(payload.percent)
+        prices = map(known_price, (payload.open, payload.high, payload.low))
+        window = (*prices, number(payload.volume))
+    percent = None if payload.percent is None or last is None else percentage(payload.percent)
     quote: tuple[Decimal | None, ...] = (None, None)
     if payload.bid is not None and payload.ask is not None:
-        quote = (number(payload.bid), number(payload.ask))
+        quote = (known_price(payload.bid), known_price(payload.ask))
     return (last, *window, percent, *quote)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol
 
 import attrs
@@ -14,34 +13,20 @@ from trading_push import logs
 from trading_push.errors import SourceError, innermost
 from trading_push.sources.exchanges.amounts import UNUSABLE, reason_of
 from trading_push.sources.exchanges.coalescer import TickerCoalescer
-from trading_push.sources.exchanges.dialect import ExchangeDialect, Reply, SymbolFrame
+from trading_push.sources.exchanges.dialect import (
+    ExchangeDialect,
+    GoingDown,
+    Reply,
+    SymbolFrame,
+)
 from trading_push.sources.exchanges.frame_counts import FrameCounter
+from trading_push.sources.exchanges.pacing import ConnectThrottle, RequestBudget
 from trading_push.transport.outbound import CONNECTION_ERRORS, OutboundWebSocket
 
-__all__ = ["ConnectThrottle", "ExchangeConnection", "FeedContext"]
+__all__ = ["ExchangeConnection", "FeedContext"]
 
 MESSAGE_BYTES: Final = 4 * 2**20
 BUFFERED_MESSAGES: Final = 256
-
-
-class ConnectThrottle:
-    """Keeps the connections of a feed apart, so that the exchange does not refuse them.
-
-    Args:
-        dialect: The exchange, which says how far apart.
-    """
-
-    def __init__(self, dialect: ExchangeDialect) -> None:
-        self._dialect = dialect
-        self._turn = trio.Lock()
-        self._connected_at = -float("inf")
-
-    async def wait_for_turn(self) -> None:
-        """Wait until another connection may be made."""
-        async with self._turn:
-            spacing_s = self._dialect.limits.connect_spacing_s
-            await trio.sleep_until(self._connected_at + spacing_s)
-            self._connected_at = trio.current_time()
 
 
 @attrs.frozen
@@ -73,6 +58,11 @@ class _Shard(Protocol):
         """The symbols that are wanted now."""
         ...
 
+    @property
+    def mute_s(self) -> float:
+        """How long a connection may bring nothing of its symbols."""
+        ...
+
     def merge(self, connection: ExchangeConnection, frame: SymbolFrame) -> bool:
         """Merge a frame that came over a connection; False where it is outdated."""
         ...
@@ -91,10 +81,17 @@ class _Shard(Protocol):
 
 
 class _Request(NamedTuple):
-    """A request that waits for its reply; of no symbols where it unsubscribes."""
+    """A request that waits for its replies.
 
-    symbols: Sequence[str]
+    Args:
+        symbols: The symbols that no reply has named yet; none where it unsubscribes.
+        sent_at: When it was sent, on trio's clock.
+        replies: How many replies are to come, where each names its symbol.
+    """
+
+    symbols: dict[str, None]
     sent_at: float
+    replies: int
 
 
 class ExchangeConnection:
@@ -122,16 +119,24 @@ class ExchangeConnection:
         self._wake = trio.Event()
         # The requests that wait for their replies, by id, the oldest first.
         self._requests: dict[int, _Request] = {}
-        # The halves of requests that were refused, which are to be sent again.
-        self._halves: deque[Sequence[str]] = deque()
+        # The parts of requests that were refused, which are to be sent again, the latest first:
+        # what somebody has just asked for is not to wait for what was refused before.
+        self._repeats: list[Sequence[str]] = []
+        # The symbols that were missing when the last request was written.
+        self._backlog: Set[str] = frozenset()
+        self._budget = RequestBudget(self._limits.requests_per_hour)
         # When a message, or a pong, last came, on trio's clock.
         self._heard_at = 0.0
+        # When a frame of a symbol last came, or another connection was last asked for.
+        self._data_at = 0.0
         self.subscribed: dict[str, None] = {}
         """The symbols that have been asked for."""
         self.carries: set[str] = set()
         """The symbols whose frames come over this connection."""
         self.settled = trio.Event()
         """Set when all that was asked for has been answered; and at the end."""
+        self.succession = trio.Event()
+        """Set when another connection should take over, and at the end; the shard renews it."""
         self.over = trio.Event()
         """Set at the end."""
         self.error: SourceError | None = None
@@ -158,6 +163,7 @@ class ExchangeConnection:
         finally:
             self.over.set()
             self.settled.set()
+            self.succession.set()
 
     async def _live(self) -> None:
         try:
@@ -167,9 +173,10 @@ class ExchangeConnection:
             self._shard.ended(self)  # before the polite close, which takes a while
 
     async def _talk(self, socket: trio_websocket.WebSocketConnection) -> None:
-        self._heard_at = trio.current_time()
+        self._heard_at = self._data_at = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_silence)
+            nursery.start_soon(self._watch_muteness)
             nursery.start_soon(self._speak, socket, nursery)
             while True:
                 message = await socket.get_message()
@@ -188,14 +195,34 @@ class ExchangeConnection:
         except UNUSABLE as error:
             frames.count_bad(reason_of(error))
             return
-        if isinstance(read, Reply):
-            self._handle_reply(read)
-        elif read is None or read.symbol not in self.subscribed:
-            frames.counts.unused += 1
-        elif self._shard.merge(self, read):
-            frames.counts.used += 1
+        match read:
+            case Reply():
+                self._handle_reply(read)
+            case GoingDown(reason=reason):
+                self._ask_for_another(reason)
+            case None:
+                frames.counts.unused += 1
+            case SymbolFrame():
+                self._handle_frame(read)
+            case _:
+                for frame in read:
+                    self._handle_frame(frame)
+
+    def _handle_frame(self, frame: SymbolFrame) -> None:
+        counts = self._context.frames.counts
+        if frame.symbol not in self.subscribed:
+            counts.unused += 1
+            return
+        self._data_at = trio.current_time()
+        if self._shard.merge(self, frame):
+            counts.used += 1
         else:
-            frames.counts.outdated += 1
+            counts.outdated += 1
+
+    def _ask_for_another(self, why: str) -> None:
+        logs.emit(logs.line("exchange_replaced", exchange=self._dialect.name, error=why))
+        self._data_at = trio.current_time()
+        self.succession.set()
 
     def _handle_reply(self, reply: Reply) -> None:
         """Handle a reply. A refusal may be about any symbol of its request: halves find which.
@@ -203,24 +230,48 @@ class ExchangeConnection:
         Raises:
             SourceError: What is refused here, another connection has.
         """
-        request = None if reply.id is None else self._requests.pop(reply.id, None)
         self._wake.set()
+        if reply.symbol is not None:
+            self._handle_reply_about(reply.symbol, reply)
+            return
+        request = None if reply.id is None else self._requests.pop(reply.id, None)
         if reply.error is None:
             return
         if request is None:
             self._context.frames.count_bad(reply.error)
         elif len(request.symbols) > 1:
-            half = len(request.symbols) // 2
-            self._halves += [request.symbols[:half], request.symbols[half:]]
+            symbols = list(request.symbols)
+            half = len(symbols) // 2
+            self._repeats += [symbols[half:], symbols[:half]]
         elif request.symbols and not reply.is_subscribed:
             [symbol] = request.symbols
-            if self._shard.is_carried_elsewhere(symbol, self):
-                # The exchange has it: this connection is the one that cannot take over.
-                raise SourceError(f"{symbol} was refused, which another connection has")
-            self.subscribed.pop(symbol, None)
-            self.carries.discard(symbol)
-            self._shard.forget([symbol])
-            self._context.refuse(symbol, reply.error)
+            self._refuse(symbol, reply.error)
+
+    def _handle_reply_about(self, symbol: str, reply: Reply) -> None:
+        """Handle a reply that names one symbol of its request; the others have theirs."""
+        request = None if reply.id is None else self._requests.get(reply.id)
+        if request is not None and reply.id is not None:
+            request.symbols.pop(symbol, None)
+            left = request.replies - 1
+            self._requests[reply.id] = request._replace(replies=left)
+            if reply.error is not None and request.symbols:
+                # It may be that nothing of the request has come about: the rest is asked again,
+                # which does no harm where it has.
+                self._repeats.append(list(request.symbols))
+                left = 0
+            if left <= 0:
+                del self._requests[reply.id]
+        if reply.error is not None and symbol in self.subscribed:
+            self._refuse(symbol, reply.error)
+
+    def _refuse(self, symbol: str, error: str) -> None:
+        if self._shard.is_carried_elsewhere(symbol, self):
+            # The exchange has it: this connection is the one that cannot take over.
+            raise SourceError(f"{symbol} was refused, which another connection has")
+        self.subscribed.pop(symbol, None)
+        self.carries.discard(symbol)
+        self._shard.forget([symbol])
+        self._context.refuse(symbol, error)
 
     async def _watch_silence(self) -> NoReturn:
         silence_s = self._limits.silence_s
@@ -232,6 +283,15 @@ class ExchangeConnection:
                 raise SourceError(f"nothing heard for {silence_s:g} s")
             await trio.sleep_until(since + silence_s)
 
+    async def _watch_muteness(self) -> NoReturn:
+        """Notice that nothing comes of the symbols, while pings are answered."""
+        while True:
+            mute_s = self._shard.mute_s
+            now = trio.current_time()
+            if self.subscribed and self.settled.is_set() and self._data_at + mute_s <= now:
+                self._ask_for_another(f"nothing of its symbols for {mute_s:g} s")
+            await trio.sleep_until(max(self._data_at, now - mute_s / 2) + mute_s)
+
     # --- what goes -----------------------------------------------------------------------------
 
     async def _speak(
@@ -240,7 +300,10 @@ class ExchangeConnection:
         """Send what has to be sent, one message at a time; without symbols, end the connection."""
         ping_at = trio.current_time() + self._limits.ping_s
         while self._shard.symbols:
-            if (request := self._next_request()) is not None:
+            ready_at = self._budget.ready_at()
+            is_ready = trio.current_time() >= ready_at
+            if is_ready and (request := self._next_request()) is not None:
+                self._budget.spend()
                 await socket.send_message(request)
             elif trio.current_time() >= ping_at:
                 ping_at = trio.current_time() + self._limits.ping_s
@@ -250,10 +313,10 @@ class ExchangeConnection:
                     nursery.start_soon(self._ping, socket)
             else:
                 # Nothing to send: wait until there is.
-                if not self._requests and not self.settled.is_set():
+                if is_ready and not self._requests and not self.settled.is_set():
                     self.settled.set()
                     self._log_connected()
-                with trio.move_on_at(ping_at):
+                with trio.move_on_at(ping_at if is_ready else min(ping_at, ready_at)):
                     await self._wake.wait()
                 self._wake = trio.Event()
                 continue
@@ -269,7 +332,7 @@ class ExchangeConnection:
         self._heard_at = trio.current_time()
 
     def _next_request(self) -> str | None:
-        """Write the next request: first what is no longer wanted, then what is missing."""
+        """Write the next request: what is no longer wanted, then what is missing, then repeats."""
         wanted, most = self._shard.symbols, self._limits.symbols_per_request
         gone = [symbol for symbol in self.subscribed if symbol not in wanted][:most]
         if gone:
@@ -278,20 +341,25 @@ class ExchangeConnection:
             self.carries.difference_update(gone)
             self._shard.forget(gone)
             return self._request("unsubscribe", gone)
-        while self._halves:
-            half = [symbol for symbol in self._halves.popleft() if symbol in self.subscribed]
-            if half:
-                return self._request("subscribe", half)
-        missing = [symbol for symbol in wanted if symbol not in self.subscribed][:most]
-        if not missing:
-            return None
-        self.subscribed.update(dict.fromkeys(missing))
-        return self._request("subscribe", missing)
+        missing = [symbol for symbol in wanted if symbol not in self.subscribed]
+        if missing:
+            # What has come since the last request goes first, the latest of it: one user's
+            # hundreds do not hold up another's one.
+            new = [symbol for symbol in missing if symbol not in self._backlog]
+            self._backlog = frozenset(missing)
+            asked = new[-most:] or missing[:most]
+            self.subscribed.update(dict.fromkeys(asked))
+            return self._request("subscribe", asked)
+        while self._repeats:
+            again = [symbol for symbol in self._repeats.pop() if symbol in self.subscribed]
+            if again:
+                return self._request("subscribe", again)
+        return None
 
     def _request(self, op: Literal["subscribe", "unsubscribe"], symbols: Sequence[str]) -> str:
         number = next(self._context.numbers)
-        awaited = symbols if op == "subscribe" else ()
-        self._requests[number] = _Request(awaited, trio.current_time())
+        awaited = dict.fromkeys(symbols if op == "subscribe" else ())
+        self._requests[number] = _Request(awaited, trio.current_time(), len(symbols))
         return self._dialect.request(op, symbols, number)
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from collections.abc import Sequence, Set
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import attrs
 
 from trading_push.models import Ticker
+from trading_push.sources.exchanges.rest import RestService
 from trading_push.transport.outbound import Address
 
-__all__ = ["ExchangeDialect", "ExchangeLimits", "Reply", "SymbolFrame", "SymbolState"]
+__all__ = [
+    "ExchangeDialect",
+    "ExchangeLimits",
+    "GoingDown",
+    "Read",
+    "Reply",
+    "SymbolFrame",
+    "SymbolState",
+]
 
 
 @attrs.frozen
@@ -22,11 +31,15 @@ class ExchangeLimits:
     Args:
         symbols_per_connection: How many one connection carries.
         symbols_per_request: How many one request names.
+        requests_per_hour: How many requests an hour one connection is sent; None where the spacing
+            says it all.
         spacing_s: Between two messages that we send on a connection.
         connect_spacing_s: Between two connections of the feed.
         ping_s: How often we ping.
         silence_s: How long a connection may stay silent, or a request unanswered, before the
             connection counts as lost; longer than `ping_s`.
+        mute_s: How long a connection may bring nothing of its symbols, although it answers, before
+            another one takes over. It doubles as long as nothing comes over the next one, either.
         lifetime_s: When a connection is replaced.
         connect_timeout_s: For the handshake.
         takeover_timeout_s: How long a new connection may take until all of its subscriptions are
@@ -39,10 +52,12 @@ class ExchangeLimits:
 
     symbols_per_connection: int
     symbols_per_request: int
+    requests_per_hour: int | None = None
     spacing_s: float = 1 / 3
     connect_spacing_s: float = 1.05
     ping_s: float = 20
     silence_s: float = 30
+    mute_s: float = 60
     lifetime_s: float = 23.5 * 3600
     connect_timeout_s: float = 10
     takeover_timeout_s: float = 30
@@ -58,12 +73,24 @@ class Reply(NamedTuple):
     Args:
         id: Of which request; None where it names none.
         error: Why the request failed, if it did.
+        symbol: Which of the request's symbols it is about; None where it is about all.
         is_subscribed: Whether it failed because something that it names is subscribed already.
     """
 
     id: int | None
     error: str | None = None
+    symbol: str | None = None
     is_subscribed: bool = False
+
+
+class GoingDown(NamedTuple):
+    """The exchange says that it will end the connection soon.
+
+    Args:
+        reason: What it says, for the log.
+    """
+
+    reason: str
 
 
 class SymbolFrame(NamedTuple):
@@ -71,6 +98,10 @@ class SymbolFrame(NamedTuple):
 
     symbol: str
     event: Any
+
+
+Read: TypeAlias = SymbolFrame | Sequence[SymbolFrame] | Reply | GoingDown | None
+"""What a message may be: None for one that is well-formed, but of no use here."""
 
 
 class SymbolState(Protocol):
@@ -99,7 +130,7 @@ class ExchangeDialect(ABC):
     name: ClassVar[str]
     """The exchange's name in the log."""
     symbol_pattern: ClassVar[re.Pattern[str]]
-    """What a symbol of the exchange looks like."""
+    """What a symbol of the exchange looks like, as far as characters tell."""
 
     def __init__(self, url: str, limits: ExchangeLimits) -> None:
         self.limits = limits
@@ -118,11 +149,19 @@ class ExchangeDialect(ABC):
         """Write a ping; None where the exchange wants a ping frame of WebSocket."""
 
     @abstractmethod
-    def read(self, message: str) -> SymbolFrame | Reply | None:
-        """Read a message; None where it is well-formed, but of no use here.
+    def read(self, message: str) -> Read:
+        """Read a message.
 
         Raises:
             One of UNUSABLE: It cannot be read.
+        """
+
+    @abstractmethod
+    async def load_symbols(self, service: RestService) -> Set[str]:
+        """Read the list of the symbols that the exchange has.
+
+        Raises:
+            SourceError: It cannot be read, or is not whole.
         """
 
     @abstractmethod

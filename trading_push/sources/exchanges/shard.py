@@ -14,6 +14,8 @@ from trading_push.supervision import keep_running
 
 __all__ = ["Shard"]
 
+_LONGEST_MUTE_S = 3600.0
+
 
 class Shard:
     """Keeps some symbols subscribed, and merges what is said of each.
@@ -28,6 +30,8 @@ class Shard:
         self._states: dict[str, SymbolState] = {}
         # Set when a symbol is watched or unwatched.
         self._wake = trio.Event()
+        # How many connections in a row have brought nothing for so long that another one came.
+        self._mutes = 0
         self.symbols: dict[str, None] = {}
         """The symbols that are watched."""
         self.connections: list[ExchangeConnection] = []
@@ -42,6 +46,11 @@ class Shard:
         """Unsubscribe a symbol as soon as it can be."""
         self.symbols.pop(symbol, None)
         self._wake_all()
+
+    @property
+    def mute_s(self) -> float:
+        """How long a connection may bring nothing; the longer, the more have brought nothing."""
+        return min(self._context.dialect.limits.mute_s * 2.0**self._mutes, _LONGEST_MUTE_S)
 
     def _wake_all(self) -> None:
         self._wake.set()
@@ -82,10 +91,12 @@ class Shard:
             renew_at = trio.current_time() + limits.lifetime_s
             while True:
                 with trio.move_on_at(renew_at):
-                    await current.over.wait()
+                    await current.succession.wait()
                 if current.over.is_set():
                     break
-                # Its lifetime is over: a fresh one is to take over.
+                # Its lifetime is over, or it says so itself: a fresh one is to take over.
+                current.succession = trio.Event()
+                self._mutes = min(self._mutes + 1, 16)  # until a frame comes
                 fresh = self._connect(nursery)
                 with trio.move_on_after(limits.takeover_timeout_s):
                     await fresh.settled.wait()
@@ -132,6 +143,7 @@ class Shard:
         if not state.apply(frame.event):
             return False
         self._states[symbol] = state
+        self._mutes = 0
         connection.carries.add(symbol)
         if symbol in self.symbols:
             self._context.tickers.add(symbol, state)

@@ -13,12 +13,18 @@
 5. Before the exchange ends a connection of its own accord another one takes over, a moment after
    all of its subscriptions have been acknowledged. While there are two, each frame is merged once:
    an older one never overwrites a newer.
-6. What cannot be read is counted, and logged once a minute at most.
+6. What the exchange does not have, by its list of symbols, is never asked for. Without a list,
+   what nobody has asked for yet goes before what was refused.
+7. A connection that answers, and brings nothing of its symbols for `mute_s`, is replaced like one
+   whose time is over, and so is one that the exchange says it will end.
+8. What cannot be read is counted, and logged once a minute at most.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
 
 import attrs
 import trio
@@ -26,10 +32,13 @@ import trio
 from trading_push import logs
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.coalescer import TickerCoalescer
-from trading_push.sources.exchanges.connection import ConnectThrottle, FeedContext
+from trading_push.sources.exchanges.connection import FeedContext
 from trading_push.sources.exchanges.dialect import ExchangeDialect, ExchangeLimits
 from trading_push.sources.exchanges.frame_counts import FrameCounter, FrameCounts
+from trading_push.sources.exchanges.pacing import ConnectThrottle
+from trading_push.sources.exchanges.rest import RestService
 from trading_push.sources.exchanges.shard import Shard
+from trading_push.sources.exchanges.symbol_list import SymbolList
 
 __all__ = ["ExchangeFeed"]
 
@@ -40,13 +49,18 @@ class ExchangeFeed(ExchangeDialect):
     Args:
         url: Where to connect, `wss://` or `ws://`.
         limits: What is allowed there.
+        rest_url: Where its list of symbols is read; None to take them as they are asked for.
 
     Raises:
-        ConfigurationError: The URL is not one of a WebSocket.
+        ConfigurationError: A URL is not one of a WebSocket, or of a REST service.
     """
 
-    def __init__(self, url: str, limits: ExchangeLimits) -> None:
+    def __init__(self, url: str, limits: ExchangeLimits, rest_url: str | None) -> None:
         super().__init__(url, limits)
+        self._list: SymbolList | None = None
+        if rest_url is not None:
+            load = partial(self.load_symbols, RestService(rest_url))
+            self._list = SymbolList(self.name, load, self._refuse_unknown)
         self._tickers = TickerCoalescer()
         self._frames = FrameCounter(self.name)
         self._context = FeedContext(
@@ -64,12 +78,21 @@ class ExchangeFeed(ExchangeDialect):
         self._nursery: trio.Nursery | None = None
 
     def knows(self, symbol: str) -> bool:
-        """Whether the exchange may have `symbol`, by its characters."""
-        return self.symbol_pattern.fullmatch(symbol) is not None
+        """Whether the exchange has `symbol`: by its list, before that by the characters."""
+        if self.symbol_pattern.fullmatch(symbol) is None:
+            return False
+        return self._list is None or self._list.may_have(symbol)
+
+    def symbols(self) -> Sequence[str] | None:
+        """Return all symbols of the exchange, sorted; None where they are not known (yet)."""
+        return None if self._list is None else self._list.sorted()
 
     def watch(self, symbol: str) -> None:
         """Subscribe a symbol as soon as the feed runs; one that was refused is tried again."""
-        if symbol in self._shard_of or not self.knows(symbol):
+        if symbol in self._shard_of:
+            return
+        if not self.knows(symbol):  # the list has come since it was subscribed
+            self._tickers.mark_stale("refused", [symbol])
             return
         for shard in self._shards:
             if len(shard.symbols) < self.limits.symbols_per_connection:
@@ -101,6 +124,8 @@ class ExchangeFeed(ExchangeDialect):
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                if self._list is not None:
+                    nursery.start_soon(self._list.run)
                 for shard in self._shards:
                     nursery.start_soon(shard.run)
                 await self._tickers.run()
@@ -111,6 +136,18 @@ class ExchangeFeed(ExchangeDialect):
     def statistics(self) -> FrameCounts:
         """Return what became of the frames until now; synchronous."""
         return attrs.evolve(self._frames.counts)
+
+    def _refuse_unknown(self) -> None:
+        """Take leave of what the exchange turns out not to have."""
+        unknown = sorted(symbol for symbol in self._shard_of if not self.knows(symbol))
+        if unknown:
+            words = ", ".join(unknown)
+            logs.emit(
+                logs.line("exchange_unknown", exchange=self.name, count=len(unknown), symbols=words)
+            )
+            self._tickers.mark_stale("refused", unknown)
+            for symbol in unknown:
+                self.unwatch(symbol)
 
     def _refuse(self, symbol: str, error: str) -> None:
         """Log a symbol that the exchange does not have, and treat it as unwatched."""

@@ -43,6 +43,9 @@ class TickerState:
     """One symbol as its events have shown it until now."""
 
     symbol: str
+    has_own_window: bool = True
+    """Whether trades make a window while the exchange has given none: that of a tape begins with
+    it. A live one would be false, because the 24 hours before the first trade are not known."""
     source_ms: int = 0
     """The latest time of a source, in ms since the epoch; 0 where none gave one."""
     last: Decimal | None = None
@@ -55,7 +58,7 @@ class TickerState:
     stated_pct: Decimal | None = None
     """The change in percent as the exchange gave it, until a later trade."""
     rolling: bool = False
-    """Whether the exchange itself gives the window (24hrTicker); trades add no volume then."""
+    """Whether the exchange itself has given the window (24hrTicker); trades add no volume then."""
 
     def apply(self, event: Event) -> None:
         """Merge an event; events are to be applied in their order."""
@@ -69,7 +72,7 @@ class TickerState:
             assert price is not None
             assert quantity is not None
             self._trade(price, price, price, price)
-            if not self.rolling:
+            if self.has_own_window and not self.rolling:
                 self.volume = quantity if self.volume is None else _add(self.volume, quantity)
         elif event.kind == "kline":
             open_, high, low, close, volume = values
@@ -83,7 +86,7 @@ class TickerState:
         else:
             last, open_, high, low, volume, pct, bid, ask = values
             self.last = last
-            if open_ is not None:
+            if volume is not None:
                 self.rolling = True
                 self.open, self.high, self.low, self.volume = open_, high, low, volume
             self.stated_pct = pct
@@ -92,6 +95,8 @@ class TickerState:
 
     def _trade(self, open_: Decimal, high: Decimal, low: Decimal, last: Decimal) -> None:
         self.last, self.stated_pct = last, None
+        if not (self.has_own_window or self.rolling):
+            return
         if self.open is None:
             self.open = open_
         if self.high is None or high > self.high:
