@@ -59,14 +59,14 @@ async def test_a_poller_that_raises_is_started_again_and_asks_everybody(autojump
         assert (await here.push())["data"] == [1]
         [poller] = [each for name, each in service._upstream.pollers.items() if name == "pnl"]
         broken = [ValueError("a mistake of ours")]
-        original = poller._due
+        original = poller._schedule.take_due
 
         def due() -> list[str]:
             if broken:
                 raise broken.pop()
             return original()
 
-        poller._due = due
+        poller._schedule.take_due = due
         source.values["4", "pnl"] = [2]
         assert (await here.push())["data"] == [2]
         assert service.statistics().failures == {"pnl poller": 1}

@@ -1,5 +1,7 @@
 """Restart a part of the service that fails: report what it raised, wait, and run it again.
 
+An application's function that asks to end the process (`sys.exit`) has failed like any other.
+
 The loop is written here, without a library: retry libraries have a switch for the whole process,
 which an application's tests turn off. The first error would then end the part, and the service.
 """
@@ -7,17 +9,42 @@ which an application's tests turn off. The first error would then end the part, 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import trio
 
-__all__ = ["back_off", "keep_running"]
+__all__ = ["ExitAsked", "back_off", "exits_are_errors", "keep_running"]
 
 _FIRST_PAUSE_S: Final = 1.0
 _LAST_PAUSE_S: Final = 60.0
 
 _Error = TypeVar("_Error", bound=Exception)
+
+
+class ExitAsked(RuntimeError):
+    """An application's function has asked to end the process, which is not its to end."""
+
+    def __init__(self) -> None:
+        super().__init__("it asked to end the process (sys.exit): return, or raise an error")
+
+
+@contextmanager
+def exits_are_errors() -> Iterator[None]:
+    """Run code of an application's; a SystemExit that it raises is an ExitAsked.
+
+    Cancellation passes through it.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise ExitAsked from error
+    except BaseExceptionGroup as group:
+        if group.subgroup(SystemExit) is None:
+            raise
+        cancelled, _ = group.split(trio.Cancelled)
+        raise (ExitAsked() if cancelled is None else cancelled) from group
 
 
 def back_off(failures: int, first_s: float, last_s: float) -> float:
@@ -69,7 +96,8 @@ async def _run(
     run: Callable[[], Awaitable[None]], on: type[_Error], failed: Callable[[_Error, float], None]
 ) -> None:
     try:
-        await run()
+        with exits_are_errors():
+            await run()
     except BaseExceptionGroup as group:
         # A cancelled nursery may raise other exceptions beside Cancelled. The scope that was
         # cancelled must see nothing else, or it would raise the rest where it is not expected.

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from harness.room import lines
 from harness.sources import serving
 from harness.support import until
 
-from trading_push import SourceError
+from trading_push import Principal, SourceError, open_push_service
+from trading_push.connections.connection import Connection
 from trading_push.settings.schema import Intervals, Limits, Polling, Settings
+from trading_push.testing import MemoryTransport
 
 SETTINGS = Settings(
     intervals=Intervals(pnl=10, balance=10),
@@ -350,6 +353,69 @@ async def test_a_function_that_ends_the_process_has_failed(autojump_clock, caplo
         assert (await good.next())[0]["data"] == 1
         assert (await bad.next())[0]["reason"] == "source_error"
     assert any("end the process" in line for line in lines(caplog))
+
+
+async def test_nothing_else_of_an_application_ends_the_process(autojump_clock, caplog):
+    """Neither its feed, its streams, its sessions, its check of tokens nor its hooks."""
+
+    async def authenticate(token: str) -> Any:
+        if token == "exit":
+            sys.exit(1)
+        await trio.lowlevel.checkpoint()
+        return Principal(token)
+
+    @asynccontextmanager
+    async def session(user: str) -> Any:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            if user == "5":
+                sys.exit(1)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def ticks(user: str) -> Any:
+        yield 1
+        sys.exit(1)
+
+    class Feed:
+        def knows(self, symbol: str) -> bool:
+            return True
+
+        async def run(self, sink: Any) -> None:
+            await trio.sleep(1)
+            sys.exit(1)
+
+    def leave(*_: Any) -> None:
+        sys.exit(1)
+
+    async with (
+        trio.open_nursery() as nursery,
+        open_push_service(
+            Many(),
+            feed=Feed(),
+            user_session=session,
+            on_leave=leave,
+            authenticate=authenticate,
+            settings=SETTINGS,
+        ) as service,
+    ):
+        service.add_stream("ticks", ticks)
+
+        async def come(name: str) -> MemoryTransport:
+            transport = MemoryTransport()
+            nursery.start_soon(
+                Connection(service.context, transport, service.context.seats.take()).run
+            )
+            transport.say("auth", token=name)
+            transport.say("subscribe", args=["pnl", "ticks", "ticker.BTCUSDT"])
+            await trio.sleep(5)
+            return transport
+
+        await come("exit")
+        await come("5")
+        (await come("4")).leave()
+        peer = await come("6")
+        assert any("data" in push for push in peer.sent)
 
 
 async def test_an_async_function_behind_a_plain_decorator_is_awaited():

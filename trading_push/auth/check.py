@@ -12,6 +12,7 @@ from trading_push import logs
 from trading_push.auth.principal import Authenticate, Principal
 from trading_push.auth.revocation import RevokedTokens
 from trading_push.errors import SourceError
+from trading_push.supervision import exits_are_errors
 
 __all__ = ["TokenCheck"]
 
@@ -44,9 +45,10 @@ class TokenCheck:
             Exception: A mistake of the application's.
         """
         try:
-            principal = self._authenticate(token)
-            if inspect.isawaitable(principal):
-                principal = await principal
+            with exits_are_errors():
+                principal = self._authenticate(token)
+                if inspect.isawaitable(principal):
+                    principal = await principal
         except SourceError as error:
             if trio.current_time() - self._told_unavailable_at >= _REPEAT_S:
                 self._told_unavailable_at = trio.current_time()

@@ -24,6 +24,7 @@ from trading_push.connections.members import Departure, Ledger, Member
 from trading_push.connections.subscription import Subscription
 from trading_push.errors import ServiceClosed
 from trading_push.logs.lines import Line, line
+from trading_push.supervision import exits_are_errors
 from trading_push.topics import Channels, Topic
 
 __all__ = ["Registry"]
@@ -259,11 +260,13 @@ class Registry:
         subscriptions = list(member.subscriptions.values())
         for subscription in subscriptions:
             try:
-                self._remove(member, subscription)
+                with exits_are_errors():
+                    self._remove(member, subscription)
             except Exception as error:  # the hook of a room that starts and stops on watchers
                 errors.append(error)
         try:
-            self._on_leave(member)
+            with exits_are_errors():
+                self._on_leave(member)
         except Exception as error:  # an application's own code: the unit stays whole
             errors.append(error)
         self.cleanup_failures += len(errors)

@@ -24,18 +24,15 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from typing import Any, Final
+from typing import Any
 
 import trio
 
 from trading_push.errors import SourceError
 from trading_push.sources.base import Source
+from trading_push.supervision import ExitAsked, exits_are_errors
 
 __all__ = ["FetchContext", "Fetcher", "StillRunning"]
-
-_EXITED: Final = (
-    "the source's function has asked to end the process: it must return, or raise an error"
-)
 
 FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 """Makes the context manager that is open around one call of the source."""
@@ -125,27 +122,22 @@ class Fetcher:
         asked = users if self._takes_many else users[0]
         in_thread = False  # from then on the thread gives the slot back
         try:
-            context: Any = self._context()
-            if self._is_async:
-                async with _entered(context):
-                    with trio.fail_after(self._timeout_s):
-                        answer = await _awaited(self._function(asked, self._data_type))
-            elif hasattr(context, "__aenter__"):
-                async with context:
+            with exits_are_errors():
+                context: Any = self._context()
+                if self._is_async:
+                    async with _entered(context):
+                        with trio.fail_after(self._timeout_s):
+                            answer = await _awaited(self._function(asked, self._data_type))
+                elif hasattr(context, "__aenter__"):
+                    async with context:
+                        in_thread = True
+                        answer = await self._call_in_thread(slot, ended, nullcontext(), asked)
+                else:
                     in_thread = True
-                    answer = await self._call_in_thread(slot, ended, nullcontext(), asked)
-            else:
-                in_thread = True
-                answer = await self._call_in_thread(slot, ended, context, asked)
-            if inspect.isawaitable(answer):
-                with trio.fail_after(self._timeout_s):
-                    answer = await answer
-        except SystemExit:
-            raise SourceError(_EXITED) from None
-        except BaseExceptionGroup as group:  # of the application's own nursery
-            if group.subgroup(SystemExit) is not None:
-                raise SourceError(_EXITED) from None
-            raise
+                    answer = await self._call_in_thread(slot, ended, context, asked)
+                if inspect.isawaitable(answer):
+                    with trio.fail_after(self._timeout_s):
+                        answer = await answer
         finally:
             if not in_thread:
                 self._slots.release_on_behalf_of(slot)
@@ -180,8 +172,8 @@ class Fetcher:
                     return (self._function(asked, self._data_type),)
             except Exception:
                 raise
-            except BaseException:  # in a thread, only what the function itself has raised
-                raise SourceError(_EXITED) from None
+            except BaseException as error:  # in a thread, only what the function has raised
+                raise ExitAsked from error
             finally:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(finish)

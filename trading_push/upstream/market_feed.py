@@ -20,7 +20,7 @@ from trading_push.errors import PayloadError
 from trading_push.models import Ticker
 from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import ListedFeed, TickerFeed, WatchedFeed
-from trading_push.supervision import keep_running
+from trading_push.supervision import exits_are_errors, keep_running
 from trading_push.topics import SYMBOL_RULE, Topic, canonical_symbol, ticker_topic
 from trading_push.upstream.symbol_quota import SymbolQuota
 
@@ -155,7 +155,8 @@ class MarketFeed:
 
     def _tell_feed(self, tell: Callable[[str], None], symbol: str) -> None:
         try:
-            tell(symbol)
+            with exits_are_errors():
+                tell(symbol)
         except Exception as error:  # the application's own code must not end anything else
             self.failures += 1
             logs.emit(logs.traced("feed_failed_at", error, symbol=symbol))
