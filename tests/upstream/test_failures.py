@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -449,3 +450,41 @@ async def test_a_coroutine_function_that_returns_a_plain_value_is_used():
     async with serving(Marked()) as (_, join):
         peer = await join("4", "pnl")
         assert (await peer.next())[0]["data"] == ["4"]
+
+
+async def test_one_bad_user_in_a_hundred_costs_the_others_nothing(autojump_clock, caplog):
+    """As of a database with three threads for a data type and a time-out of a second."""
+
+    class Database(Many):
+        threads = trio.CapacityLimiter(3)
+
+        async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any]:
+            async with self.threads:
+                await trio.sleep(0.01)
+                return await super().fetch_many(user_ids, data_type)
+
+    source = Database()
+    polling = Polling(fetch_batch=100)
+    async with serving(source, settings=Settings(intervals=Intervals(pnl=10), polling=polling)) as (
+        _,
+        join,
+    ):
+        for user in map(str, range(2000)):
+            await join(user, "pnl")
+        await trio.sleep(40)
+        source.calls.clear()
+        await trio.sleep(100)
+        clean_calls = len(source.calls)
+        bad = [str(user) for user in range(0, 2000, 100)]
+        source.slow_s = 1.0
+        source.bad.update(dict.fromkeys(bad, TimeoutError("canceling statement due to timeout")))
+        caplog.clear()
+        await trio.sleep(60)
+        source.calls.clear()
+        source.answered.clear()
+        await trio.sleep(200)
+        assert len(source.calls) <= 1.2 * 2 * clean_calls
+        assert len(source.answered) == 2000 - len(bad)
+        for user, times in source.answered.items():
+            assert all(8 <= b - a <= 12 for a, b in pairwise(times)), user
+    assert len([line for line in lines(caplog) if "失败" in line]) <= 5

@@ -22,6 +22,7 @@ from harness.support import hypercorn_serving, trio_client, until
 from trading_push import JwtAuthenticator, SourceError, open_push_service
 from trading_push.protocol.frames import payload_of, split
 from trading_push.settings.schema import Auth, Intervals, Limits, Polling, Settings
+from trading_push.sources.base import NO_VALUE
 from trading_push.testing import MemoryTransport
 
 
@@ -235,6 +236,40 @@ async def test_none_pushes_nothing_and_leaves_the_last_value(autojump_clock):
         assert peer.sent == []
         second = await join("4", "pnl")
         assert (await second.next())[0]["data"] == 7
+
+
+async def test_a_value_that_is_gone_is_not_shown_to_who_comes_later(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = 7
+    async with serving(source) as (_, join):
+        peer = await join("4", "pnl")
+        [before] = await peer.next()
+        source.values["4", "pnl"] = NO_VALUE
+        await trio.sleep(5)
+        assert [(push["state"], push["reason"]) for push in peer.sent] == [("down", "no_data")]
+        second = await join("4", {"channel": "pnl", "since": {"epoch": before["epoch"], "seq": 1}})
+        [status] = await second.next()
+        assert (status["type"], status["state"], status["reason"]) == ("status", "down", "no_data")
+        peer.sent.clear()
+        source.values["4", "pnl"] = 8
+        await trio.sleep(2)
+        for each in (peer, second):
+            told = {push["type"]: push for push in each.sent}
+            assert told["status"]["state"] == "live"
+            assert [push["data"] for push in each.sent if "data" in push] == [8]
+        # It goes on without a gap.
+        update = peer.sent[-1]
+        assert update["type"] == "snapshot" or update["prev"] == before["seq"]
+
+
+async def test_no_value_leaves_what_the_application_has_published(autojump_clock):
+    source = Table()
+    source.values["4", "pnl"] = NO_VALUE
+    async with serving(source) as (service, join):
+        await service.publish("pnl", 5, "4")
+        peer = await join("4", "pnl")
+        await trio.sleep(5)
+        assert [push["data"] for push in peer.sent] == [5]
 
 
 async def test_where_there_is_no_value_yet_the_status_says_so(autojump_clock):

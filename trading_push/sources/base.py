@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 from trading_push.models import Ticker
 
 __all__ = [
+    "NO_VALUE",
     "BatchSource",
     "ChangeSink",
     "ListedFeed",
@@ -24,6 +25,15 @@ __all__ = [
     "WatchedFeed",
     "WatchingSource",
 ]
+
+
+class _NoValue:
+    def __repr__(self) -> str:
+        return "NO_VALUE"
+
+
+NO_VALUE: Final = _NoValue()
+"""What a source returns for a user who has no value, and none any more: the last one is dropped."""
 
 
 class Source(Protocol):
@@ -37,7 +47,8 @@ class Source(Protocol):
         """Return the current value, as an object that msgspec can encode, or as `msgspec.Raw` JSON.
 
         Returns:
-            None where there is nothing to say; the last value stands then.
+            None where there is nothing to say; the last value stands then. `NO_VALUE` where there
+            is none, nor the last one any more.
 
         Raises:
             SourceError: Its `retryable` says whether the next poll may succeed.
@@ -56,10 +67,12 @@ class BatchSource(Source, Protocol):
     async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Any | None]:
         """Return the current values by user id; a user left out, or None, keeps the last value.
 
+        An exception in place of a value is a failure for that user alone.
+
         Raises:
-            SourceError: Where it is not `retryable`, one of the users has what cannot be given.
-                They are asked for in smaller batches then, so that the others get their values.
-            Exception: Anything else is a failure for all of them until the next poll.
+            SourceError: Its `pause_s` is heeded: for these users, or for `everyone`.
+            Exception: The call has failed. The users are asked for in smaller batches then, to find
+                out for whom, unless the source answers for nobody.
         """
         ...
 

@@ -29,7 +29,7 @@ from trading_push.errors import SourceError
 from trading_push.logs.lines import failure
 from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Polling
-from trading_push.sources.base import Source
+from trading_push.sources.base import NO_VALUE, Source
 from trading_push.topics import Topic
 from trading_push.upstream.batcher import Batcher
 from trading_push.upstream.failure_log import FailureLog
@@ -414,7 +414,7 @@ class Poller:
         try:
             if isinstance(answer, Exception):
                 raise answer
-            data = None if answer is None else encode_data(answer)
+            data = None if answer is None or answer is NO_VALUE else encode_data(answer)
         except Exception as error:
             self._new_failures.append((user, error))
             return None
@@ -423,6 +423,14 @@ class Poller:
             self._recovered(user)
         last = self._broker.snapshot(topic)
         given = self._given.get(user)
+        if answer is NO_VALUE:
+            if given is None:
+                return None if last is None else topic  # what the application has published
+            # Who comes now begins without a value; the next one has another epoch.
+            del self._given[user]
+            self._broker.mark([topic], Status("down", "no_data"))
+            self._broker.forget(topic)
+            return None
         if data is not None:
             self._given[user] = data
             # What the application published stands until the source itself says something new.
