@@ -143,7 +143,7 @@ def _database(url: str, database: Database) -> SqlSource:
 
 
 def _options(database: Database) -> dict[str, Any]:
-    names = ("threads", "statement_timeout_s", "user_id", "time_zone")
+    names = ("threads", "statement_timeout_s", "user_id", "time_zone", "value_bytes")
     return {name: getattr(database, name) for name in names}
 
 

@@ -6,6 +6,7 @@ import codecs
 import difflib
 import logging
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ _OTHER_VARIABLES: Final = (
     ENVIRONMENT_PREFIX + "TOKEN",
     ENVIRONMENT_PREFIX + "UNGUARDED",
 )
+
+# The URL of an SQLite file whose path is relative: three slashes, where an absolute one has four.
+_SQLITE_FILE: Final = re.compile(r"^(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)")
 
 _logger: Final = logging.getLogger("trading_push.settings")
 
@@ -274,6 +278,8 @@ def _checked(option: OptionInfo, value: Any, name: str, where: str, base: Path) 
             value = base / Path(value).expanduser()
         except RuntimeError as error:
             raise ConfigurationError(f"{where}: {name}: {error}") from error
+    if option.path == "database.url" and isinstance(value, str):
+        value = _SQLITE_FILE.sub(lambda found: f"{found[1]}{base / found[2]}", value)
     attribute = getattr(attrs.fields(option.parent_cls), option.name)
     try:
         if option.path == "database.queries":
@@ -307,11 +313,10 @@ def _queries(tables: object) -> dict[str, Query]:
                 raise ConfigurationError(
                     f"there is no setting '{path}.{key}'{_hint(key, fields) or ': remove it'}"
                 )
-        names = table.get("json_columns", ())
+        # TOML has lists and no tuples; anything else is left for the check to refuse.
+        lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         try:
-            # TOML has lists and no tuples; anything else is left for the check to refuse.
-            table = {**table, "json_columns": tuple(names) if isinstance(names, list) else names}
-            queries[name] = Query(**table)
+            queries[name] = Query(**{**table, **lists})
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}.{error}") from None
     return queries

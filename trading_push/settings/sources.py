@@ -97,12 +97,14 @@ class Query:
         single: The value is one object, the row itself; otherwise it is the list of the rows.
         json_columns: Columns whose text is JSON and goes into the value unchanged.
         empty: The JSON of a user without rows; None is `[]`, or no value if `single`.
+        as_text: Columns whose numbers leave as texts.
     """
 
     sql: str = attrs.field(validator=text("it must select by :user_ids or :user_id", is_query))
     single: bool = attrs.field(default=False, validator=switch)
     json_columns: tuple[str, ...] = attrs.field(default=(), validator=columns)
     empty: str | None = attrs.field(default=None, validator=optional(text("give JSON", is_json)))
+    as_text: tuple[str, ...] = attrs.field(default=(), validator=columns)
 
 
 _QUERIES_EXAMPLE = """\
@@ -110,6 +112,7 @@ _QUERIES_EXAMPLE = """\
 sql = "SELECT user_id, asset, free, locked, total FROM balances WHERE user_id IN :user_ids"
 single = false
 json_columns = []
+as_text = []
 empty = "[]"
 """
 
@@ -142,7 +145,8 @@ class Database:
         "A table `[database.queries.TYPE]` for each data type. Its `sql` reads many users at once "
         "(an expanding `:user_ids` and a column `user_id`) or one user (`:user_id`). `single`: the "
         "value is the row itself, not a list of rows. `json_columns`: columns whose text is JSON. "
-        "`empty`: the JSON of a user without rows.",
+        "`as_text`: columns whose numbers leave as texts, such as ids beyond 2^53. `empty`: the "
+        "JSON of a user without rows.",
         example=_QUERIES_EXAMPLE,
     )
     threads: int = setting(
@@ -156,6 +160,12 @@ class Database:
         number(0.1),
         "How long one query may take, in PostgreSQL and SQLite.",
         unit="s",
+    )
+    value_bytes: int = setting(
+        1_000_000,
+        whole(1_000),
+        "How long a user's value may be as JSON. A longer one is an error of that user.",
+        unit="bytes",
     )
     user_id: IdKind = setting(
         "text",

@@ -7,7 +7,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["BUSY_TIMEOUT_S", "open_sqlite"]
+__all__ = ["BUSY_TIMEOUT_S", "is_in_wal_mode", "open_sqlite"]
 
 BUSY_TIMEOUT_S = 5.0
 """How long a statement waits for another process that writes."""
@@ -25,3 +25,12 @@ def open_sqlite(path: Path | str, mode: Literal["ro", "rw"]) -> sqlite3.Connecti
         check_same_thread=False,
         isolation_level=None,
     )
+
+
+def is_in_wal_mode(path: Path | str) -> bool:
+    """Whether a file is in WAL mode, as its header says (section 1.3.3 of SQLite's file format)."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(20)[18:] == b"\2\2"
+    except OSError:
+        return False

@@ -35,7 +35,9 @@ def refused(ids: UserIds, users: Sequence[str]) -> dict[str, SourceError]:
     }
 
 
-def answers(plan: Plan, ids: UserIds, asked: Sequence[str], found: Found) -> dict[str, Answer]:
+def answers(
+    plan: Plan, ids: UserIds, asked: Sequence[str], found: Found, value_bytes: int
+) -> dict[str, Answer]:
     """Give each asked user their rows, encoded.
 
     Args:
@@ -43,6 +45,7 @@ def answers(plan: Plan, ids: UserIds, asked: Sequence[str], found: Found) -> dic
         ids: How ids are compared.
         asked: Whom the query was run for.
         found: The rows that it gave.
+        value_bytes: How long a value may be.
     """
     matches = ids.match(asked, (*found.records, *(found.errors.keys() - found.records.keys())))
     # The errors of users, of their rows first.
@@ -58,7 +61,9 @@ def answers(plan: Plan, ids: UserIds, asked: Sequence[str], found: Found) -> dic
         for user in users or asked:
             if user not in records and user not in errors:
                 errors[user] = _stray(plan, stray, user)
-    return {user: errors.get(user) or _encoded(plan, records.get(user)) for user in asked}
+    return {
+        user: errors.get(user) or _encoded(plan, records.get(user), value_bytes) for user in asked
+    }
 
 
 def _stray(plan: Plan, stray: object, user: str) -> SourceError:
@@ -75,7 +80,7 @@ def _shown(user_id: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _encoded(plan: Plan, records: Sequence[Any] | None) -> Answer:
+def _encoded(plan: Plan, records: Sequence[Any] | None, value_bytes: int) -> Answer:
     """Encode the rows of one user; without any it is the query's `empty`."""
     if not records:
         return plan.empty
@@ -85,6 +90,13 @@ def _encoded(plan: Plan, records: Sequence[Any] | None) -> Answer:
             retryable=False,
         )
     try:
-        return msgspec.Raw(_encode(records[0] if plan.single else records))
+        encoded = _encode(records[0] if plan.single else records)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         return SourceError(f"{plan.data_type}: a row cannot be encoded: {error}", retryable=False)
+    if len(encoded) > value_bytes:
+        return SourceError(
+            f"{plan.data_type}: the value has {len(encoded)} bytes: limit a user's rows in the "
+            f"query, or raise database.value_bytes ({value_bytes})",
+            retryable=False,
+        )
+    return msgspec.Raw(encoded)

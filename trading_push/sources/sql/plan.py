@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import attrs
 import msgspec
@@ -14,7 +15,23 @@ from trading_push.settings.sources import Query
 
 __all__ = ["Plan", "check_columns", "make_plan"]
 
-_LIST_IN_BRACKETS = re.compile(r"\(\s*:user_ids\s*\)")
+# What a query may say, and SQLAlchemy does not take as it stands. Where the list is one array of
+# PostgreSQL, it is bound as one.
+_ARRAY = re.compile(
+    r"(\b(?:any|some|unnest)\s*\(\s*):user_ids\b"
+    r"|:user_ids\b(?=\s*::\s*[\w ]+\[|\s+as\s+[\w ]+\[)",
+    re.IGNORECASE,
+)
+_LIST_IN_BRACKETS = re.compile(r"\b(in\s*)\(\s*:user_ids\s*\)", re.IGNORECASE)
+_CAST = re.compile(r":(user_ids?|user_id_array)(?=::)")
+_COMPARED = re.compile(r"[=<>]\s*\(?\s*:user_ids\b")
+
+_PARAMETERS = (
+    {"user_id"},
+    {"user_ids"},
+    {"user_id_array"},
+    {"user_ids", "user_id_array"},
+)
 
 _validate = msgspec.json.Decoder(msgspec.Raw).decode
 
@@ -26,22 +43,34 @@ class Plan:
     Args:
         data_type: What it reads.
         sql: Its text.
-        bind: Its only parameter, `user_ids` or `user_id`.
+        binds: The parameters that name users.
         statement: Text and parameter as SQLAlchemy runs them.
         many: Whether the parameter is a list of users.
         single: Whether a user has one row, which stands alone and not in a list.
         json_columns: The columns that hold JSON.
+        as_text: The columns whose numbers leave as texts.
         empty: The value of a user without rows; None where there is nothing to say then.
     """
 
     data_type: str
     sql: str
-    bind: BindParameter[str]
+    binds: tuple[BindParameter[str], ...]
     statement: TextClause
     many: bool
     single: bool
     json_columns: tuple[str, ...]
+    as_text: tuple[str, ...]
     empty: msgspec.Raw | None
+
+    def parameters(self, user_ids: Sequence[str | None]) -> dict[str, object]:
+        """Return the parameters that ask for some users; for the first if it takes one only."""
+        given: dict[str, object] = {}
+        for bind in self.binds:
+            if bind.key == "user_ids":
+                given[bind.key] = user_ids
+            else:
+                given[bind.key] = _array(user_ids) if self.many else user_ids[0]
+        return given
 
 
 def make_plan(data_type: str, query: Query) -> Plan:
@@ -50,14 +79,22 @@ def make_plan(data_type: str, query: Query) -> Plan:
     Raises:
         ConfigurationError: Its parameters, or its `empty`, are wrong.
     """
-    # SQLAlchemy writes the brackets of a list itself.
-    sql = _LIST_IN_BRACKETS.sub(":user_ids", query.sql)
+    # SQLAlchemy writes the brackets of a list itself, and takes no cast directly after a parameter.
+    sql = _ARRAY.sub(r"\1:user_id_array", query.sql)
+    sql = _LIST_IN_BRACKETS.sub(r"\1 :user_ids", sql)
+    sql = _CAST.sub(r":\1 ", sql)
+    if _COMPARED.search(sql):
+        raise ConfigurationError(
+            f"the query of {data_type} compares with :user_ids, which works for one user only: "
+            "write IN :user_ids, or = ANY(:user_ids) in PostgreSQL"
+        )
     statement = text(sql)
     try:
         parameters = set(statement.compile().params)
     except SQLAlchemyError:
         parameters = set()
-    if parameters not in ({"user_ids"}, {"user_id"}):
+    many = "user_id" not in parameters
+    if parameters not in _PARAMETERS:
         raise ConfigurationError(
             f"the query of {data_type} must name :user_ids (many users, IN :user_ids) or :user_id "
             "(one user), and no other parameter; a colon that is none is written \\:"
@@ -70,19 +107,30 @@ def make_plan(data_type: str, query: Query) -> Plan:
         raise ConfigurationError(
             f"the query of {data_type} has an 'empty' that is not JSON: correct it"
         ) from None
-    many = parameters == {"user_ids"}
     # Without a type: the driver then casts nothing, and a column of integers finds "4" as well.
-    bind: BindParameter[str] = bindparam("user_ids" if many else "user_id", expanding=many)
+    binds: dict[str, BindParameter[str]] = {
+        name: bindparam(name, expanding=name == "user_ids") for name in parameters
+    }
     return Plan(
         data_type=data_type,
         sql=sql,
-        bind=bind,
-        statement=statement.bindparams(bind),
+        binds=tuple(binds.values()),
+        statement=statement.bindparams(*binds.values()),
         many=many,
         single=query.single,
         json_columns=tuple(query.json_columns),
+        as_text=tuple(query.as_text),
         empty=None if empty is None else msgspec.Raw(empty.encode()),
     )
+
+
+def _array(user_ids: Sequence[str | None]) -> str:
+    """Write ids as an array of PostgreSQL (section 8.15.2 of its manual), of no type yet."""
+    quoted = (
+        "NULL" if each is None else '"' + each.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        for each in user_ids
+    )
+    return "{" + ",".join(quoted) + "}"
 
 
 def check_columns(plan: Plan, columns: list[str]) -> None:
@@ -91,7 +139,7 @@ def check_columns(plan: Plan, columns: list[str]) -> None:
     Raises:
         ConfigurationError: One that is needed is missing, or two have the same name.
     """
-    needed = (*plan.json_columns, *(("user_id",) if plan.many else ()))
+    needed = (*plan.json_columns, *plan.as_text, *(("user_id",) if plan.many else ()))
     for column in needed:
         if column not in columns:
             raise ConfigurationError(

@@ -12,9 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+)
 from typing import Any
+from uuid import UUID
 
 import attrs
 import msgspec
@@ -37,6 +46,14 @@ may name the list twice); more users are read in several queries on the same con
 
 # What may go into the JSON as it is; a row of nothing else needs no look at its values.
 _PLAIN = frozenset({str, int, bool, type(None)})
+
+# What PostgreSQL's inet and cidr are in Python.
+_ADDRESSES = (IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
+# What msgspec writes by itself: dates, times of day and durations by ISO 8601, bytes in base64.
+_ENCODABLE = (
+    *(str, int, float, bool, type(None), date, time, timedelta, UUID, dict, msgspec.Raw),
+    *(bytes, bytearray, memoryview),
+)
 
 # The type of a column as MySQL's protocol numbers it, whatever the driver.
 _MYSQL_TIMESTAMP = 7
@@ -86,8 +103,7 @@ class RowReader:
         found = Found()
         for ids in in_parts(user_ids):
             alone = None if plan.many else ids[0]
-            parameters = {"user_ids": ids} if plan.many else {"user_id": alone}
-            result = connection.execute(plan.statement, parameters)
+            result = connection.execute(plan.statement, plan.parameters(ids))
             columns = list(result.keys())
             zones = self._zones(result, columns)
             answer = PsycopgAnswer.of(result)
@@ -139,6 +155,9 @@ def _sort(
             for column in plan.json_columns:
                 if isinstance(value := record.get(column), str):
                     record[column] = _splice(plan, column, value)
+            for column in plan.as_text:
+                if type(value := record.get(column)) in (int, float):
+                    record[column] = plain_decimal(Decimal(repr(value)))
         except SourceError as error:
             found.errors[user] = error
             continue
@@ -168,6 +187,14 @@ def _convert(plan: Plan, column: str, zone: tzinfo, value: Any) -> Any:
         return milliseconds(value if value.tzinfo is not None else value.replace(tzinfo=zone))
     if isinstance(value, list):  # an array
         return [_convert(plan, column, zone, each) for each in value]
+    if isinstance(value, _ADDRESSES):
+        return str(value)
+    if not isinstance(value, _ENCODABLE):
+        raise SourceError(
+            f"{plan.data_type}: column {column} holds a {type(value).__name__}, which JSON has no "
+            f"form for: write CAST({column} AS text), or what it is to be, in the query",
+            retryable=False,
+        )
     return value
 
 

@@ -47,6 +47,7 @@ from trading_push.sources.sql.engine import (
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
 from trading_push.sources.sql.rows import Found, RowReader, in_parts
 from trading_push.sources.sql.slots import TypeSlots
+from trading_push.sources.sqlite import is_in_wal_mode
 from trading_push.user_ids import IdKind, UserIds
 
 __all__ = ["SqlSource"]
@@ -64,6 +65,7 @@ class SqlSource:
         statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
         user_id: How the database compares user ids; see `UserIds`.
         time_zone: The time zone, by its IANA name, of times that have none.
+        value_bytes: How long a user's value may be as JSON; a longer one is an error.
 
     Raises:
         ConfigurationError: The URL, its driver, a query's shape or the time zone is wrong.
@@ -78,7 +80,9 @@ class SqlSource:
         statement_timeout_s: float = 30,
         user_id: IdKind = "text",
         time_zone: str = "UTC",
+        value_bytes: int = 1_000_000,
     ) -> None:
+        self._value_bytes = value_bytes
         self._ids = UserIds(user_id)
         self._plans = {name: make_plan(name, query) for name, query in queries.items()}
         self._limiter = trio.CapacityLimiter(threads)
@@ -186,7 +190,7 @@ class SqlSource:
             ) from None
         values: dict[str, Answer] = {}
         for users, found in read:
-            values |= answers(plan, self._ids, users, found)
+            values |= answers(plan, self._ids, users, found, self._value_bytes)
         return values
 
     def _rows(self, connection: Connection, plan: Plan, user_ids: Sequence[str]) -> Found:
@@ -194,10 +198,8 @@ class SqlSource:
         # At best SQLite makes one text of them all.
         if plan.many and self._is_sqlite_file:
             if plan.data_type not in self._whole:
-                columns = list(connection.execute(plan.statement, {"user_ids": [None]}).keys())
-                self._whole[plan.data_type] = sqlite_json.whole(
-                    plan.sql, plan.bind, columns, plan.json_columns
-                )
+                result = connection.execute(plan.statement, plan.parameters([None]))
+                self._whole[plan.data_type] = sqlite_json.whole(plan, list(result.keys()))
             if (statement := self._whole[plan.data_type]) is not None:
                 found = sqlite_json.read_whole(connection, statement, in_parts(user_ids))
                 if found is not None:
@@ -222,23 +224,36 @@ class SqlSource:
         except Exception as error:  # a driver raises more than its own errors
             raise ConfigurationError(
                 f"the database cannot be opened ({self._first_line(error)}): "
-                "correct the database's url, or start the database"
+                f"{self._advice(error, 'correct the url, or start the database')}"
             ) from None
         return unverified
 
     def _columns(self, connection: Connection, plan: Plan) -> Sequence[str]:
-        # NULL compares with a column of any type, and equals none.
-        parameters = {"user_ids": [None]} if plan.many else {"user_id": None}
+        # NULL compares with a column of any type, and equals none. Two of them show a query that
+        # can do with one user only.
+        parameters = plan.parameters([None, None])
         try:
             with transaction(connection, self._begin):
                 columns = list(connection.execute(plan.statement, parameters).keys())
         except Exception as error:  # as above
             raise ConfigurationError(
                 f"the query of {plan.data_type} cannot be run ({self._first_line(error)}): "
-                "correct the query or the database's url"
+                f"{self._advice(error, 'correct the query, or the url of the database')}"
             ) from None
         check_columns(plan, columns)
         return columns
+
+    def _advice(self, error: Exception, usual: str) -> str:
+        """Say what to do about an error; where it is not known better, as usual."""
+        name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
+        if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")) and is_in_wal_mode(
+            str(self._url.database)
+        ):
+            return (
+                "the file is in WAL mode, where a reader, too, writes beside it: let this user "
+                "write in its directory, or end that mode (PRAGMA journal_mode = DELETE)"
+            )
+        return usual
 
     def _first_line(self, error: Exception) -> str:
         """Return what the driver said, in one line; SQLAlchemy's own text holds the parameters."""

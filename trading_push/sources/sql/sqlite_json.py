@@ -14,8 +14,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
-from sqlalchemy import BindParameter, Connection, TextClause, text
+from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
+
+from trading_push.sources.sql.plan import Plan
 
 __all__ = ["read_whole", "whole"]
 
@@ -24,25 +26,31 @@ _REAL = re.compile(r'":-?\d+\.')
 _decode = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]]).decode
 
 
-def whole(
-    sql: str, bind: BindParameter[str], columns: Sequence[str], json_columns: Sequence[str]
-) -> TextClause:
-    """Make the query that gives the rows of `sql` as one text, with `user_id` apart."""
+def whole(plan: Plan, columns: Sequence[str]) -> TextClause:
+    """Make the query that gives all rows of another as one text, with `user_id` apart."""
     # Columns are named by position, because SQLite takes `b` and `B` for one name. The rows are
     # materialized: otherwise SQLite would know which text its own JSON functions have made, and
     # insert that as JSON.
     names = [f"c{number}" for number in range(len(columns))]
     fields = ", ".join(
-        f"{_literal(column)}, {_json(name) if column in json_columns else name}"
+        f"{_literal(column)}, {_value(plan, column, name)}"
         for name, column in zip(names, columns, strict=True)
         if column != "user_id"
     )
     user_id = names[columns.index("user_id")]
     return text(
-        f"WITH trading_push_rows({', '.join(names)}) AS MATERIALIZED (\n{sql}\n) "
+        f"WITH trading_push_rows({', '.join(names)}) AS MATERIALIZED (\n{plan.sql}\n) "
         f"SELECT json_group_array(json_array(CAST({user_id} AS TEXT), json_object({fields}))) "
         "FROM trading_push_rows"
-    ).bindparams(bind)
+    ).bindparams(*plan.binds)
+
+
+def _value(plan: Plan, column: str, name: str) -> str:
+    if column in plan.json_columns:
+        return _json(name)
+    if column in plan.as_text:
+        return f"CASE typeof({name}) WHEN 'integer' THEN CAST({name} AS TEXT) ELSE {name} END"
+    return name
 
 
 def _json(name: str) -> str:
