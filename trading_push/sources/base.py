@@ -19,6 +19,7 @@ __all__ = [
     "ChangeSink",
     "ListedFeed",
     "MarketSink",
+    "NoValue",
     "SessionSource",
     "Source",
     "TickerFeed",
@@ -27,12 +28,14 @@ __all__ = [
 ]
 
 
-class _NoValue:
+class NoValue:
+    """The type of `NO_VALUE`."""
+
     def __repr__(self) -> str:
         return "NO_VALUE"
 
 
-NO_VALUE: Final = _NoValue()
+NO_VALUE: Final = NoValue()
 """What a source returns for a user who has no value, and none any more: the last one is dropped."""
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
-from trading_push.sources.base import BatchSource
+from trading_push.sources.base import NO_VALUE, BatchSource
 from trading_push.sources.sql.source import SqlSource
 
 ORDERS = Query(
@@ -121,7 +121,7 @@ async def test_a_single_row_with_json_and_users_of_an_integer_column(make: Any) 
         "2": {"total": "0", "by_symbol": None},
         "3": {"total": "0"},
     }
-    assert await source.fetch("3", "bare") is None
+    assert await source.fetch("3", "bare") is NO_VALUE
     assert decoded({"1": await source.fetch("1", "bare")})["1"]["by_symbol"].startswith("[{")
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import msgspec
 
 from trading_push.errors import SourceError
+from trading_push.sources.base import NO_VALUE, NoValue
 from trading_push.sources.sql.plan import Plan
 from trading_push.sources.sql.rows import Found
 from trading_push.user_ids import UserIds
 
 __all__ = ["Answer", "answers", "refused"]
 
-Answer = msgspec.Raw | SourceError | None
+Answer = msgspec.Raw | SourceError | NoValue
 """A user's value as encoded JSON, the error in its place, or None for nothing to say."""
 
 _encode = msgspec.json.Encoder().encode
@@ -81,9 +82,9 @@ def _shown(user_id: object) -> str:
 
 
 def _encoded(plan: Plan, records: Sequence[Any] | None, value_bytes: int) -> Answer:
-    """Encode the rows of one user; without any it is the query's `empty`."""
+    """Encode the rows of one user; without any it is the query's `empty`, if it has one."""
     if not records:
-        return plan.empty
+        return NO_VALUE if plan.empty is None else plan.empty
     if plan.single and len(records) > 1:
         return SourceError(
             f"{plan.data_type}: the query gives several rows for one user, but is 'single'",

@@ -35,6 +35,7 @@ from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.settings.validators import is_time_zone
+from trading_push.sources.base import NoValue
 from trading_push.sources.sql import sqlite_json
 from trading_push.sources.sql.answers import Answer, answers, refused
 from trading_push.sources.sql.engine import (
@@ -133,7 +134,7 @@ class SqlSource:
         if unverified:
             logs.emit(logs.line("users_unverified", data_types=", ".join(unverified)))
 
-    async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | None:
+    async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | NoValue | None:
         """Read one user's current value; see `fetch_many`.
 
         Raises:
@@ -151,8 +152,8 @@ class SqlSource:
         one of the threads until then.
 
         Returns:
-            An empty mapping for a data type without a query. A value is None where the query is
-            `single`, has no `empty` and gave no row. It is a `SourceError` where this user's rows
+            An empty mapping for a data type without a query. A value is `NO_VALUE` where the query
+            is `single`, has no `empty` and gave no row. It is a `SourceError` where this user's rows
             cannot be given.
 
         Raises:
