@@ -153,7 +153,7 @@ class SqlSource:
 
         Returns:
             An empty mapping for a data type without a query. A value is `NO_VALUE` where the query
-            is `single`, has no `empty` and gave no row. It is a `SourceError` where this user's rows
+            is `single`, has no `empty` and gave no row, and a `SourceError` where this user's rows
             cannot be given.
 
         Raises:
