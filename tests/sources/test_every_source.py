@@ -21,6 +21,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from harness import loopback_exchange
 from harness.http_service import HTTP_CLIENT
+from harness.pgbouncer import pooling
 from harness.room import lines
 from harness.sources import Service, serving
 from harness.support import PATIENCE_S, until
@@ -149,6 +150,45 @@ async def postgresql(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
 
 
 @asynccontextmanager
+async def pgbouncer(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
+    server = request.getfixturevalue("postgres")
+    name = f"pooled_{tmp_path.name}"[:60]
+    server.create_database(name, TABLE.replace("free TEXT", "free numeric"))
+    with (
+        pooling(server) as pooler,
+        closing(SqlSource(pooler.url(name), {"balance": BALANCE}, threads=8)) as source,
+    ):
+        try:
+            yield Upstream(
+                source,
+                lambda user, free: server.admin(";".join(amount(user, free)), name),
+                server.stop,
+                server.start,
+            )
+        finally:
+            server.stop()  # whatever a test has left it in
+            server.start()
+
+
+@asynccontextmanager
+async def mariadb(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
+    server = request.getfixturevalue("mariadb")
+    name = f"source_{tmp_path.name}"[:60]
+    server.create_database(name, TABLE)
+
+    def write(user: str, free: str) -> None:
+        for statement in amount(user, free):
+            server.admin(statement, name)
+
+    with closing(SqlSource(server.url(name), {"balance": BALANCE}, threads=4)) as source:
+        try:
+            yield Upstream(source, write, server.stop, server.start)
+        finally:
+            server.stop()
+            server.start()
+
+
+@asynccontextmanager
 async def flask_application(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
     path = tmp_path / "shop.sqlite3"
     written(path, "PRAGMA journal_mode = WAL", TABLE)
@@ -259,7 +299,7 @@ async def ccxt(tmp_path: Path, request: Any) -> AsyncIterator[Upstream]:
             )
 
 
-UPSTREAMS = [sqlite, postgresql, flask_application, function, http, ccxt]
+UPSTREAMS = [sqlite, postgresql, pgbouncer, mariadb, flask_application, function, http, ccxt]
 
 
 @pytest.fixture(params=UPSTREAMS, ids=lambda each: each.__name__)
