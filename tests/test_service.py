@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -251,9 +252,13 @@ async def test_what_cannot_be_published_says_so(autojump_clock):
         for channel, user in (("nope", 4), ("balance", None), ("news", 4), ("ticker.A", 4)):
             with pytest.raises(ValueError, match=r"channel|user"):
                 await service.publish(channel, 1, user=user)
-        for value in (object(), Decimal("NaN"), {1j: 2}, Decimal("Infinity")):
+        for value in (
+            *(object(), Decimal("NaN"), {1j: 2}, Decimal("Infinity"), math.nan, -math.inf),
+            *([None, {"a": (1.5, math.nan)}], Ticker("A", last=math.inf)),
+        ):
             with pytest.raises(PayloadError):
                 await service.publish("news", value)
+        await service.publish("news", [None, {"a": 1.5}, msgspec.Raw(b"null")])
 
 
 async def test_channels_of_the_applications_own_are_checked():

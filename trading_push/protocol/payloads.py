@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from decimal import Decimal
@@ -31,17 +32,21 @@ def encode_data(data: Any) -> bytes:
             A `msgspec.Raw` is JSON already and goes out unchanged.
 
     Raises:
-        PayloadError: It cannot be encoded, or holds a decimal that is not finite.
+        PayloadError: It cannot be encoded, or holds a number that is not finite.
     """
     if isinstance(data, Raw):
         return bytes(data)
     try:
         encoded = _encode(data)
-        if _NOT_PLAIN.search(encoded):
+        not_plain = _NOT_PLAIN.search(encoded)
+        # A float that is not finite becomes null in silence, where a decimal is an error.
+        if not_plain or b"null" in encoded:
             builtins = msgspec.to_builtins(
                 data, builtin_types=(Decimal, datetime), enc_hook=_decode_raw
             )
-            encoded = _encode(_plain(builtins))
+            plain = _plain(builtins)
+            if not_plain:
+                encoded = _encode(plain)
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise PayloadError(f"a value cannot be encoded as JSON: {error}") from error
     return encoded
@@ -54,6 +59,8 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, Decimal):
         return plain_decimal(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
     if isinstance(value, datetime):
         return milliseconds(value)
     return value
