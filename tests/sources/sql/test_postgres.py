@@ -20,7 +20,7 @@ from harness.support import PATIENCE_S, SECRET, hypercorn_serving, trio_client, 
 
 from trading_push import ConfigurationError, PostgresSource, SourceError, SqlSource
 from trading_push import factory as assembly
-from trading_push.settings.schema import Intervals, Settings
+from trading_push.settings.schema import Intervals, Polling, Settings
 from trading_push.settings.sources import Database, Query
 from trading_push.sources.base import ChangeSink, WatchingSource
 
@@ -472,6 +472,7 @@ async def test_a_notified_change_reaches_a_client_within_milliseconds(
     settings = Settings(
         jwt_secret=SECRET,
         intervals=Intervals(balance=600),
+        polling=Polling(change_gap_s=0),
         database=Database(
             url=postgres.url(database), queries={"balance": BALANCE}, notify_channel=CHANNEL
         ),
