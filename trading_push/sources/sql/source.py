@@ -163,7 +163,7 @@ class SqlSource:
         if plan is None or not user_ids:
             return {}
         values: dict[str, Answer] = {**refused(self._ids, user_ids)}
-        asked = [user for user in user_ids if user not in values]
+        asked = [user for user in user_ids if user not in values] if values else user_ids
         if asked:
             slots: Any = self._slots[data_type]  # trio takes anything with its two methods
             values |= await trio.to_thread.run_sync(
