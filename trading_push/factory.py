@@ -85,11 +85,11 @@ async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | No
     market, ccxt = settings.market, settings.ccxt
     match market.feed:
         case "binance":
-            return _live(BinanceFeed, binance.LIMITS, market)
+            return _through_proxies(_live(BinanceFeed, binance.LIMITS, market), settings)
         case "bybit":
-            return _live(BybitFeed, bybit.LIMITS, market)
+            return _through_proxies(_live(BybitFeed, bybit.LIMITS, market), settings)
         case "okx":
-            return _live(OkxFeed, okx.LIMITS, market)
+            return _through_proxies(_live(OkxFeed, okx.LIMITS, market), settings)
         case "ccxt":
             feed = CcxtFeed(_exchange(ccxt), interval_s=ccxt.interval_s)
             opened.callback(feed.close)
@@ -160,6 +160,11 @@ def _http(settings: Settings, opened: AsyncExitStack) -> Source:
     source = http_source(settings.http, _proxies(settings))
     opened.push_async_callback(source.aclose)
     return source
+
+
+def _through_proxies(feed: ExchangeFeed, settings: Settings) -> ExchangeFeed:
+    feed.reach_through(_proxies(settings))
+    return feed
 
 
 def _proxies(settings: Settings) -> OutboundProxies:

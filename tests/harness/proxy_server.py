@@ -27,6 +27,10 @@ class ProxyServer:
         """How it was asked, and for which host and port."""
         self.mute = False
         """Whether it takes connections and says nothing."""
+        self.says: bytes | None = None
+        """What it says in place of an answer, before it ends the connection."""
+        self.in_pieces = False
+        """Whether its answer to CONNECT comes byte by byte."""
         self.refuses = False
         """Whether it leads nowhere."""
 
@@ -37,6 +41,9 @@ class ProxyServer:
         async with stream:
             with suppress(Exception):
                 first = await stream.receive_some(1)
+                if self.says is not None:
+                    await stream.send_all(self.says)
+                    return
                 if self.mute:
                     await trio.sleep_forever()
                 if first == b"\5":
@@ -91,7 +98,10 @@ class ProxyServer:
             return
         async with await trio.open_tcp_stream("127.0.0.1", port) as there:
             if method == "CONNECT":
-                await stream.send_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                answer = b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n"
+                for start in range(0, len(answer), 1 if self.in_pieces else len(answer)):
+                    await stream.send_all(answer[start : start + (1 if self.in_pieces else 99)])
+                    await trio.sleep(0.001 if self.in_pieces else 0)
                 await _relay(stream, there)
                 return
             async with trio.open_nursery() as nursery:

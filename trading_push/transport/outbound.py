@@ -17,6 +17,8 @@ import trio_websocket
 import wsproto.utilities
 
 from trading_push.errors import ConfigurationError
+from trading_push.transport.outbound_proxies import OutboundProxies, Proxy
+from trading_push.transport.tunnel import check_proxy, open_tunnel
 
 __all__ = ["CLOSE_TIMEOUT_S", "CONNECTION_ERRORS", "Address", "OutboundWebSocket", "first_of"]
 
@@ -46,12 +48,13 @@ def first_of(error: BaseException) -> BaseException:
 
 @attrs.frozen
 class Address:
-    """Where a WebSocket server listens, and which resource is asked for."""
+    """Where a server listens, which resource is asked for, and which proxy leads there."""
 
     host: str
     port: int
     resource: str
     tls: bool
+    proxy: Proxy | None = None
 
     @classmethod
     def of(cls, url: str, advice: str) -> Address:
@@ -81,22 +84,34 @@ class Address:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
-    async def connect(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
+    def through(self, proxies: OutboundProxies) -> Address:
+        """Return the same address with the proxy that leads to it.
+
+        Raises:
+            ConfigurationError: The proxy needs a library that is not installed.
+        """
+        proxy = proxies.of(f"{'wss' if self.tls else 'ws'}://{self.host_header}")
+        check_proxy(proxy)
+        return attrs.evolve(self, proxy=proxy)
+
+    async def connect(self) -> trio.abc.Stream:
         """Open a stream to the address; cancellation leaves none open."""
+        stream: trio.abc.Stream
+        if self.proxy is None:
+            stream = await trio.open_tcp_stream(self.host, self.port)
+        else:
+            stream = await open_tunnel(self.proxy, self.host, self.port)
         if not self.tls:
-            return await trio.open_tcp_stream(self.host, self.port)
-        stream = await trio.open_ssl_over_tcp_stream(
-            self.host,
-            self.port,
-            ssl_context=ssl.create_default_context(),
-            https_compatible=True,
+            return stream
+        secured = trio.SSLStream(
+            stream, ssl.create_default_context(), server_hostname=self.host, https_compatible=True
         )
         try:
-            await stream.do_handshake()
+            await secured.do_handshake()
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
-        return stream
+        return secured
 
 
 class OutboundWebSocket:

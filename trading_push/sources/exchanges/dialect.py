@@ -12,6 +12,7 @@ import attrs
 from trading_push.models import Ticker
 from trading_push.sources.exchanges.rest import RestService
 from trading_push.transport.outbound import Address
+from trading_push.transport.outbound_proxies import OutboundProxies
 
 __all__ = [
     "ExchangeDialect",
@@ -137,6 +138,14 @@ class ExchangeDialect(ABC):
         self.address = Address.of(
             url, "market.url is no WebSocket URL: give one like wss://stream.example.com/stream"
         )
+
+    def reach_through(self, proxies: OutboundProxies) -> None:
+        """Connect through the proxy that leads to the exchange; synchronous, before it runs.
+
+        Raises:
+            ConfigurationError: The proxy needs a library that is not installed.
+        """
+        self.address = self.address.through(proxies)
 
     @abstractmethod
     def request(
