@@ -809,6 +809,7 @@ async def test_conversations_are_as_printed(autojump_clock):
             four.reading.set()
             four.reading = reading
             await play(four, block("wire_pushes"))
+            await play(four, block("wire_symbols"))
             await play(four, block("wire_error"))
             assert four.sent == []
             for number in range(1, 4):

@@ -71,8 +71,8 @@ class Market:
     tape: Path | None = setting(
         None,
         optional(file_path),
-        "Play recorded frames of an exchange as the market: Binance stream frames or CSV, plain or "
-        "gzip.",
+        "Play recorded frames of an exchange as the market: Binance stream frames or CSV, plain, "
+        "gzip or zip.",
         example='"binance.jsonl.gz"',
     )
     speed: float = setting(

@@ -377,7 +377,7 @@ async def test_trades(
         ("tape", b"", "neither"),
         ("tape", b"hello\nworld\n", "neither"),
         ("tape", bytes(range(256)) * 1000, "neither"),
-        ("tape", b"PK\x03\x04 and so on", "unpack it"),
+        ("tape", b"PK\x03\x04 and so on", "broken gzip file or zip archive"),
         ("tape", b"\x1f\x8b\x08\x00 but not gzip at all", "broken gzip"),
         ("tape", b'{"a":1}\n{"b":2}\n', "no usable line .line 1: not a Binance stream frame"),
         ("tape", gzip.compress(b'{"a":1}\n', mtime=0), "no usable line"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import trio
@@ -57,6 +57,10 @@ class CcxtFeed:
         """Whether the exchange has the symbol; True until its markets are loaded."""
         return self._symbols is None or symbol in self._symbols
 
+    def symbols(self) -> Collection[str] | None:
+        """Return every name that a client may use; None until the exchange's markets are loaded."""
+        return None if self._symbols is None else self._symbols.keys()
+
     def watch(self, symbol: str) -> None:
         """Ask for a symbol whose first watcher has arrived, at once."""
         self._watched.add(symbol)
@@ -93,6 +97,10 @@ class CcxtFeed:
         self._exchange.close()
 
     async def _tickers(self, symbols: Mapping[str, str], sink: MarketSink) -> list[Ticker]:
+        # What was subscribed before the markets were loaded, and is not among them.
+        if unknown := self._watched - symbols.keys() - self._refused:
+            self._refused |= unknown
+            sink.stale("refused", sorted(unknown))
         # Most exchanges answer for the markets of one kind only: by kind, our symbols by ccxt's.
         kinds: dict[object, dict[str, list[str]]] = {}
         for ours in sorted(self._watched & symbols.keys() - self._refused):

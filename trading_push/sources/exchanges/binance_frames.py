@@ -36,9 +36,9 @@ class Payload(msgspec.Struct):
 
 
 class Frame(msgspec.Struct):
-    """An event in the wrapping of the combined streams."""
+    """An event in the wrapping of the combined streams, or those of a stream of all symbols."""
 
-    data: Payload
+    data: Payload | list[Payload]
     stream: str = ""
 
 

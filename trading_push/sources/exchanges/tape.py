@@ -20,7 +20,12 @@ import trio
 from trading_push import logs
 from trading_push.errors import ConfigurationError
 from trading_push.sources.base import MarketSink
-from trading_push.sources.exchanges.tape_file import TapeReader, tape_opener, unreadable
+from trading_push.sources.exchanges.tape_file import (
+    SortedTape,
+    TapeReader,
+    tape_opener,
+    unreadable,
+)
 from trading_push.sources.exchanges.ticker_state import TickerState
 
 __all__ = ["BadLine", "Tape"]
@@ -57,7 +62,7 @@ class Tape:
         self._speed = speed
         self._loop = loop
         # Opens the file from the beginning; None before `open`.
-        self._open: Callable[[], TapeReader] | None = None
+        self._open: Callable[[], TapeReader | SortedTape] | None = None
         # The symbols met until now, and whether those are all.
         self._symbols: set[str] = set()
         self._complete = False
@@ -108,7 +113,7 @@ class Tape:
         finally:
             reader.close()
 
-    async def _play_from(self, reader: TapeReader, sink: MarketSink) -> None:
+    async def _play_from(self, reader: TapeReader | SortedTape, sink: MarketSink) -> None:
         states: dict[str, TickerState] = {}
         changed: dict[str, TickerState] = {}
         # On trio's clock: when the tape began, and when the sink was last updated.
@@ -155,16 +160,15 @@ class Tape:
 
     def _scan(self) -> None:
         """Read the beginning, for the symbols and a usable line; in a worker thread."""
-        self._open = tape_opener(self.path, self._bad_line)
+        in_file_order = tape_opener(self.path, self._bad_line)
+        self._open = in_file_order
         try:
-            reader = self._open()
-            try:
-                while reader.line < SCAN_LINES and (events := reader.read()):
-                    self._symbols.update({event.symbol for event in events})
-                else:
-                    self._complete = reader.line < SCAN_LINES
-            finally:
-                reader.close()
+            if self._read_symbols(in_file_order()):
+                # Not in the order of time: begin again, with what is sorted.
+                self.bad_lines, self._judged = 0, 0
+                self.bad_examples.clear()
+                self._open = lambda: SortedTape(self.path, in_file_order())
+                self._read_symbols(self._open())
         except OSError as error:
             raise unreadable(self.path, error) from None
         if not self._symbols:
@@ -173,6 +177,16 @@ class Tape:
                 f"the tape {self.path} has no usable line{why if self.bad_lines else ''}: give one "
                 "of Binance stream frames (JSON lines) or klines, trades or aggTrades (CSV)"
             )
+
+    def _read_symbols(self, reader: TapeReader | SortedTape) -> bool:
+        """Read the beginning; say whether it has to be sorted."""
+        try:
+            while reader.line < SCAN_LINES and (events := reader.read()):
+                self._symbols.update({event.symbol for event in events})
+            self._complete = reader.line < SCAN_LINES
+            return reader.is_disordered
+        finally:
+            reader.close()
 
     def _bad_line(self, number: int, error: str) -> None:
         if number <= self._judged:

@@ -1,46 +1,90 @@
-"""Read a tape's file: exchange frames or public-data CSV, as events in the order of the file.
+"""Read a tape's file: exchange frames or public-data CSV, as events in the order of their times.
 
-What the file is, its content says, plain or gzip: JSON lines of Binance stream frames (with the
-recorder's `recv_ns`, or bare with a time of their own), or CSV of klines, trades or aggTrades, with
-a header or without. A line that cannot be used is reported, and passed over.
+What the file is, its content says, plain, gzip or zip: JSON lines of Binance stream frames (with
+the recorder's `recv_ns`, or bare with a time of their own), or CSV (see `tape_csv`). A line that
+cannot be used is reported, and passed over; of a compressed file that is cut, or is still being
+written, what is whole is read.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import re
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Literal, TypeAlias, cast
+from typing import IO, Final, TypeAlias
 
 import attrs
 import msgspec
 
 from trading_push.errors import ConfigurationError
-from trading_push.sources.exchanges.amounts import (
-    UNUSABLE,
-    Symbols,
-    epoch_ns,
-    number,
-    price,
-    reason_of,
-)
+from trading_push.sources.exchanges.amounts import UNUSABLE, Symbols, epoch_ns, reason_of
 from trading_push.sources.exchanges.binance_frames import Frame, Payload, is_other_event, values_of
+from trading_push.sources.exchanges.tape_csv import CsvParser, layout_of, symbol_in
 from trading_push.sources.exchanges.ticker_state import Event
 
-__all__ = ["TapeReader", "tape_opener", "unreadable"]
+__all__ = ["SortedTape", "TapeReader", "tape_opener", "unreadable"]
 
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES: Final = 1 << 18
 """About how much is read, and parsed, at a time."""
-SNIFF_BYTES = 1 << 16
+SNIFF_BYTES: Final = 1 << 16
 """How much of a file is looked at to tell what it is."""
+SLACK_NS: Final = 60 * 1_000_000_000
+"""By how much the time of a line may lie before that of an earlier one: recorders are not exact."""
+SORTED_LINES: Final = 300_000
+"""How many lines a tape may have that has to be sorted in memory; about 150 MB."""
+CHUNK_EVENTS: Final = 2_000
 
 _Report: TypeAlias = Callable[[int, str], None]
 """Takes the number of a line that cannot be used, and why."""
-_Parse: TypeAlias = Callable[[bytes], Event | None]
+_Parse: TypeAlias = Callable[[bytes], Sequence[Event]]
+
+_BOM: Final = b"\xef\xbb\xbf"
+_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
+_BROKEN: Final = (
+    EOFError,
+    zlib.error,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    NotImplementedError,  # a way of packing that zipfile does not know
+    RuntimeError,  # an archive with a password
+)
+"""What unpacking may raise."""
+
+
+class _Unpacked(io.RawIOBase):
+    """An unpacked file that ends where it cannot be unpacked any more, and says why.
+
+    Args:
+        file: The file, which raises one of `_BROKEN`.
+        most: How much it is read at a time: what a file gives up with its error is lost.
+    """
+
+    def __init__(self, file: IO[bytes], most: int = CHUNK_BYTES) -> None:
+        self._file = file
+        self._most = most
+        self.error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self.error is not None:
+            return 0
+        try:
+            data = self._file.read1(min(len(buffer), self._most))  # type: ignore[attr-defined]
+        except _BROKEN as error:
+            self.error = error
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class TapeReader:
@@ -48,41 +92,180 @@ class TapeReader:
 
     Args:
         file: The open file, unpacked.
-        parse: Makes an event of a line; None for one that is well-formed, but of no use here.
+        parse: Makes the events of a line; none of one that is well-formed, but of no use here.
         report: Called with the number of each bad line, and what is wrong.
     """
 
-    def __init__(self, file: IO[bytes], parse: _Parse, report: _Report) -> None:
-        self._file = file
+    def __init__(self, file: _Unpacked, parse: _Parse, report: _Report) -> None:
+        self._unpacked = file
+        self._file = io.BufferedReader(file, CHUNK_BYTES)
         self._parse = parse
         self._report = report
+        # The time of the last event, and the latest until now.
+        self._previous_ns = self._latest_ns = 0
+        # How many events are later, and earlier, than the one before.
+        self._rises = self._falls = 0
+        # Whether an event was passed over because it comes too late.
+        self._had_late = False
         self.line = 0
         """The number of the last line that was read."""
+
+    @property
+    def is_disordered(self) -> bool:
+        """Whether what was read until now has to be sorted."""
+        return self._had_late or self._falls > self._rises
 
     def read(self) -> list[Event]:
         """Return the next chunk's events; none only at the end."""
         events: list[Event] = []
-        parse = self._parse
-        while not events and (lines := self._lines()):
-            for line in lines:
-                self.line += 1
-                try:
-                    if (event := parse(line)) is not None:
-                        events.append(event)
-                except UNUSABLE as error:
-                    self._report(self.line, reason_of(error))
+        while not events and (parsed := self.read_unordered()) is not None:
+            previous_ns, latest_ns = self._previous_ns, self._latest_ns
+            for number, event in parsed:
+                due_ns = event.due_ns
+                if due_ns >= latest_ns:
+                    self._rises += due_ns > previous_ns
+                    latest_ns = due_ns
+                else:
+                    self._rises += due_ns > previous_ns
+                    self._falls += due_ns < previous_ns
+                    if due_ns < latest_ns - SLACK_NS:
+                        self._had_late = True
+                        self._report(number, "its time lies before that of a line before it")
+                        continue
+                previous_ns = due_ns
+                events.append(event)
+            self._previous_ns, self._latest_ns = previous_ns, latest_ns
         return events
+
+    def read_unordered(self) -> list[tuple[int, Event]] | None:
+        """Return the next lines' events in whatever order, with their lines; None at the end."""
+        lines = self._lines()
+        if not lines:
+            return None
+        parse, number = self._parse, self.line
+        parsed: list[tuple[int, Event]] = []
+        for line in lines:
+            number += 1
+            try:
+                for event in parse(line):
+                    parsed.append((number, event))
+            except UNUSABLE as error:
+                self._report(number, reason_of(error))
+        self.line = number
+        return parsed
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def _lines(self) -> list[bytes]:
-        try:
-            return self._file.readlines(CHUNK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            self._report(self.line + 1, f"the compressed file is broken: {error}")
-            return []
+        told = self._unpacked.error
+        lines = self._file.readlines(CHUNK_BYTES)
+        if self.line == 0 and lines:
+            lines[0] = lines[0].removeprefix(_BOM)
+        if (error := self._unpacked.error) is not None and told is None:
+            # The last line breaks off where the file does.
+            if lines and not lines[-1].endswith(b"\n"):
+                lines.pop()
+            self._report(self.line + len(lines) + 1, f"the compressed file is broken: {error}")
+        return lines
+
+
+class SortedTape:
+    """A tape whose lines are not in the order of their times, sorted in memory.
+
+    A reader like `TapeReader`. Lines of one time stay in their order; where the tape runs
+    backwards, they are turned as well.
+
+    Args:
+        path: The tape's, for the error.
+        reader: Reads it from its beginning.
+
+    Raises:
+        ConfigurationError: It is too long.
+    """
+
+    def __init__(self, path: Path, reader: TapeReader) -> None:
+        events: list[Event] = []
+        while (parsed := reader.read_unordered()) is not None:
+            events += [event for _, event in parsed]
+            if reader.line > SORTED_LINES:
+                raise ConfigurationError(
+                    f"the tape {path} is not in the order of time, and has more than "
+                    f"{SORTED_LINES:,} lines: sort it by its times, or give a part of it"
+                )
+        steps = [later.due_ns - sooner.due_ns for sooner, later in pairwise(events)]
+        if sum(step < 0 for step in steps) > sum(step > 0 for step in steps):
+            events.reverse()
+        events.sort(key=lambda event: event.due_ns)
+        self._events = events
+        # How many of them have been given.
+        self._given = 0
+        self.line = 0
+        """The number of the last line; none is read after the beginning."""
+        self.is_disordered = False
+        """Whether it has to be sorted."""
+
+    def read(self) -> list[Event]:
+        """Return the next chunk's events; none only at the end."""
+        events = self._events[self._given : self._given + CHUNK_EVENTS]
+        self._given += len(events)
+        return events
+
+    def close(self) -> None:
+        """Forget the events."""
+        self._events = []
+
+
+@attrs.frozen
+class _Packed:
+    """How a file is packed, by its first bytes.
+
+    Args:
+        path: The file.
+        member: The file in a zip archive; None for another kind of file.
+        is_gzip: Whether it is gzip.
+    """
+
+    path: Path
+    member: str | None = None
+    is_gzip: bool = False
+
+    @classmethod
+    def of(cls, path: Path) -> _Packed:
+        """Look at a file; raises OSError, ConfigurationError or one of `_BROKEN`."""
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic[:2] == b"\x1f\x8b":
+            return cls(path, is_gzip=True)
+        if magic[:2] != b"PK":
+            return cls(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [
+                each.filename
+                for each in archive.infolist()
+                if not each.is_dir() and not each.filename.startswith("__MACOSX/")
+            ]
+        if len(names) != 1:
+            raise ConfigurationError(
+                f"the tape {path} is an archive of {len(names)} files: give one with one file, or "
+                "unpack it and give one of them"
+            )
+        return cls(path, names[0])
+
+    def open(self) -> _Unpacked:
+        """Open it from its beginning."""
+        if self.is_gzip:
+            return _Unpacked(gzip.GzipFile(self.path))  # type: ignore[arg-type]
+        if self.member is None:
+            return _Unpacked(self.path.open("rb"))
+        with zipfile.ZipFile(self.path) as archive:  # what is open of it stays open
+            return _Unpacked(archive.open(self.member), most=4096)  # which checks the sum first
+
+    def symbol(self) -> str:
+        """Read the symbol in its name; raises ConfigurationError."""
+        inner = () if self.member is None else (self.member.rpartition("/")[2],)
+        return symbol_in(self.path, *inner, self.path.name)
 
 
 def tape_opener(path: Path, report: _Report) -> Callable[[], TapeReader]:
@@ -95,39 +278,32 @@ def tape_opener(path: Path, report: _Report) -> Callable[[], TapeReader]:
     Raises:
         ConfigurationError: It cannot be read, is not a tape, or its symbol cannot be told.
     """
-    magic = b""
-
-    def unpack() -> IO[bytes]:
-        if magic[:2] == b"\x1f\x8b":
-            return cast("IO[bytes]", io.BufferedReader(gzip.GzipFile(path)))
-        return path.open("rb")
-
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic == b"PK\x03\x04":
-            raise ConfigurationError(f"the tape {path} is a zip archive: unpack it first")
-        with unpack() as unpacked:
-            head = unpacked.read(SNIFF_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise ConfigurationError(f"the tape {path} is a broken gzip file: replace it") from None
+        packed = _Packed.of(path)
+        with packed.open() as unpacked, io.BufferedReader(unpacked) as file:
+            head = file.read(SNIFF_BYTES)
+            if unpacked.error is not None and not head:
+                raise unpacked.error
+    except _BROKEN as error:
+        raise ConfigurationError(
+            f"the tape {path} is a broken gzip file or zip archive ({error}): replace it"
+        ) from None
     except OSError as error:
         raise unreadable(path, error) from None
+    if head.startswith(_UTF16):
+        raise ConfigurationError(f"the tape {path} is text of UTF-16: save it as UTF-8")
     # One object makes it JSON lines; else the first line with a known layout says which CSV.
     lines = head.removeprefix(_BOM).splitlines()
-    if any(line.lstrip().startswith(b"{") for line in lines):
-        return lambda: TapeReader(unpack(), _FrameParser().parse, report)
-    layout = next(filter(None, map(_layout, lines)), None)
+    if any(line.lstrip().startswith((b"{", b"[{")) for line in lines):
+        return lambda: TapeReader(packed.open(), _FrameParser().parse, report)
+    layout = next(filter(None, map(layout_of, lines)), None)
     if layout is None:
         raise ConfigurationError(
             f"the tape {path} is neither JSON lines of Binance stream frames nor CSV of klines, "
             "trades or aggTrades: give one of these"
         )
-    symbol = None if layout.symbol is not None else _symbol_in(path)
-    return lambda: TapeReader(unpack(), _CsvParser(layout, symbol).parse, report)
-
-
-_BOM = b"\xef\xbb\xbf"
+    symbol = None if layout.symbol is not None else packed.symbol()
+    return lambda: TapeReader(packed.open(), CsvParser(layout, symbol).parse, report)
 
 
 def unreadable(path: Path, error: OSError) -> ConfigurationError:
@@ -137,37 +313,16 @@ def unreadable(path: Path, error: OSError) -> ConfigurationError:
     )
 
 
-# ---- values
-
-
-def _time_ns(text: str) -> int:
-    """Read the time in a cell of a CSV, in ns: an epoch, or ISO 8601 (UTC unless it says more)."""
-    if text.isdecimal() and text.isascii():
-        return epoch_ns(int(text[:20]))
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError("a time is neither ISO nor an epoch") from None
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-# ---- JSON lines
-
-
 class _Line(Payload):
     """A recorder's line, a bare frame or a bare event, told apart by what is there."""
 
     recv_ns: int = 0
     frame: Frame | None = None
     stream: str = ""
-    data: Payload | None = None
+    data: Payload | list[Payload] | None = None
 
 
-_decode = msgspec.json.Decoder(_Line).decode
+_decode = msgspec.json.Decoder(_Line | list[Payload]).decode
 
 
 class _FrameParser:
@@ -177,21 +332,32 @@ class _FrameParser:
         self._symbols = Symbols()
         self._time_ns = 0  # of the last frame with a time
 
-    def parse(self, text: bytes) -> Event | None:
+    def parse(self, text: bytes) -> Sequence[Event]:
+        """Read a line: an event, or several of a stream of all symbols, such as !ticker@arr."""
         if text.isspace():
-            return None
+            return ()
         try:
             line = _decode(text)
         except msgspec.ValidationError:
             if is_other_event(text):
-                return None
+                return ()
             raise
-        # The event, whatever it is wrapped in.
-        payload: Payload
-        if line.frame is not None:
-            payload, stream = line.frame.data, line.frame.stream
+        # The event, or the events, whatever they are wrapped in.
+        recv_ns, stream = 0, ""
+        payloads: Payload | list[Payload]
+        if isinstance(line, list):
+            payloads = line
+        elif line.frame is not None:
+            recv_ns, payloads, stream = line.recv_ns, line.frame.data, line.frame.stream
         else:
-            payload, stream = line.data or line, line.stream
+            recv_ns, payloads, stream = line.recv_ns, line.data or line, line.stream
+        if not isinstance(payloads, list):
+            event = self._event(payloads, stream, recv_ns)
+            return () if event is None else (event,)
+        events = [self._event(payload, stream, recv_ns) for payload in payloads]
+        return [event for event in events if event is not None]
+
+    def _event(self, payload: Payload, stream: str, recv_ns: int) -> Event | None:
         found = values_of(payload, stream)
         if found is None:
             return None
@@ -199,110 +365,11 @@ class _FrameParser:
         # When it was received, or else the source's own time.
         symbol = self._symbols[payload.symbol]
         source = payload.event_time or payload.trade_time
-        if line.recv_ns > 0:
-            self._time_ns = line.recv_ns
+        if recv_ns > 0:
+            self._time_ns = recv_ns
         elif source:
             self._time_ns = epoch_ns(source)
         elif not self._time_ns:
             raise ValueError("the frame has no time, and none stands before it")
         source_ns = epoch_ns(source) if source else self._time_ns
         return Event(self._time_ns, source_ns // 1_000_000, symbol, kind, values)
-
-
-# ---- CSV
-
-
-@attrs.frozen
-class _Layout:
-    """Which column is what; `values` are price and quantity, or open, high, low, close, volume."""
-
-    kind: Literal["trade", "kline"]
-    time: int
-    values: tuple[int, ...]
-    symbol: int | None
-    header: bytes | None
-
-
-def _cells(line: bytes) -> list[str]:
-    return line.removeprefix(_BOM).decode().strip().replace('"', "").split(",")
-
-
-def _layout(line: bytes) -> _Layout | None:
-    """Tell the layout by a line: by its names where it is a header, else by its cells."""
-    try:
-        cells = [cell.strip() for cell in _cells(line)]
-    except UnicodeDecodeError:
-        return None
-    if not cells[0][:1].isdecimal():
-        return _named_layout(cells, line)
-    flags = [cell.lower() in ("true", "false") for cell in cells]
-    if len(cells) in (12, 13) and not any(flags):
-        return _Layout("kline", 6, (1, 2, 3, 4, 5), 12 if len(cells) == 13 else None, None)
-    # trades: id, price, quantity, quote quantity, time, maker; aggTrades: id, price, quantity,
-    # first id, last id, time, maker. Both may have a last column for "best match".
-    if len(cells) in (6, 7) and flags[5]:
-        return _Layout("trade", 4, (1, 2), None, None)
-    if len(cells) in (7, 8) and flags[6]:
-        return _Layout("trade", 5, (1, 2), None, None)
-    return None
-
-
-def _named_layout(cells: Sequence[str], line: bytes) -> _Layout | None:
-    at = {cell.lower().replace("_", "").replace(" ", ""): i for i, cell in enumerate(cells)}
-
-    def first(*names: str) -> int | None:
-        return next((at[name] for name in names if name in at), None)
-
-    time = first("closetime", "time", "transacttime", "timestamp", "opentime")
-    if time is None:
-        return None
-    candles = [at[name] for name in ("open", "high", "low", "close", "volume") if name in at]
-    at_price, at_quantity = at.get("price"), first("qty", "quantity")
-    if len(candles) == 5:
-        return _Layout("kline", time, tuple(candles), at.get("symbol"), line.strip())
-    if at_price is not None and at_quantity is not None:
-        return _Layout("trade", time, (at_price, at_quantity), at.get("symbol"), line.strip())
-    return None
-
-
-class _CsvParser:
-    """Parses the rows of a CSV.
-
-    Args:
-        layout: Which column is what.
-        symbol: The symbol of all rows, where no column holds it.
-    """
-
-    def __init__(self, layout: _Layout, symbol: str | None) -> None:
-        self._layout = layout
-        self._symbol = symbol
-        self._symbols = Symbols()
-
-    def parse(self, line: bytes) -> Event | None:
-        layout = self._layout
-        # A header may stand in the midst of files that were joined.
-        if line.isspace() or (layout.header and line.removeprefix(_BOM).strip() == layout.header):
-            return None
-        cells = _cells(line)
-        due_ns = _time_ns(cells[layout.time])
-        symbol = self._symbol or self._symbols[cells[layout.symbol or 0]]
-        if layout.kind == "trade":
-            at_price, at_quantity = layout.values
-            values = (price(cells[at_price]), number(cells[at_quantity]))
-            return Event(due_ns, due_ns // 1_000_000, symbol, "trade", values)
-        *prices, volume = layout.values
-        candle = (*(price(cells[i]) for i in prices), number(cells[volume]))
-        return Event(due_ns, due_ns // 1_000_000, symbol, "kline", candle)
-
-
-_FILE_NAME = re.compile(r"([A-Z0-9]{5,24}(?:_(?:\d{6}|PERP))?)(?:[-_.].*)?")
-
-
-def _symbol_in(path: Path) -> str:
-    match = _FILE_NAME.fullmatch(path.name)
-    if match is None or not re.search("[A-Z]{3}", match[1]):
-        raise ConfigurationError(
-            f"the tape {path} does not tell its symbol: give it a column 'symbol', or a file name "
-            "that begins with it (BTCUSDT-trades-2024-08-08.csv)"
-        )
-    return match[1]
