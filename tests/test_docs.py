@@ -803,6 +803,7 @@ async def test_conversations_are_as_printed(autojump_clock):
             await play(four, block("wire_auth"), TOKEN=token)
             await play(four, block("wire_subscribe"))
             await play(four, block("wire_unsubscribe"))
+            await play(four, block("wire_channels"))
             await tick(service, "61500.10")
             reading, four.reading = four.reading, trio.Event()
             await tick(service, "61500.20", "61500.30", "61500.40")

@@ -29,10 +29,10 @@ from trading_push.errors import CloseCode, ServiceClosed, innermost
 from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
+from trading_push.sources.offered import channels_for
 from trading_push.statistics import Latest, Statistics, collect
 from trading_push.supervision import keep_running
 from trading_push.topics import (
-    BUILTIN_CHANNELS,
     Channel,
     Channels,
     Kind,
@@ -416,7 +416,8 @@ async def open_push_service(
         settings: Intervals, limits, keys.
         feed: Where tickers come from; None where they are published.
         authenticate: Takes a token, returns its `Principal`; None checks JWTs by the settings.
-        channels: The application's own, after balance, positions, pnl, orders and fills.
+        channels: The application's own, after those of balance, positions, pnl and orders that the
+            source offers (`data_types`) and fills.
         fetch_context: A context manager factory, opened anew round each call of the source.
         user_session: Takes a user's id, returns an async context manager: entered when the user's
             first watcher comes, left `polling.watch_linger_s` after the last one has gone; for an
@@ -426,7 +427,8 @@ async def open_push_service(
         on_leave: Called for each connection that has left; what it raises is logged.
 
     Raises:
-        ConfigurationError: There is no `authenticate` and no key to check tokens with.
+        ConfigurationError: There is no `authenticate` and no key to check tokens with; a channel is
+            there twice, or is polled and the source does not offer it.
 
     At its end every connection is sent the notice and closed with 1012, within
     `limits.drain_timeout_s`; no log line of a leave is lost, also when cancelled.
@@ -434,17 +436,12 @@ async def open_push_service(
     settings = Settings() if settings is None else settings
     if authenticate is None:
         authenticate = JwtAuthenticator(settings.auth, settings.jwt_secret)
-    builtin = [
-        Channel(name, interval_s=getattr(settings.intervals, name) if source else None)
-        for name in BUILTIN_CHANNELS
-    ]
-    builtin.append(Channel("fills", "events"))
     service = PushService(
         settings,
         source,
         feed,
         authenticate,
-        Channels([*builtin, *channels]),
+        channels_for(source, settings.intervals, channels),
         fetch_context,
         user_session,
         on_leave,

@@ -21,6 +21,7 @@ CHANNELS = Channels([*map(Channel, BUILTIN_CHANNELS), Channel("news", "events", 
 STATE, OTHER, EVENTS = Topic("balance", "4"), Topic("balance", "5"), Topic("news")
 LIVE, STALE, DOWN = Status("live"), Status("stale", "source_error"), Status("down", "disconnected")
 NO_DATA = Status("down", "no_data")
+QUIET = Status("live", "quiet")
 HISTORY = 5
 
 Deliver = Callable[[Sequence[Message]], None]
@@ -92,6 +93,26 @@ def test_of_what_was_never_published_nothing_is_known(broker, delivered):
     assert broker.turned_at(STATE) == 0
     assert broker.states() == {}
     assert delivered.batches == []
+
+
+def test_events_of_which_none_has_happened_are_live_and_quiet(broker, delivered):
+    assert broker.status(EVENTS) == QUIET
+    broker.mark([EVENTS], QUIET)
+    assert broker.states() == {"news": {"live": 1}}
+    assert delivered.batches == []
+    publish(broker, EVENTS, 1)  # the value itself says that it is live
+    assert delivered.taken() == [b"1"]
+    assert broker.status(EVENTS) == LIVE
+
+
+def test_events_that_have_failed_before_the_first_are_quiet_again(broker, delivered):
+    broker.mark([EVENTS], DOWN)
+    broker.mark([EVENTS], LIVE)
+    assert delivered.taken() == [DOWN, QUIET]
+    broker.mark([EVENTS], DOWN)
+    publish(broker, EVENTS, 1)
+    assert delivered.taken() == [DOWN, LIVE, b"1"]
+    assert broker.states() == {"news": {"live": 1}}
 
 
 def test_asking_makes_no_topic(broker):
@@ -363,12 +384,13 @@ def test_what_is_forgotten_begins_anew_in_another_epoch(broker, delivered, topic
     broker.forget(topic)
     assert delivered.batches == []  # nobody watches
     assert broker.snapshot(topic) is None
-    assert broker.status(topic) == NO_DATA
+    assert broker.status(topic) == (QUIET if topic == EVENTS else NO_DATA)
     assert broker.turned_at(topic) == 0
     assert broker.states() == {}
     assert broker.since(topic, old, 2) is None
     publish(broker, topic, 3)
-    assert delivered.taken() == [LIVE, b"3"]
+    # Of events the value itself says that they are live: they were `quiet` before.
+    assert delivered.taken() == ([b"3"] if topic == EVENTS else [LIVE, b"3"])
     assert last(broker, topic).seq == 1
     assert last(broker, topic).epoch != old
     assert broker.since(topic, old, 0) is None

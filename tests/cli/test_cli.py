@@ -31,6 +31,7 @@ from trading_push.cli.escaping import escaped
 from trading_push.settings.consistency import is_loopback
 
 COMMAND = [sys.executable, "-m", "trading_push"]
+BALANCE = ["watch", "--data", "balance"]
 SECRET = "0123456789abcdef0123456789abcdef"
 WAIT_S = 30
 
@@ -277,6 +278,41 @@ async def test_watch_prints_one_json_push_a_line(monkeypatch: pytest.MonkeyPatch
     assert printed[3] == ""
 
 
+async def test_watch_shows_what_the_server_offers_where_nothing_is_named() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.authenticate()
+        request = await peer.receive("channels")
+        offered = [{"channel": name, "kind": "state", "of_later": 1} for name in ("margin", "pnl")]
+        if number == 0:
+            error = {"code": "rate_limited", "message": "later", "retryable": True}
+            await peer.send(op="channels", id=request["id"], ok=False, error=error)
+            await peer.until_closed()
+            return
+        await peer.send(op="channels", id=request["id"], ok=True, channels=[*offered, "odd", {}])
+        assert await peer.subscribe() == ["ticker.A", "margin", "pnl"]
+        await peer.push(1, channel="margin")
+        await peer.until_closed()
+
+    args = ["--token", "t", "--ticker", "A", "--count", "1"]
+    async with server(script) as url, running("watch", url, *args) as process:
+        assert json.loads(await Lines(process.stdout).next())["channel"] == "margin"
+        assert await finished(process) == 0
+
+
+async def test_watch_of_a_server_that_does_not_tell_says_what_to_do() -> None:
+    async def script(peer: Peer, number: int) -> None:
+        await peer.authenticate()
+        request = await peer.receive("channels")
+        error = {"code": "unknown_op", "message": "no", "retryable": False}
+        await peer.send(op="error", id=request["id"], ok=False, error=error)
+        await peer.until_closed()
+
+    async with server(script) as url, running("watch", url, "--token", "t") as process:
+        line = await Lines(process.stderr).next()
+        assert await finished(process) == 3
+    assert "name the channels" in line
+
+
 @pytest.mark.parametrize(("what", "status"), [("token", 3), ("channel", 3), ("kicked", 3)])
 async def test_watch_tells_refused(what: str, status: int) -> None:
     async def script(peer: Peer, number: int) -> None:
@@ -297,7 +333,7 @@ async def test_watch_tells_refused(what: str, status: int) -> None:
         await peer.send(op="subscribe", id=request["id"], ok=False, results=results)
         await peer.until_closed()
 
-    async with server(script) as url, running("watch", url, "--token", "tell-no-one") as process:
+    async with server(script) as url, running(*BALANCE, url, "--token", "tell-no-one") as process:
         line = await Lines(process.stderr).next()
         assert await finished(process) == status
     assert line.startswith("trading-push: ")
@@ -309,7 +345,7 @@ async def test_watch_tells_unreachable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"ws://127.0.0.1:{taken.getsockname()[1]}/ws"
-        async with running("watch", url, "--token", "t") as process:
+        async with running(*BALANCE, url, "--token", "t") as process:
             lines = Lines(process.stderr)
             line, end = await lines.next(), await lines.next()
             assert await finished(process) == 4
@@ -329,7 +365,7 @@ async def test_an_interrupt_ends_watch_quietly_and_politely(signal_: signal.Sign
         codes.append(await peer.until_closed())
         closed.set()
 
-    async with server(script) as url, running("watch", url, "--token", "t") as process:
+    async with server(script) as url, running(*BALANCE, url, "--token", "t") as process:
         assert json.loads(await Lines(process.stdout).next())["seq"] == 1
         process.send_signal(signal_)
         assert await finished(process) == 0
@@ -367,7 +403,7 @@ async def test_watch_ends_quietly_when_nobody_reads_on() -> None:
             await peer.push(seq, seq - 1)
         await peer.until_closed()
 
-    async with server(script) as url, running("watch", url, "--token", "t") as process:
+    async with server(script) as url, running(*BALANCE, url, "--token", "t") as process:
         await Lines(process.stdout).next()
         assert process.stdout is not None
         await process.stdout.aclose()
@@ -476,13 +512,13 @@ async def test_serve_from_its_first_line_to_its_end(environment: Path) -> None:
             tokens.append(match[1])
 
         # All that a trader has, and within two seconds of the client's being there.
-        async with running("watch", url, "--token", tokens[3], "--count", "8") as client:
+        async with running("watch", url, "--token", tokens[3], "--count", "9") as client:
             printed = Lines(client.stdout)
-            pushes = [json.loads(await printed.next()) for _ in range(8)]
+            pushes = [json.loads(await printed.next()) for _ in range(9)]
             assert await finished(client) == 0
         channels = {push["channel"] for push in pushes}
         assert channels == {
-            *("balance", "positions", "pnl", "orders"),
+            *("balance", "positions", "pnl", "orders", "fills"),
             *("ticker.BTCUSDT", "ticker.ETHUSDT"),
         }
 

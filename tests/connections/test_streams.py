@@ -148,15 +148,21 @@ async def test_one_generator_serves_all_where_it_is_shared(autojump_clock):
         assert numbers.most == 1
 
 
+@pytest.mark.parametrize("kind", ["state", "events"])
 @pytest.mark.parametrize("shared", [False, True])
-async def test_a_stream_that_yields_late_is_down_until_then(autojump_clock, shared):
+async def test_a_stream_that_yields_late_is_down_or_quiet_until_then(autojump_clock, shared, kind):
     numbers = Numbers()
     async with serving(None) as (service, join):
-        service.add_stream("numbers", numbers, shared=shared)
+        service.add_stream("numbers", numbers, shared=shared, kind=kind)
         began = trio.current_time()
         peer = await join("4", "numbers")
         [status] = await peer.next()
         assert trio.current_time() - began == pytest.approx(1)
+        if kind == "events":
+            assert (status["state"], status["reason"]) == ("live", "quiet")
+            await numbers.send(1)
+            assert [each["type"] for each in await peer.next()] == ["snapshot"]
+            return
         assert (status["state"], status["reason"]) == ("down", "no_data")
         await numbers.send(1)
         assert [each.get("state", each["type"]) for each in await peer.next(2)] == [

@@ -36,7 +36,11 @@ class Publication:
 
 
 class Status(NamedTuple):
-    """Whether a topic's value can be relied on; `reason` is a word for programs, None if live."""
+    """Whether a topic's value can be relied on; `reason` is a word for programs.
+
+    It is None if the topic is live, unless it is of kind `events` and nothing has happened yet
+    (`quiet`).
+    """
 
     state: State
     reason: str | None = None
@@ -71,7 +75,7 @@ class Broker(Protocol):
         ...
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
-        """Set the status of some topics; only changes are delivered.
+        """Set the status of some topics; only changes of its state are delivered.
 
         Unlike `publish`, which raises ServiceClosed, it raises nothing once the service has ended:
         there is no one left to tell that a topic ended.
@@ -83,7 +87,10 @@ class Broker(Protocol):
         ...
 
     def status(self, topic: Topic) -> Status:
-        """Return the status of a topic; `down`, `no_data` before anything was published."""
+        """Return the status of a topic; before anything was published, `down`, `no_data`.
+
+        Of kind `events` it is `live`, `quiet` then: that nothing has happened is no failure.
+        """
         ...
 
     def states(self) -> dict[str, dict[State, int]]:

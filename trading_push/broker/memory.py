@@ -16,6 +16,7 @@ __all__ = ["MemoryBroker"]
 
 _NO_DATA = Status("down", "no_data")
 _LIVE = Status("live")
+_QUIET = Status("live", "quiet")
 
 
 class _TopicState:
@@ -28,9 +29,14 @@ class _TopicState:
         self.epoch = secrets.token_hex(8)
         self.seq = 0  # of the last publication
         self.last: Publication | None = None
-        self.status = _NO_DATA
+        self.status = _initial(kind)
         self.turned_at = 0  # the `seq` of the last value before the status changed
         self.history: deque[Publication] | None = deque(maxlen=history) if history else None
+
+
+def _initial(kind: Kind) -> Status:
+    """Return the status of a topic to which nothing was published yet."""
+    return _QUIET if kind == "events" else _NO_DATA
 
 
 class MemoryBroker:
@@ -59,8 +65,8 @@ class MemoryBroker:
     def _state(self, topic: Topic) -> _TopicState:
         state = self._topics.get(topic)
         if state is None:
-            self._count(topic, _NO_DATA.state, 1)
             kind = self._channels.kind_of(topic)
+            self._count(topic, _initial(kind).state, 1)
             kept = self._history if kind == "events" else 0
             state = self._topics[topic] = _TopicState(kind, kept)
         return state
@@ -72,9 +78,10 @@ class MemoryBroker:
         topics = self._topics
         for topic, data in values:
             state = topics.get(topic) or self._state(topic)
-            if state.status.state != "live":
+            if state.status is not _LIVE:
+                if state.status.state != "live":
+                    batch.append(StatusChange(topic, _LIVE, now))
                 self._turn(topic, state, _LIVE)
-                batch.append(StatusChange(topic, _LIVE, now))
             state.seq += 1
             last = Publication(topic, state.kind, state.epoch, state.seq, now, data)
             state.last = last
@@ -90,10 +97,14 @@ class MemoryBroker:
         changes: list[Message] = []
         for topic in topics:
             state = self._state(topic)
-            changed = status.differs(state.status)
-            self._turn(topic, state, status)
+            new = status
+            if status.state == "live":
+                quiet = state.last is None and state.kind == "events"
+                new = _QUIET if quiet else _LIVE
+            changed = new.differs(state.status)
+            self._turn(topic, state, new)
             if changed:
-                changes.append(StatusChange(topic, status, now))
+                changes.append(StatusChange(topic, new, now))
         if changes:
             # A closed registry works through its inbox. Members that leave then end topics, too,
             # and there is no one left to tell.
@@ -106,9 +117,9 @@ class MemoryBroker:
         return None if state is None else state.last
 
     def status(self, topic: Topic) -> Status:
-        """Return the status of a topic; `down`, `no_data` before anything was published."""
+        """Return the status of a topic; before anything was published, that of its kind."""
         state = self._topics.get(topic)
-        return _NO_DATA if state is None else state.status
+        return _initial(self._channels.kind_of(topic)) if state is None else state.status
 
     def states(self) -> dict[str, dict[State, int]]:
         """Count the topics that had a value or a status, by channel and state."""

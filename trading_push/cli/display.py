@@ -52,11 +52,19 @@ class JsonLines:
 
 
 async def show(
-    url: str, token: str, channels: Sequence[str], *, count: int | None, descriptor: int
+    url: str,
+    token: str,
+    channels: Sequence[str],
+    *,
+    offered: bool,
+    count: int | None,
+    descriptor: int,
 ) -> None:
     """Show pushes until `count` of them have come, or an interrupt does.
 
     Args:
+        channels: What to show.
+        offered: Whether to show all that the server offers, too.
         count: After how many pushes to end; None for never.
         descriptor: Where to show them: a terminal gets tables, anything else JSON lines.
 
@@ -73,7 +81,7 @@ async def show(
             scopes = [nursery.cancel_scope]
             nursery.start_soon(_end_at_interrupt, signals, scopes)
             try:
-                async with open_client(url, token, channels=channels) as client:
+                async with open_client(url, token, channels=channels, offered=offered) as client:
                     scopes.append(reading)
                     with reading:
                         await _show(client, url, channels, count, descriptor)

@@ -11,7 +11,7 @@ from trading_push.cli.display import show
 from trading_push.cli.exits import REFUSED, UNREACHABLE, fail
 from trading_push.client.ending import Refused, Unreachable
 from trading_push.errors import AuthenticationError, ConfigurationError
-from trading_push.topics import BUILTIN_CHANNELS, TICKER_PREFIX
+from trading_push.topics import TICKER_PREFIX
 
 __all__ = ["watch"]
 
@@ -27,10 +27,8 @@ __all__ = ["watch"]
 )
 @click.option(
     "--data",
-    default=",".join(BUILTIN_CHANNELS),
-    show_default=True,
     metavar="NAME,...",
-    help="Channels of the user's own.",
+    help="Channels to show; by default all that the server offers.",
 )
 @click.option(
     "--ticker",
@@ -42,7 +40,7 @@ __all__ = ["watch"]
 @click.option(
     "--count", type=click.IntRange(1), metavar="N", help="End after N pushes, with status 0."
 )
-def watch(url: str, token_: str | None, data: str, ticker: str, count: int | None) -> None:
+def watch(url: str, token_: str | None, data: str | None, ticker: str, count: int | None) -> None:
     """Show an account and tickers live: tables on a terminal, else one JSON push a line.
 
     Once it has been connected, it reconnects by itself, with a back-off. Ctrl-C ends it.
@@ -59,8 +57,8 @@ def watch(url: str, token_: str | None, data: str, ticker: str, count: int | Non
             "watch needs a token: give --token, or set TRADING_PUSH_TOKEN "
             "(`trading-push token --user 1` prints one)"
         )
-    channels = [*_names(data), *(TICKER_PREFIX + symbol for symbol in _names(ticker))]
-    if not channels:
+    channels = [*_names(data or ""), *(TICKER_PREFIX + symbol for symbol in _names(ticker))]
+    if data is not None and not channels:
         raise ConfigurationError("there is nothing to watch: give --data or --ticker")
     try:
         descriptor = sys.stdout.fileno()
@@ -68,7 +66,11 @@ def watch(url: str, token_: str | None, data: str, ticker: str, count: int | Non
         return
 
     try:
-        trio.run(lambda: show(url, token_, channels, count=count, descriptor=descriptor))
+        trio.run(
+            lambda: show(
+                url, token_, channels, offered=data is None, count=count, descriptor=descriptor
+            )
+        )
     except (KeyboardInterrupt, BrokenPipeError):
         return
     except AuthenticationError as error:

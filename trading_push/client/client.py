@@ -39,12 +39,16 @@ BUFFERED_PUSHES: Final = 64
 class Client:
     """The pushes of a connection that is kept alive; made by `open_client`."""
 
-    def __init__(self, url: str, token: Token, channels: Sequence[str], attempts: int) -> None:
+    def __init__(
+        self, url: str, token: Token, channels: Sequence[str], offered: bool, attempts: int
+    ) -> None:
         self._address = Address.of(
             url, f"{url[:200]!r} is no WebSocket URL: give one like ws://127.0.0.1:8000/ws"
         )
         self._url = url
         self._tokens = Tokens(token)
+        # Whether to subscribe to all that the server offers, too.
+        self._offered = offered
         # How many tries the first connection has.
         self._attempts = attempts
         # Where each channel stands, by its name; kept from connection to connection.
@@ -115,6 +119,7 @@ class Client:
                 self._subscriptions,
                 self._next_id,
                 self._pushes_in,
+                offered=self._offered,
                 authenticated=self._authenticated,
                 ready=self._ready,
             )
@@ -146,7 +151,12 @@ class Client:
 
 @asynccontextmanager
 async def open_client(
-    url: str, token: Token, *, channels: Sequence[str] = (), attempts: int = 3
+    url: str,
+    token: Token,
+    *,
+    channels: Sequence[str] = (),
+    offered: bool = False,
+    attempts: int = 3,
 ) -> AsyncGenerator[Client]:
     """Connect, authenticate and subscribe; then stay connected until the block is left.
 
@@ -157,6 +167,8 @@ async def open_client(
             raises is answered with another try after the back-off; `Refused` or
             `AuthenticationError` ends the client.
         channels: What to subscribe.
+        offered: Subscribe also to each channel that the server says it offers; tickers are not
+            among them.
         attempts: How many tries the first connection has. Later ones are tried for ever.
 
     Raises:
@@ -166,7 +178,7 @@ async def open_client(
     The body's own exceptions come out as they are, not in a group. Leaving closes the connection
     politely, for a second at most; cancellation ends it at once. Either leaves nothing behind.
     """
-    client = Client(url, token, channels, attempts)
+    client = Client(url, token, channels, offered, attempts)
     raised: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:

@@ -145,6 +145,7 @@ class ClientConnection:
         tokens: Where tokens come from.
         subscriptions: Where each channel stands, by name; a name that the server spells otherwise
             is replaced by the server's.
+        offered: Whether to subscribe to all that the server offers, too.
         first_id: The `id` of the first request after `auth`.
         pushes: Where pushes are put; it waits while nobody takes them.
         authenticated: Called with the user that the server names.
@@ -159,11 +160,13 @@ class ClientConnection:
         first_id: int,
         pushes: trio.MemorySendChannel[Push],
         *,
+        offered: bool,
         authenticated: Callable[[str | None], None],
         ready: Callable[[bool], None],
     ) -> None:
         self._tokens = tokens
         self._subscriptions = subscriptions
+        self._offered = offered
         self._pushes = pushes
         self._tell_authenticated = authenticated
         self._tell_ready = ready
@@ -220,6 +223,8 @@ class ClientConnection:
         assert stream is not None
         stream.is_open = True
         heartbeat_s = await self._authenticate(socket, token)
+        if self._offered:
+            await self._add_offered(socket)
         async with trio.open_nursery() as nursery:
             if self._tokens.can_change:
                 nursery.start_soon(self._renew, socket)
@@ -253,15 +258,7 @@ class ClientConnection:
 
     async def _authenticate(self, socket: trio_websocket.WebSocketConnection, token: str) -> float:
         """Authenticate by the first message; return the server's heartbeat in seconds."""
-        await self._send(socket, {"op": "auth", "id": _AUTH_ID, "token": token})
-        with trio.fail_after(REPLY_TIMEOUT_S):
-            while True:
-                message = parse(await socket.get_message())
-                self._heed_notice(message)
-                if message.op == "auth" or (
-                    message.op == "error" and message.id in (_AUTH_ID, None)
-                ):
-                    break
+        message = await self._ask(socket, {"op": "auth", "id": _AUTH_ID, "token": token})
         error = message.error
         if message.op == "auth" and error is None and message.ok:
             self._tell_authenticated(message.user)
@@ -279,6 +276,33 @@ class ClientConnection:
         if error.code == ErrorCode.BAD_TOKEN:
             raise AuthenticationError(error.message)
         raise Refused(error.message)
+
+    async def _add_offered(self, socket: trio_websocket.WebSocketConnection) -> None:
+        """Ask what the server offers, before anything is subscribed, and have it subscribed."""
+        message = await self._ask(socket, {"op": "channels", "id": self.next_id})
+        self.next_id += 1
+        if message.error is not None:
+            error = message.error
+            if error.code == ErrorCode.UNKNOWN_OP:  # an older server
+                raise Refused("the server does not tell what it offers: name the channels")
+            raise ConnectionLost(error.message) if error.retryable else Refused(error.message)
+        for each in message.channels:
+            if isinstance(each, dict) and isinstance(name := each.get("channel"), str):
+                self._subscriptions.setdefault(name, Subscription())
+
+    async def _ask(
+        self, socket: trio_websocket.WebSocketConnection, request: dict[str, Any]
+    ) -> Message:
+        """Send a request while nothing is subscribed yet, and return the reply."""
+        await self._send(socket, request)
+        with trio.fail_after(REPLY_TIMEOUT_S):
+            while True:
+                message = parse(await socket.get_message())
+                self._heed_notice(message)
+                if message.op == request["op"] or (
+                    message.op == "error" and message.id in (request["id"], None)
+                ):
+                    return message
 
     async def _renew(self, socket: trio_websocket.WebSocketConnection) -> NoReturn:
         """Authenticate again on the living connection whenever its token is about to expire."""

@@ -74,6 +74,7 @@ class Message(msgspec.Struct):
     ok: bool = True
     error: ErrorBody | None = None
     results: list[ItemResult] = []
+    channels: list[Any] = []
     user: str | None = None
     heartbeat_s: float = 15
     reconnect_after_ms: float | None = None

@@ -199,7 +199,7 @@ class Subscription(_AtEachDelivery):
         if fresh:
             assert snapshot is not None
             self.offer(snapshot)
-        if status.status.state != "live":
+        if status.status.state != "live" or status.status.reason is not None:
             self.offer(status)
         self.open()
         return fresh
@@ -320,12 +320,14 @@ class Subscription(_AtEachDelivery):
 
     def status_frame(self, change: StatusChange) -> bytes | None:
         """The frame of a status for this peer; None where it was told that already."""
-        if self._told is not None and not change.status.differs(self._told):
-            return None
-        self._told = change.status
-        return frames.frame(
-            frames.status_push(self.head, change.status.state, change.status.reason, change.ts)
-        )
+        status, told = change.status, self._told
+        if told is not None and not status.differs(told):
+            # That it is live goes without saying, unless there is no value that says so (`quiet`).
+            says_so = self.sent is not None or status.reason is None or status == told
+            if status.state != "live" or says_so:
+                return None
+        self._told = status
+        return frames.frame(frames.status_push(self.head, status.state, status.reason, change.ts))
 
     def _take(self) -> list[bytes]:
         # Events keep the pace one by one; states have been merged into one.

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from trading_push.errors import ErrorCode, RequestError
+from trading_push.topics import Kind
 
 __all__ = [
     "MAX_ITEMS",
@@ -21,6 +22,8 @@ __all__ = [
     "AuthReply",
     "AuthRequest",
     "BadRequest",
+    "ChannelsReply",
+    "ChannelsRequest",
     "ErrorBody",
     "ErrorReply",
     "Id",
@@ -29,6 +32,7 @@ __all__ = [
     "ListReply",
     "ListRequest",
     "Notice",
+    "OfferedChannel",
     "PingRequest",
     "Pong",
     "Reply",
@@ -117,12 +121,22 @@ class SymbolsRequest(_Strict, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] | None = None
 
 
+class ChannelsRequest(_Strict):
+    """Ask for the channels that the server offers."""
+
+
 class PingRequest(_Strict):
     """Ask for a `pong`."""
 
 
 Request = (
-    AuthRequest | SubscribeRequest | UnsubscribeRequest | ListRequest | SymbolsRequest | PingRequest
+    AuthRequest
+    | SubscribeRequest
+    | UnsubscribeRequest
+    | ListRequest
+    | ChannelsRequest
+    | SymbolsRequest
+    | PingRequest
 )
 
 
@@ -151,6 +165,7 @@ _decoders: Final[dict[str, Any]] = {
     "unsubscribe": msgspec.json.Decoder(UnsubscribeRequest).decode,
     "list": msgspec.json.Decoder(ListRequest).decode,
     "symbols": msgspec.json.Decoder(SymbolsRequest).decode,
+    "channels": msgspec.json.Decoder(ChannelsRequest).decode,
     "ping": msgspec.json.Decoder(PingRequest).decode,
 }
 
@@ -331,6 +346,22 @@ class SymbolsReply(Struct, tag_field="op", tag="symbols"):
     more: bool
 
 
+class OfferedChannel(Struct, omit_defaults=True):
+    """A channel that the server offers; `interval_s` only if it is polled."""
+
+    channel: str
+    kind: Kind
+    interval_s: int | float | UnsetType = UNSET
+
+
+class ChannelsReply(Struct, tag_field="op", tag="channels"):
+    """The channels that the server offers, tickers left out."""
+
+    id: int | str | UnsetType
+    ok: bool
+    channels: list[OfferedChannel]
+
+
 class Pong(Struct, tag_field="op", tag="pong"):
     """The reply to `ping`; `ts` is the server's time in milliseconds since the epoch."""
 
@@ -346,7 +377,9 @@ class Notice(Struct, omit_defaults=True, tag_field="op", tag="notice"):
     expires_in: int | UnsetType = UNSET
 
 
-Reply = ErrorReply | AuthReply | ItemsReply | ListReply | SymbolsReply | Pong | Notice
+Reply = (
+    ErrorReply | AuthReply | ItemsReply | ListReply | ChannelsReply | SymbolsReply | Pong | Notice
+)
 
 _encode: Final = msgspec.json.Encoder().encode
 

@@ -225,6 +225,17 @@ class Session:
             case messages.ListRequest():
                 names = sorted(topic.channel for topic in self.topics)
                 return [Reply(messages.ListReply(messages.reply_id(request_id), True, names))]
+            case messages.ChannelsRequest():
+                return [Reply(self._offered(request_id))]
+
+    def _offered(self, request_id: Id) -> messages.ChannelsReply:
+        offered = [
+            messages.OfferedChannel(
+                each.name, each.kind, UNSET if each.interval_s is None else each.interval_s
+            )
+            for each in self._channels
+        ]
+        return messages.ChannelsReply(messages.reply_id(request_id), True, offered)
 
     def charge(self, size: int) -> None:
         """Charge a subscribe request for the bytes that it was answered with."""

@@ -70,8 +70,8 @@ def _check_accounts(settings: Settings) -> None:
             "database.url is set without queries: write a table [database.queries.NAME] with the "
             f"sql of each data type ({', '.join(DATA_TYPES)}) in the configuration file"
         )
-    for name in ("fetch_many", "flask_app"):
-        if getattr(function, name) is not None and function.fetch is None:
+    for name in ("fetch_many", "flask_app", "data_types"):
+        if getattr(function, name) not in (None, "") and function.fetch is None:
             raise ConfigurationError(
                 f"function.{name} is set without function.fetch: name the function that reads "
                 "one user's data"

@@ -323,6 +323,12 @@ class Function:
         "A function that is called in its place, with the ids of many users.",
         example='"shop.push:fetch_many"',
     )
+    data_types: str = setting(
+        "",
+        words,
+        "The data types that the functions answer for, separated by spaces (`balance positions`); "
+        "none for all four. What is not named is no channel.",
+    )
     flask_app: str | None = setting(
         None,
         _object_name,

@@ -44,6 +44,9 @@ class Source(Protocol):
 
     A source may be used by many tasks at the same time. A `fetch` that is a plain function (not a
     coroutine function) is run in a worker thread.
+
+    It may say what it offers by an attribute `data_types`, an iterable of names; without it, or if
+    it is None, it offers balance, positions, pnl and orders, and whatever it is asked for besides.
     """
 
     async def fetch(self, user_id: str, data_type: str) -> Any | None:

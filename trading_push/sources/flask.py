@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ class FlaskSource(FunctionSource):
         app: The application.
         fetch: As for a `FunctionSource`.
         fetch_many: As for a `FunctionSource`.
+        data_types: As for a `FunctionSource`.
     """
 
     def __init__(
@@ -38,5 +39,8 @@ class FlaskSource(FunctionSource):
         fetch: Callable[[str, str], Any],
         *,
         fetch_many: Callable[..., Any] | None = None,
+        data_types: Iterable[str] | None = None,
     ) -> None:
-        super().__init__(fetch, context=app.app_context, fetch_many=fetch_many)
+        super().__init__(
+            fetch, context=app.app_context, fetch_many=fetch_many, data_types=data_types
+        )

@@ -7,7 +7,7 @@ context is entered and left in that thread, even when the answer is not awaited 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -32,6 +32,7 @@ class FunctionSource:
             kind around any function; it is the outer one.)
         fetch_many: Called with a sequence of user ids and a data type, in place of `fetch`; returns
             values by user id.
+        data_types: The data types that the functions answer for; None for all.
 
     The value is encoded after the context has been left. Objects that still need the context, as
     those of an ORM do, have to be turned into plain values before.
@@ -48,7 +49,10 @@ class FunctionSource:
             [], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
         ] = nullcontext,
         fetch_many: Callable[..., Any] | None = None,
+        data_types: Iterable[str] | None = None,
     ) -> None:
+        self.data_types = None if data_types is None else tuple(data_types)
+        """What is offered; see `sources.base.Source`."""
         self.fetch = _within(context, fetch)
         self.fetch_many = None if fetch_many is None else _within(context, fetch_many)
 
