@@ -18,12 +18,13 @@ import pkgutil
 import re
 import shlex
 import shutil
+import sqlite3
 import ssl
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -615,6 +616,30 @@ async def test_the_paper_exchange_is_configured_as_printed(tmp_path, monkeypatch
     async with open_configured_service(settings):
         assert (tmp_path / "accounts.sqlite3").exists()
     assert settings.market.seed == 7
+
+
+async def test_own_channels_are_configured_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "trading-push.toml"
+    config.write_text(block("own_channels"), encoding="utf-8")
+    with closing(sqlite3.connect(tmp_path / "accounts.db")) as database:
+        database.execute("CREATE TABLE margins (user_id TEXT, equity TEXT, used TEXT)")
+        database.execute("INSERT INTO margins VALUES ('4', '100.5', '7')")
+        database.commit()
+    settings = load_settings(config=config, flags={})
+    async with (
+        open_configured_service(settings, trading_push.Principal) as service,
+        peer(service, "4") as four,
+    ):
+        names = [each["channel"] for each in (await four.request("channels"))["channels"]]
+        assert {"margin", "alerts", "news"} < set(names)
+        await four.subscribe("margin")
+        assert (await four.push())["data"] == {"equity": "100.5", "used": "7"}
+        await four.subscribe("news", "alerts")
+        assert {(await four.push())["reason"], (await four.push())["reason"]} == {"quiet"}
+        await service.publish("news", "all")
+        await service.publish("alerts", "one", user=4)
+        assert [(await four.push())["data"] for _ in range(2)] == ["all", "one"]
 
 
 def test_an_application_s_own_test_is_run_as_printed(tmp_path):

@@ -75,6 +75,7 @@ async def open_configured_service(
                 source,
                 settings=settings,
                 feed=feed,
+                channels=[each.named(name) for name, each in settings.channels.items()],
                 authenticate=authenticate or authenticator(settings),
             )
         )

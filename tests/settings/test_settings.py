@@ -212,7 +212,30 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
             "[ccxt]\nexchange = 'a'\ncredentials = '{}'\ntimeout_s = 60",
             "ccxt.timeout_s is 60.0: give less than polling.fetch_timeout_s",
         ),
-        ("[database.queries.balances]\nsql = 'x'", "there is no such data type"),
+        (f"[database.queries.balances]\nsql = '{SQL}'", "there is no such data type"),
+        (f"[database.queries.margin]\nsql = '{SQL}'\n[channels.margin]", "with interval_s"),
+        ("channels = 5", "write a table [channels.NAME]"),
+        ("[channels]\nmargin = 5", "channels.margin is no table"),
+        ("[channels.margin]\nintervals = 5", "did you mean interval_s?"),
+        ("[channels.margin]\ninterval_s = 0", "channels.margin.interval_s is 0"),
+        ("[channels.margin]\ninterval_s = 2", "write [database.queries.margin]"),
+        ("[channels.margin]\nkind = 'event'", "give one of state, events"),
+        ("[channels.margin]\nper_user = 1", "channels.margin.per_user"),
+        ("[channels.Margin]", "'Margin' cannot name a channel"),
+        ("[channels.ticker]", "not 'ticker'"),
+        ("[channels.fills]\nkind = 'events'", "a channel of that name already"),
+        ("[channels.pnl]\ninterval_s = 3", "set intervals.pnl instead"),
+        ("[channels.margin]\ninterval_s = 3\nkind = 'events'", "cannot be polled"),
+        ("[channels.margin]\ninterval_s = 3\nper_user = false", "cannot be polled"),
+        (
+            "[channels.margin]\ninterval_s = 3\n[function]\nfetch = 'a:b'\ndata_types = 'pnl'",
+            "function.data_types does not name margin",
+        ),
+        (
+            "[channels.margin]\ninterval_s = 3\n[ccxt]\nexchange = 'a'\ncredentials = '{}'",
+            "accounts of ccxt have no margin",
+        ),
+        ("[function]\ndata_types = 'pnl'", "data_types is set without function.fetch"),
         ("[database.queries.balance]\nsingle = true", "database.queries.balance has no query"),
         ("[database.queries.balance]\nsql = 'SELECT 1'", "it must select by :user_ids"),
         (f"[database.queries.balance]\nsql = '{SQL}'\nsingel = true", "did you mean single?"),
@@ -230,8 +253,9 @@ def test_what_a_file_may_not_hold(config: Path, toml: str, says: str) -> None:
         from_file(config, toml)
     assert says in refusal(error)
     # Two settings that do not go together may come from two places.
-    together = ("are both set", " without ", "less than polling.", "not used")
-    assert any(each in says for each in together) or str(config) in refusal(error)
+    # What two settings together may not say is not one line's fault, nor one file's.
+    together = ("are both set", " without ", "less than polling.", "not used", "[channels.")
+    assert any(each in refusal(error) for each in together) or str(config) in refusal(error)
     assert "hunter2" not in refusal(error)
 
 
@@ -369,6 +393,7 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
         field.name for field in attrs.fields(Query)
     }
     assert examples["http"].pop("headers")
+    assert examples.pop("channels")
     named = {
         f"{section}.{name}" if isinstance(table, dict) else section
         for section, table in examples.items()

@@ -23,6 +23,7 @@ def check(settings: Settings) -> None:
         ConfigurationError: Two of them do not go together.
     """
     _check_accounts(settings)
+    _check_channels(settings)
     _check_market(settings)
 
 
@@ -75,6 +76,48 @@ def _check_accounts(settings: Settings) -> None:
             raise ConfigurationError(
                 f"function.{name} is set without function.fetch: name the function that reads "
                 "one user's data"
+            )
+
+
+def _check_channels(settings: Settings) -> None:
+    """Each channel has a name of its own and, if it is polled, something that answers for it."""
+    queries = settings.database.queries
+    ccxt = settings.ccxt
+    for name, channel in settings.channels.items():
+        try:
+            channel.named(name)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"[channels.{name}]: {error}") from None
+        if name == "fills":
+            raise ConfigurationError("[channels.fills]: there is a channel of that name already")
+        if channel.interval_s is None:
+            continue
+        if name in DATA_TYPES:
+            raise ConfigurationError(
+                f"[channels.{name}] has an interval: set intervals.{name} instead"
+            )
+        if ccxt.credentials_file is not None or ccxt.credentials is not None:
+            raise ConfigurationError(
+                f"[channels.{name}] has an interval, and accounts of ccxt have no {name}: remove "
+                "interval_s, and publish to it"
+            )
+        if settings.http.url is None and settings.function.fetch is None and name not in queries:
+            raise ConfigurationError(
+                f"[channels.{name}] has an interval and no query: write [database.queries.{name}], "
+                "or remove interval_s"
+            )
+        asked = settings.function.data_types.split()
+        if settings.function.fetch is not None and asked and name not in asked:
+            raise ConfigurationError(
+                f"[channels.{name}] has an interval, and function.data_types does not name {name}: "
+                "add it there"
+            )
+    for name in queries:
+        own = settings.channels.get(name)
+        if name not in DATA_TYPES and (own is None or own.interval_s is None):
+            raise ConfigurationError(
+                f"database.queries.{name}: there is no such data type: use "
+                f"{', '.join(DATA_TYPES)}, or add [channels.{name}] with interval_s"
             )
 
 

@@ -22,7 +22,8 @@ from typed_settings.types import LoadedSettings, LoaderMeta, OptionInfo, OptionL
 
 from trading_push.errors import ConfigurationError
 from trading_push.logs.lines import ERROR_LENGTH, one_line
-from trading_push.settings.consistency import DATA_TYPES, check
+from trading_push.settings.channels import OwnChannel
+from trading_push.settings.consistency import check
 from trading_push.settings.schema import MOVED, Settings
 from trading_push.settings.sources import Query
 
@@ -284,6 +285,8 @@ def _checked(option: OptionInfo, value: Any, name: str, where: str, base: Path) 
     try:
         if option.path == "database.queries":
             return _queries(value)
+        if option.path == "channels":
+            return _channels(value)
         if attribute.validator is not None:
             attribute.validator(None, attribute.evolve(name=name), value)
     except ConfigurationError as error:
@@ -302,10 +305,6 @@ def _queries(tables: object) -> dict[str, Query]:
     fields = [field.name for field in attrs.fields(Query)]
     for name, table in tables.items():
         path = f"database.queries.{name}"
-        if name not in DATA_TYPES:
-            raise ConfigurationError(
-                f"{path}: there is no such data type: use {', '.join(DATA_TYPES)}"
-            )
         if not isinstance(table, dict) or "sql" not in table:
             raise ConfigurationError(f"{path} has no query: write sql = ... below [{path}]")
         for key in table:
@@ -320,3 +319,26 @@ def _queries(tables: object) -> dict[str, Query]:
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}.{error}") from None
     return queries
+
+
+def _channels(tables: object) -> dict[str, OwnChannel]:
+    """Make channels of the tables [channels.NAME]."""
+    advice = "write a table [channels.NAME] for each channel, in the configuration file"
+    if not isinstance(tables, dict):
+        raise ConfigurationError(f"channels: {advice}")
+    channels: dict[str, OwnChannel] = {}
+    fields = [field.name for field in attrs.fields(OwnChannel)]
+    for name, table in tables.items():
+        path = f"channels.{name}"
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{path} is no table: {advice}")
+        for key in table:
+            if key not in fields:
+                raise ConfigurationError(
+                    f"there is no setting '{path}.{key}'{_hint(key, fields) or ': remove it'}"
+                )
+        try:
+            channels[name] = OwnChannel(**table)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}.{error}") from None
+    return channels

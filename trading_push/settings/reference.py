@@ -72,7 +72,7 @@ def sample() -> str:
             tables.clear()
             section = each.section
             lines += ["", *_comment(each.of_section), f"[{section}]"]
-        elif not section:
+        elif not section and not (each.example or "").startswith("["):
             lines.append("")
         if each.example is not None and each.example.startswith("["):
             tables.append(each)

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from trading_push.errors import ConfigurationError
+from trading_push.settings.channels import CHANNELS_EXAMPLE, OwnChannel
 from trading_push.settings.definition import section, setting
 from trading_push.settings.sources import Ccxt, Database, Function, Http, Market, Proxy, Query
 from trading_push.settings.validators import (
@@ -44,6 +45,7 @@ __all__ = [
     "Limits",
     "Log",
     "Market",
+    "OwnChannel",
     "Polling",
     "Proxy",
     "Query",
@@ -308,6 +310,14 @@ class Settings:
         "this machine only.",
         example='"..."',
         repr=False,
+    )
+    channels: dict[str, OwnChannel] = setting(
+        attrs.Factory(dict),
+        None,
+        "A table `[channels.NAME]` for each channel of your own. `kind`: `state` or `events`. "
+        "`per_user`: false if all users share one. `interval_s`: the time between two polls of the "
+        "source, which has the name as a data type; without it the channel is only published to.",
+        example=CHANNELS_EXAMPLE,
     )
     server: Server = section(Server)
     auth: Auth = section(Auth)
