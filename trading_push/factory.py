@@ -191,9 +191,11 @@ def _functions(fetch: str, settings: Function) -> Source:
         many = import_string.function("function.fetch_many", settings.fetch_many)
     data_types = settings.data_types.split() or None
     if settings.flask_app is None:
-        return FunctionSource(asked, fetch_many=many, data_types=data_types)
+        return FunctionSource(
+            asked, fetch_many=many, data_types=data_types, user_id=settings.user_id
+        )
     app = import_string.flask_app("function.flask_app", settings.flask_app)
-    return FlaskSource(app, asked, fetch_many=many, data_types=data_types)
+    return FlaskSource(app, asked, fetch_many=many, data_types=data_types, user_id=settings.user_id)
 
 
 def _exchange(settings: Ccxt) -> ExchangeOptions:

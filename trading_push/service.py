@@ -44,6 +44,7 @@ from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import SessionFactory
 from trading_push.upstream.lifecycle import Upstream
+from trading_push.user_ids import user_id_text
 from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
@@ -192,7 +193,7 @@ class PushService:
     def _topic(self, channel: str, user: str | int | None) -> Topic:
         if channel in self.context.streams.own:
             raise ValueError(f"{channel!r} is a stream: its values come from its generator")
-        return self.context.channels.topic(channel, user)
+        return self.context.channels.topic(channel, None if user is None else _user(user))
 
     def add_stream(
         self, name: str, stream: Stream, *, shared: bool = False, kind: Kind = "events"
@@ -283,13 +284,13 @@ class PushService:
             How many were closed.
 
         Raises:
-            ValueError: Neither is given, or both.
+            ValueError: Neither is given, or both, or there cannot be such a user.
         """
         if (user is None) == (connection is None):
             raise ValueError("give the user or the connection to kick, one of them")
         if user is None:
             return self._kick(lambda each: each.id == connection, reason)
-        seated = list(self.context.seats.by_user.get(str(user), ()))
+        seated = list(self.context.seats.by_user.get(_user(user), ()))
         for each in seated:
             each.stop(CloseCode.KICKED, reason)
         return len(seated)
@@ -395,6 +396,13 @@ class PushService:
                 with trio.CancelScope(shield=True):
                     await self.drain()
                 self._registry.close()
+
+
+def _user(user: object) -> str:
+    try:
+        return user_id_text(user)
+    except TypeError as error:  # a caller that publishes many has one kind of error to look for
+        raise ValueError(str(error)) from None
 
 
 @asynccontextmanager

@@ -184,7 +184,7 @@ class Channels:
         symbol = canonical_symbol(name[len(TICKER_PREFIX) :])
         return None if symbol is None else ticker_topic(symbol)
 
-    def topic(self, name: str, user: str | int | None) -> Topic:
+    def topic(self, name: str, user: str | None) -> Topic:
         """The topic that an application names.
 
         Args:
@@ -207,7 +207,7 @@ class Channels:
         if channel.per_user != (user is not None):
             hint = "give the user" if channel.per_user else "leave out the user"
             raise ValueError(f"{name!r} is {'not ' * (not channel.per_user)}per user: {hint}")
-        return Topic(name, None if user is None else str(user))
+        return Topic(name, user)
 
     def resolve(self, name: str, user: str) -> Topic:
         """The topic that `user` means by `name`, in the new spelling or as one of their own rooms.

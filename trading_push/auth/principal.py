@@ -9,12 +9,22 @@ from typing import Any, Final
 
 import attrs
 
+from trading_push.user_ids import user_id_text
+
 __all__ = ["USER_CHARACTERS", "Authenticate", "Principal", "bearer", "is_user"]
 
 USER_CHARACTERS: Final = 64
 """How long a user's id may be."""
 
 _NO_CLAIMS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+def _user(user: object) -> str:
+    """Turn a user's id into a text, at the one place where ids come in with a token."""
+    text = user_id_text(user)
+    if len(text) > USER_CHARACTERS:
+        raise ValueError(f"a user id has {len(text)} characters: give at most {USER_CHARACTERS}")
+    return text
 
 
 def _none_if_infinite(at: float | None) -> float | None:
@@ -26,14 +36,17 @@ class Principal:
     """Who a token stands for.
 
     Args:
-        user: The user's id, 1 to 64 characters.
+        user: The user's id, 1 to 64 characters; an integer or a UUID is turned into a text.
         expires_at: When the token expires, in seconds since the epoch, without any leeway; None
             for never.
         claims: What else the token says. A connection does not keep it.
         token_id: The token's own name (`jti`, RFC 7519 section 4.1.7), by which it can be revoked.
+
+    Raises:
+        TypeError, ValueError: There cannot be a user of that id.
     """
 
-    user: str
+    user: str = attrs.field(converter=_user)
     expires_at: float | None = attrs.field(default=None, converter=_none_if_infinite)
     claims: Mapping[str, Any] = attrs.field(default=_NO_CLAIMS, repr=False)
     token_id: str | None = None

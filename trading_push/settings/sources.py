@@ -329,6 +329,12 @@ class Function:
         "The data types that the functions answer for, separated by spaces (`balance positions`); "
         "none for all four. What is not named is no channel.",
     )
+    user_id: IdKind = setting(
+        "text",
+        one_of("text", "integer", "uuid", "caseless"),
+        "What the ids of users are: `text`, `integer` or `uuid`, of which another id is refused "
+        "unasked, or `caseless` if capital and small letters count as the same.",
+    )
     flask_app: str | None = setting(
         None,
         _object_name,

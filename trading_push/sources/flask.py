@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from trading_push.sources.functions import FunctionSource
+from trading_push.user_ids import IdKind
 
 __all__ = ["FlaskSource"]
 
@@ -31,6 +32,7 @@ class FlaskSource(FunctionSource):
         fetch: As for a `FunctionSource`.
         fetch_many: As for a `FunctionSource`.
         data_types: As for a `FunctionSource`.
+        user_id: As for a `FunctionSource`.
     """
 
     def __init__(
@@ -40,7 +42,12 @@ class FlaskSource(FunctionSource):
         *,
         fetch_many: Callable[..., Any] | None = None,
         data_types: Iterable[str] | None = None,
+        user_id: IdKind = "text",
     ) -> None:
         super().__init__(
-            fetch, context=app.app_context, fetch_many=fetch_many, data_types=data_types
+            fetch,
+            context=app.app_context,
+            fetch_many=fetch_many,
+            data_types=data_types,
+            user_id=user_id,
         )

@@ -46,7 +46,7 @@ BODY_S: Final = 10.0
 VALUES: Final = 1000
 """How many values one request may publish: nothing else is done meanwhile."""
 
-Publish = Callable[[Iterable[tuple[str, Any, str | None]]], Awaitable[None]]
+Publish = Callable[[Iterable[tuple[str, Any, str | int | None]]], Awaitable[None]]
 
 
 class _Value(Struct, forbid_unknown_fields=True):
@@ -168,10 +168,7 @@ class PublishEndpoint:
             keys[key] = _Done(digest, len(values), trio.current_time())
             self._keys[principal.user] = keys
         try:
-            await self._publish(
-                (value.channel, value.data, None if value.user is None else str(value.user))
-                for value in values
-            )
+            await self._publish((value.channel, value.data, value.user) for value in values)
         except Exception as error:
             if key is not None:
                 keys.pop(key, None)
