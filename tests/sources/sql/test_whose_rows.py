@@ -221,6 +221,20 @@ async def test_a_row_that_psycopg_cannot_read_is_that_user_s_error(make: Any) ->
     assert "cannot be read" in found["5"]
 
 
+async def test_infinity_is_no_time_with_psycopg2_either(postgres: Any, database: str) -> None:
+    pytest.importorskip("psycopg2")
+    url = postgres.url(database).replace("+psycopg", "+psycopg2")
+    source = SqlSource(url, {"balance": read("moments", "at")})
+    try:
+        found = await fetched(source, "4", "6")
+        assert found["4"] == [{"at": 1_763_627_400_000}]
+        assert "column at holds an infinity" in found["6"]
+        with pytest.raises(SourceError, match="year"):
+            await source.fetch_many(["4", "5"], "balance")
+    finally:
+        source.close()
+
+
 async def test_text_that_is_not_utf_8_is_an_error_of_the_call(
     make: Any, postgres: PostgresServer
 ) -> None:

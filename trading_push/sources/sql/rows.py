@@ -55,6 +55,9 @@ _ENCODABLE = (
     *(bytes, bytearray, memoryview),
 )
 
+# What psycopg2 makes of 'infinity'; psycopg refuses it.
+_INFINITE = (datetime.max, datetime.min)
+
 # The type of a column as MySQL's protocol numbers it, whatever the driver.
 _MYSQL_TIMESTAMP = 7
 
@@ -184,6 +187,11 @@ def _convert(plan: Plan, column: str, zone: tzinfo, value: Any) -> Any:
     if isinstance(value, Decimal):
         return plain_decimal(value)
     if isinstance(value, datetime):
+        if value.replace(tzinfo=None) in _INFINITE:
+            raise SourceError(
+                f"{plan.data_type}: column {column} holds an infinity, which is no time",
+                retryable=False,
+            )
         return milliseconds(value if value.tzinfo is not None else value.replace(tzinfo=zone))
     if isinstance(value, list):  # an array
         return [_convert(plan, column, zone, each) for each in value]
