@@ -92,7 +92,7 @@ async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | No
         case "okx":
             return _through_proxies(_live(OkxFeed, okx.LIMITS, market), settings)
         case "ccxt":
-            feed = CcxtFeed(_exchange(ccxt), interval_s=ccxt.interval_s)
+            feed = CcxtFeed(_exchange(settings), interval_s=ccxt.interval_s)
             opened.callback(feed.close)
             return feed
     if market.tape is None:
@@ -127,8 +127,9 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
         return _functions(settings.function.fetch, settings.function)
     if settings.ccxt.credentials_file is not None or settings.ccxt.credentials is not None:
         accounts = CcxtSource(
-            _exchange(settings.ccxt),
+            _exchange(settings),
             _credentials(settings.ccxt),
+            order_symbols=settings.ccxt.order_symbols.split(),
             fill_symbols=settings.ccxt.fill_symbols.split(),
             fills_interval_s=settings.ccxt.fills_interval_s,
         )
@@ -198,7 +199,8 @@ def _functions(fetch: str, settings: Function) -> Source:
     return FlaskSource(app, asked, fetch_many=many, data_types=data_types, user_id=settings.user_id)
 
 
-def _exchange(settings: Ccxt) -> ExchangeOptions:
+def _exchange(whole: Settings) -> ExchangeOptions:
+    settings = whole.ccxt
     if settings.exchange is None:
         raise ConfigurationError("ccxt.exchange is not set: name the exchange")
     return ExchangeOptions(
@@ -207,6 +209,8 @@ def _exchange(settings: Ccxt) -> ExchangeOptions:
         sandbox=settings.sandbox,
         market_type=settings.market_type,
         timeout_s=settings.timeout_s,
+        options=settings.options,
+        proxies=_proxies(whole),
     )
 
 

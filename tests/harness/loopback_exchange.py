@@ -62,6 +62,7 @@ class LoopbackExchange:
         self.together = 0
         self.most_together: Counter[str] = Counter()
         self.misbehaves: dict[str, str] = {}  # a path, and how
+        self.retry_after: str | None = None  # what each answer says
         self.go_on = threading.Event()
         self.price = "61500.12345678"
         self.balances = {
@@ -93,6 +94,8 @@ class LoopbackExchange:
             case "/api/v3/account":
                 return {"accountType": "SPOT", "balances": self.balances.get(key, [])}
             case "/api/v3/openOrders":
+                if query.get("symbol") == "ETHUSDT":
+                    return [self.order("9", "0") | {"symbol": "ETHUSDT"}]
                 return [self.order("1", "0"), self.order("2", "0.5")]
             case "/api/v3/myTrades":
                 since = int(query.get("startTime", 0))
@@ -251,6 +254,8 @@ def running() -> Iterator[LoopbackExchange]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            if exchange.retry_after is not None:
+                self.send_header("Retry-After", exchange.retry_after)
             self.end_headers()
             self.wfile.write(body)
 

@@ -394,6 +394,7 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
     }
     assert examples["http"].pop("headers")
     assert examples.pop("channels")
+    assert examples["ccxt"].pop("options")
     named = {
         f"{section}.{name}" if isinstance(table, dict) else section
         for section, table in examples.items()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 
 from trading_push.settings.definition import setting
 from trading_push.settings.validators import (
+    ccxt_options,
     columns,
     file_path,
     headers,
@@ -390,6 +391,19 @@ class Ccxt:
     )
     interval_s: float = setting(
         1, number(0.1), "The time between two requests for watched tickers.", unit="s"
+    )
+    order_symbols: str = setting(
+        "",
+        words,
+        "The markets whose open orders are read, separated by spaces, for exchanges that give them "
+        "of one market at a time; by default those of `fill_symbols` there.",
+    )
+    options: dict[str, Any] = setting(
+        attrs.Factory(dict),
+        ccxt_options,
+        "A table `[ccxt.options]` of ccxt's own options of the exchange.",
+        example="[ccxt.options]\nrecvWindow = 10000\n",
+        repr=False,
     )
     fill_symbols: str = setting(
         "",

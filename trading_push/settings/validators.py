@@ -20,6 +20,7 @@ __all__ = [
     "DOT_SEGMENT",
     "SECRET_BYTES",
     "Validator",
+    "ccxt_options",
     "columns",
     "file_path",
     "headers",
@@ -231,6 +232,12 @@ def headers(instance: object, attribute: attrs.Attribute[Any], value: object) ->
             raise ConfigurationError(
                 f"{attribute.name}.{name} is not usable: give a text of ASCII characters"
             )
+
+
+def ccxt_options(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept a table of ccxt's options, which ccxt itself gives a meaning."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise _refuse(attribute, value, "write a table [ccxt.options] in the configuration file")
 
 
 def is_token(value: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import asynccontextmanager, closing
@@ -17,6 +18,7 @@ import trio
 
 from harness import loopback_exchange
 from harness.loopback_exchange import LoopbackExchange
+from harness.proxy_server import proxy_running
 from harness.room import by_name, lines
 from harness.sources import serving
 from harness.support import PATIENCE_S, until
@@ -36,6 +38,7 @@ from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Intervals, Polling, Settings
 from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
 from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
+from trading_push.transport.outbound_proxies import OutboundProxies
 
 CREDENTIALS = {
     user: {"apiKey": f"key-of-{user}", "secret": f"secret-of-{user}"} for user in ("4", "5")
@@ -198,7 +201,115 @@ async def test_a_failure_is_told_without_secrets(
         assert error.value.retryable == retryable
         assert not [secret for secret in SECRETS if secret in str(error.value)]
         exchange.misbehaves.clear()
+        if error.value.pause_s:
+            source._options.pause._until = -math.inf  # its own test is below
         assert await source.fetch("4", "balance")
+
+
+@pytest.mark.parametrize(("retry_after", "pause_s"), [("60", 60), (None, 10), ("100000", 300)])
+async def test_a_pause_that_the_exchange_asks_for_is_everyones(
+    exchange: LoopbackExchange,
+    mock_clock: trio.testing.MockClock,
+    retry_after: str | None,
+    pause_s: float,
+) -> None:
+    async with opened(exchange, "4", "5") as source:
+        exchange.misbehaves["/api/v3/account"] = "rate limited"
+        exchange.retry_after = retry_after
+        errors: list[SourceError] = []
+
+        async def fail(user: str) -> None:
+            with pytest.raises(SourceError) as caught:
+                await source.fetch(user, "balance")
+            errors.append(caught.value)
+
+        # Those that wait for the user's object are held back as well.
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(fail, "4")
+        assert exchange.calls["/api/v3/account"] == 1
+        await fail("5")
+        mock_clock.jump(pause_s - 1)
+        await fail("4")
+        assert exchange.calls["/api/v3/account"] == 1
+        assert errors[0].pause_s == pause_s
+        assert errors[-1].pause_s == pytest.approx(1)
+        assert all(error.everyone and error.retryable for error in errors)
+        exchange.misbehaves.clear()
+        mock_clock.jump(1.1)
+        assert await source.fetch("4", "balance")
+
+
+async def test_open_orders_of_one_market_at_a_time(
+    exchange: LoopbackExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def orders(**symbols: Any) -> list[str]:
+        with closing(CcxtSource(options(exchange), CREDENTIALS, **symbols)) as source:
+            async with source.session("4"):
+                try:
+                    return [each["order_id"] for each in await source.fetch("4", "orders")]
+                except SourceError as error:
+                    refused = error  # and not out of the session's nursery, as a group
+        raise refused
+
+    assert await orders() == ["1", "2"]
+    assert await orders(order_symbols=["ETH/USDT"]) == ["9"]
+    assert await orders(order_symbols=["BTC/USDT", "ETH/USDT"]) == ["1", "2", "9"]
+    with pytest.raises(SourceError, match=r"no market 'NO/USDT': correct ccxt\.order_symbols"):
+        await orders(order_symbols=["NO/USDT"])
+
+    # An exchange that needs one, as 21 of ccxt's do.
+    real = ccxt.binance.fetch_open_orders
+
+    def needs_symbol(self: Any, symbol: Any = None, *args: Any) -> Any:
+        if symbol is None:
+            raise ccxt.ArgumentsRequired("a symbol, and a s3cret")
+        return real(self, symbol, *args)
+
+    monkeypatch.setattr(ccxt.binance, "fetch_open_orders", needs_symbol)
+    with pytest.raises(SourceError, match=r"name the markets in ccxt\.order_symbols") as caught:
+        await orders()
+    assert not caught.value.retryable
+    assert await orders(fill_symbols=["ETH/USDT"]) == ["9"]
+    assert await orders(fill_symbols=["BTC/USDT"], order_symbols=["ETH/USDT"]) == ["9"]
+
+
+def test_a_market_type_that_the_exchange_does_not_have() -> None:
+    for name, wanted, has in (("kraken", "swap", "spot"), ("binance", "nope", "spot or swap")):
+        with pytest.raises(ConfigurationError, match=f"{name} has no {wanted} markets .*{has}"):
+            CcxtExchange(ExchangeOptions(name, market_type=wanted))
+    CcxtExchange(ExchangeOptions("kraken", market_type="spot"))
+
+
+def test_ccxts_own_options() -> None:
+    given = {"recvWindow": 12_345, "defaultType": "spot"}
+    api = CcxtExchange(ExchangeOptions("binance", options=given, market_type="swap")).api
+    assert (api.options["recvWindow"], api.options["defaultType"]) == (12_345, "swap")
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+@pytest.mark.parametrize("secured", [False, True])
+async def test_a_proxy_leads_to_the_exchange(
+    exchange: LoopbackExchange, scheme: str, secured: bool
+) -> None:
+    async with proxy_running(secured) as proxy:
+        url = proxy.url(scheme, "us%20er:pa%3Ass%40" if secured else None)
+        there = {
+            "url": exchange.url.replace("127.0.0.1", "exchange.test"),
+            "proxies": OutboundProxies(url, environment={}),
+        }
+        async with opened(exchange, "4", "5", **there) as source:
+            assert len(await source.fetch("5", "balance")) == 1
+            assert len(await source.fetch("4", "balance")) == 2
+        assert {(how, host) for how, host, _ in proxy.asked} == {
+            ("GET" if scheme == "http" else "socks5", "exchange.test")
+        }
+        proxy.refuses = True
+        feed = CcxtFeed(options(exchange, **there))
+        with closing(feed), pytest.raises(SourceError) as caught:
+            await feed.run(None)  # type: ignore[arg-type]
+        assert caught.value.retryable
+        assert "pa" not in str(caught.value)
 
 
 async def test_keys_that_are_refused_are_not_tried_on_and_on(exchange: LoopbackExchange) -> None:

@@ -11,8 +11,13 @@ import trio
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.sources.base import ChangeSink
 from trading_push.sources.ccxt.conversions import UNREADABLE, balance, order, pnl, position
-from trading_push.sources.ccxt.exchange import CcxtExchange, ExchangeOptions, as_decimal
-from trading_push.sources.ccxt.fills import FillPoller
+from trading_push.sources.ccxt.exchange import (
+    CcxtExchange,
+    ExchangeOptions,
+    RequestRefused,
+    as_decimal,
+)
+from trading_push.sources.ccxt.fills import ALL_SYMBOLS, FillPoller
 
 __all__ = ["CcxtSource"]
 
@@ -39,6 +44,9 @@ class CcxtSource:
     Args:
         options: Which exchange, and where.
         credentials: Each user's, as ccxt names them. A user without any has an empty account.
+        order_symbols: The markets, by ccxt's names, whose open orders are read, each by a request
+            of its own. Without any, those of all are asked for in one; an exchange that cannot do
+            that is asked for those of `fill_symbols`.
         fill_symbols: The markets, by ccxt's names (`BTC/USDT`), whose fills are published; `*` asks
             for those of all in one request, which not every exchange can.
         fills_interval_s: Between two questions for the fills of a user.
@@ -53,12 +61,15 @@ class CcxtSource:
         options: ExchangeOptions,
         credentials: Mapping[str, Mapping[str, str]],
         *,
+        order_symbols: Sequence[str] = (),
         fill_symbols: Sequence[str] = (),
         fills_interval_s: float = 5,
     ) -> None:
         self._fills = (
             FillPoller(fill_symbols, fills_interval_s, self._call) if fill_symbols else None
         )
+        self._order_symbols = order_symbols
+        self._fallback_symbols = [each for each in fill_symbols if each != ALL_SYMBOLS]
         self._options = options
         self._credentials = credentials
         # Without keys: the markets are loaded with it, once for all users.
@@ -154,10 +165,9 @@ class CcxtSource:
         if not exchange.api.has.get(_HAS[method]):
             return None
         # The question ...
-        kind = exchange.api.options.get("defaultType", "spot")
-        if method == "fetch_open_orders" and kind != "spot":
-            # Some exchanges' orders are those of the spot market unless it is said here.
-            answer = await exchange.call(method, None, None, None, {"type": kind})
+        answer: Any
+        if method == "fetch_open_orders":
+            answer = await self._open_orders(exchange)
         else:
             answer = await exchange.call(method)
         # ... and the answer.
@@ -174,6 +184,34 @@ class CcxtSource:
             raise SourceError(
                 f"{exchange.name} gave no {data_type} that can be read ({type(error).__name__})"
             ) from None
+
+    async def _open_orders(self, exchange: CcxtExchange) -> list[Any]:
+        kind = exchange.api.options.get("defaultType", "spot")
+        # Some exchanges' orders are those of the spot market unless it is said here.
+        more = () if kind == "spot" else (None, None, {"type": kind})
+        symbols = self._order_symbols
+        if not symbols:
+            try:
+                return list(await exchange.call("fetch_open_orders", None, *more))
+            except RequestRefused as error:
+                if not error.needs_symbol:
+                    raise
+            symbols = self._fallback_symbols
+        if not symbols:
+            raise SourceError(
+                f"{exchange.name} gives open orders of one market at a time: name the markets in "
+                "ccxt.order_symbols",
+                retryable=False,
+            )
+        orders: list[Any] = []
+        for symbol in symbols:
+            if symbol not in exchange.api.markets:
+                raise SourceError(
+                    f"{exchange.name} has no market {symbol!r}: correct ccxt.order_symbols",
+                    retryable=False,
+                )
+            orders += await exchange.call("fetch_open_orders", symbol, *more)
+        return orders
 
     def close(self) -> None:
         """Close the connection that the markets were loaded over."""

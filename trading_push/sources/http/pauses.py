@@ -9,19 +9,15 @@ The poller heeds them too. This is the guard behind it: no request leaves in a p
 
 from __future__ import annotations
 
-import email.utils
 import math
-import time
 from typing import Final
 
 import trio
 
 from trading_push.errors import SourceError
 
-__all__ = ["LONGEST_S", "REFUSALS", "Pauses", "retry_after_s"]
+__all__ = ["REFUSALS", "Pauses"]
 
-LONGEST_S: Final = 300.0
-"""The longest pause that is heeded."""
 REFUSALS: Final = 3
 """After so many users in a row who were asked to pause, everyone does."""
 
@@ -73,17 +69,3 @@ class Pauses:
     def answered(self) -> None:
         """Note that a request was answered without a pause."""
         self._in_a_row.clear()
-
-
-def retry_after_s(value: str) -> float:
-    """Read a Retry-After: a number of seconds or a date (RFC 9110, section 10.2.3); at most
-    `LONGEST_S`, and 0 for what is neither."""
-    value = value.strip()
-    try:
-        if value.isascii() and value.isdecimal():
-            asked_s = float(value)
-        else:
-            asked_s = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, OverflowError, TypeError):
-        return 0.0
-    return min(max(asked_s, 0.0), LONGEST_S)

@@ -27,12 +27,13 @@ from trading_push.settings.consistency import DATA_TYPES
 from trading_push.settings.sources import Http
 from trading_push.sources.http.body import by_user, data_in, refusal, unpacked
 from trading_push.sources.http.known_answers import KnownAnswers
-from trading_push.sources.http.pauses import Pauses, retry_after_s
+from trading_push.sources.http.pauses import Pauses
 from trading_push.sources.http.pointer import parse_pointer
 from trading_push.sources.http.pool import CLOSE_S, Answer, Pool, Target
 from trading_push.sources.http.tls import tls_context
 from trading_push.sources.http.tokens import tokens_of
 from trading_push.sources.http.urls import encoded, expand
+from trading_push.sources.retry_after import retry_after_s
 from trading_push.transport.outbound_proxies import OutboundProxies
 from trading_push.user_ids import UserIds
 
