@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from trading_push.settings import import_string
 from trading_push.settings.schema import Settings
 from trading_push.settings.sources import Ccxt, Database, Function, Market
 from trading_push.sources.base import Source, TickerFeed
-from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
+from trading_push.sources.ccxt.credentials import CredentialsFile, credentials_of_json
 from trading_push.sources.ccxt.exchange import ExchangeOptions
 from trading_push.sources.ccxt.feed import CcxtFeed
 from trading_push.sources.ccxt.source import CcxtSource
@@ -214,9 +214,9 @@ def _exchange(whole: Settings) -> ExchangeOptions:
     )
 
 
-def _credentials(settings: Ccxt) -> dict[str, dict[str, str]]:
+def _credentials(settings: Ccxt) -> Mapping[str, Mapping[str, str]]:
     if settings.credentials_file is not None:
-        return credentials_of_file(settings.credentials_file)
+        return CredentialsFile(settings.credentials_file)
     return credentials_of_json(settings.credentials or "")
 
 

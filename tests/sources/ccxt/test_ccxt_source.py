@@ -36,7 +36,11 @@ from trading_push import (
 )
 from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Intervals, Polling, Settings
-from trading_push.sources.ccxt.credentials import credentials_of_file, credentials_of_json
+from trading_push.sources.ccxt.credentials import (
+    CredentialsFile,
+    credentials_of_file,
+    credentials_of_json,
+)
 from trading_push.sources.ccxt.exchange import CcxtExchange, RequestRefused
 from trading_push.transport.outbound_proxies import OutboundProxies
 
@@ -279,6 +283,42 @@ def test_a_market_type_that_the_exchange_does_not_have() -> None:
         with pytest.raises(ConfigurationError, match=f"{name} has no {wanted} markets .*{has}"):
             CcxtExchange(ExchangeOptions(name, market_type=wanted))
     CcxtExchange(ExchangeOptions("kraken", market_type="spot"))
+
+
+async def test_keys_are_added_without_a_restart(
+    exchange: LoopbackExchange,
+    tmp_path: Path,
+    mock_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "keys.toml"
+
+    def write(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.chmod(0o600)
+        new.replace(path)
+
+    four, five = (
+        f'[users.{user}]\napi_key = "key-of-{user}"\nsecret = "secret-of-{user}"\n' for user in "45"
+    )
+    write("\ufeff" + four)
+    with closing(CcxtSource(options(exchange), CredentialsFile(path))) as source:
+        async with source.session("4"), source.session("5"):
+            assert await source.fetch("5", "balance") == []
+            # What cannot be used changes nothing.
+            write("[users.5]\nnope = 1\n")
+            assert await source.fetch("5", "balance") == []
+            assert len(await source.fetch("4", "balance")) == 2
+            assert caplog.text.count("there is no credential 'nope'") == 1
+            write(four + five)
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(5.1)
+            with trio.fail_after(PATIENCE_S):
+                while "5" not in source._open:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            assert [row["asset"] for row in await source.fetch("5", "balance")] == ["ETH"]
+        assert source._open == {}
 
 
 def test_ccxts_own_options() -> None:

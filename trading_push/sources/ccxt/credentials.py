@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from trading_push.errors import ConfigurationError
+from trading_push.logs.lines import ERROR_LENGTH, one_line
+from trading_push.settings.secret_file import read_secret_file
 
-__all__ = ["credentials_of_file", "credentials_of_json"]
+__all__ = ["CredentialsFile", "credentials_of_file", "credentials_of_json"]
+
+_logger: Final = logging.getLogger("trading_push.settings")
 
 # ccxt's names for credentials, by how a configuration may write them.
 _CREDENTIALS = {
@@ -29,6 +33,48 @@ _CREDENTIALS = {
 }
 
 
+class CredentialsFile(Mapping[str, Mapping[str, str]]):
+    """The users' credentials in a file, which is read again when it has changed.
+
+    A file that cannot be used leaves them as they were, and is told in one line of the log.
+
+    Raises:
+        ConfigurationError: It cannot be used at the start; see `credentials_of_file`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # What told, when it was last read, that the file is still the same.
+        self._state = self._look()
+        self._users = credentials_of_file(path)
+
+    def __getitem__(self, user: str) -> Mapping[str, str]:
+        return self._current()[user]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def _current(self) -> Mapping[str, Mapping[str, str]]:
+        state = self._look()
+        if state != self._state:
+            self._state = state
+            try:
+                self._users = credentials_of_file(self._path)
+            except ConfigurationError as error:
+                _logger.error("%s", one_line(str(error), ERROR_LENGTH))
+        return self._users
+
+    def _look(self) -> tuple[int, ...] | None:
+        try:
+            state = os.stat(self._path)
+        except OSError:
+            return None
+        return state.st_mtime_ns, state.st_size, state.st_ino, state.st_mode
+
+
 def credentials_of_file(path: Path) -> dict[str, dict[str, str]]:
     """Read each user's credentials from a TOML file with a table [users.ID] for each.
 
@@ -36,18 +82,12 @@ def credentials_of_file(path: Path) -> dict[str, dict[str, str]]:
         ConfigurationError: It cannot be read, can be read by others than its owner, or holds
             something else. No value is in the text.
     """
+    data = read_secret_file(path, "ccxt.credentials_file")
     try:
-        with path.open("rb") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise ConfigurationError(
-                    f"ccxt.credentials_file {str(path)!r} can be used by others than its owner: "
-                    f"chmod 600 {path}"
-                )
-            tables = tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or "it is not TOML"
+        tables = tomllib.loads(data.decode())
+    except (ValueError, RecursionError):
         raise ConfigurationError(
-            f"ccxt.credentials_file {str(path)!r} cannot be read: {why}"
+            f"ccxt.credentials_file {str(path)!r} cannot be read: it is not TOML"
         ) from None
     if set(tables) != {"users"} or not isinstance(tables["users"], dict):
         raise ConfigurationError(

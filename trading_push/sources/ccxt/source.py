@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
 
 import trio
 
@@ -20,6 +20,9 @@ from trading_push.sources.ccxt.exchange import (
 from trading_push.sources.ccxt.fills import ALL_SYMBOLS, FillPoller
 
 __all__ = ["CcxtSource"]
+
+KEYS_S: Final = 5.0
+"""How often it is looked whether a user who is watched has keys by now."""
 
 # How ccxt is asked for each data type ...
 _METHODS = {
@@ -84,12 +87,7 @@ class CcxtSource:
             )
         self._has_positions = api.options.get("defaultType") != "spot"
         for user, given in credentials.items():
-            for name, required in api.requiredCredentials.items():
-                if required and not given.get(name):
-                    raise ConfigurationError(
-                        f"the credentials of user {user} have no {name}, which "
-                        f"{options.exchange} asks for: add it"
-                    )
+            self._check_credentials(user, given)
 
     @asynccontextmanager
     async def session(self, user_id: str) -> AsyncIterator[None]:
@@ -98,22 +96,47 @@ class CcxtSource:
         Raises:
             SourceError: The exchange's markets cannot be loaded.
         """
-        if user_id not in self._credentials:
-            yield
-            return
-        async with self._loading:
-            await self._call(self._public, "load_markets")
-        exchange = await trio.to_thread.run_sync(self._make, user_id)
-        self._open[user_id] = exchange
+        has_keys = user_id in self._credentials
         try:
+            if has_keys:  # not in the nursery, which would put its error into a group
+                await self._open_exchange(user_id)
             async with trio.open_nursery() as nursery:
-                if self._fills is not None:
-                    nursery.start_soon(self._fills.follow, user_id, exchange)
+                if has_keys:
+                    self._follow(user_id, nursery)
+                else:
+                    nursery.start_soon(self._begin_later, user_id, nursery)
                 yield
                 nursery.cancel_scope.cancel()
         finally:
-            del self._open[user_id]
-            exchange.close()
+            if user_id in self._open:
+                self._open.pop(user_id).close()
+
+    async def _open_exchange(self, user_id: str) -> None:
+        async with self._loading:
+            await self._call(self._public, "load_markets")
+        self._open[user_id] = await trio.to_thread.run_sync(self._make, user_id)
+
+    def _follow(self, user_id: str, nursery: trio.Nursery) -> None:
+        if self._fills is not None:
+            nursery.start_soon(self._fills.follow, user_id, self._open[user_id])
+
+    async def _begin_later(self, user_id: str, nursery: trio.Nursery) -> None:
+        """Begin once the keys of a user who is watched have been added to the file."""
+        while user_id not in self._open:
+            await trio.sleep(KEYS_S)
+            if user_id in self._credentials:
+                # A fetch says meanwhile what is wrong.
+                with suppress(SourceError):
+                    await self._open_exchange(user_id)
+                    self._follow(user_id, nursery)
+
+    def _check_credentials(self, user: str, given: Mapping[str, str]) -> None:
+        for name, required in self._public.api.requiredCredentials.items():
+            if required and not given.get(name):
+                raise ConfigurationError(
+                    f"the credentials of user {user} have no {name}, which "
+                    f"{self._options.exchange} asks for: add it"
+                )
 
     async def watch(self, sink: ChangeSink) -> None:
         """Publish the fills of the users whose sessions are open, until cancelled.
@@ -138,7 +161,12 @@ class CcxtSource:
             raise SourceError(f"{exchange.name} did not answer in time") from None
 
     def _make(self, user_id: str) -> CcxtExchange:
-        exchange = CcxtExchange(self._options, self._credentials[user_id])
+        given = self._credentials[user_id]
+        try:
+            self._check_credentials(user_id, given)  # it may have been added since the start
+        except ConfigurationError as error:
+            raise SourceError(str(error), retryable=False) from None
+        exchange = CcxtExchange(self._options, given)
         exchange.api.set_markets_from_exchange(self._public.api)
         return exchange
 
