@@ -528,6 +528,14 @@ def test_watch_shows_what_the_server_pushes(tmp_path):
     assert len([json.loads(line) for line in pushed.splitlines()]) == 6
 
 
+def test_a_day_is_recorded_and_played_as_printed(tmp_path):
+    first = block("record").splitlines()[0]
+    with serving(tmp_path) as server:
+        shell(f"cd {tmp_path} && {first} {server.url} --count 6")
+    with serving(tmp_path, *flags_of(block("record")), cwd=tmp_path) as server:
+        assert server.stop() == 0
+
+
 async def test_a_token_that_may_publish(tmp_path):
     printed = shell(block("publish_token"), XDG_DATA_HOME=str(tmp_path)).strip()
     principal = await JwtAuthenticator(Auth(), SECRET)(printed)

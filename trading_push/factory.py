@@ -59,8 +59,8 @@ async def open_configured_service(
     """Run the service that the settings describe while the context is open.
 
     Accounts are read from the one place that is set (`database.url`, `http.url`, `function.fetch`,
-    the credentials of `ccxt`); where none is, a paper exchange trades, on the simulated market or
-    on the market that is set.
+    the credentials of `ccxt`), or from a tape that is a recording of them; where none is, a paper
+    exchange trades, on the simulated market or on the market that is set.
 
     Raises:
         ConfigurationError: The market, the place of the accounts or a key cannot be used.
@@ -68,6 +68,8 @@ async def open_configured_service(
     async with AsyncExitStack() as opened:
         feed = await _market(settings, opened)
         source = await _accounts(settings, opened)
+        if source is None and isinstance(feed, Tape) and feed.accounts is not None:
+            source = feed.accounts
         if source is None:
             source, feed = await _paper_exchange(settings, feed, opened)
         yield await opened.enter_async_context(

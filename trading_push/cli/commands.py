@@ -21,6 +21,7 @@ __all__ = ["main"]
 # imported only when its command is called: `watch` and `token` must not load the server.
 _COMMANDS: Final = {
     "init": "Write a sample configuration.",
+    "record": "Record an account and tickers, for `serve --tape`.",
     "serve": "Run the push server.",
     "token": "Print a token.",
     "watch": "Show an account and tickers live.",
@@ -100,8 +101,8 @@ def main() -> None:
     Exit status:
       0  success
       2  wrong usage, configuration or environment; one line on standard error says what to do
-      3  watch: the server refused the token or a channel, or said not to come back
-      4  watch: no server answered
+      3  watch, record: the server refused the token or a channel, or said not to come back
+      4  watch, record: no server answered
     """
 
 

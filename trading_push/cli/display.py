@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from trading_push.cli.tables import Tables
 
-__all__ = ["JsonLines", "show"]
+__all__ = ["JsonLines", "follow", "show"]
 
 REFRESH_S: Final = 0.25
 """How often the tables are drawn anew."""
@@ -72,7 +73,34 @@ async def show(
         TradingPushError: What ended the client for good (see `trading_push.client`).
         BrokenPipeError: Nobody reads what is written.
     """
-    failure: TradingPushError | BrokenPipeError | None = None
+    await follow(
+        url,
+        token,
+        channels,
+        offered,
+        partial(_show, url=url, channels=channels, count=count, descriptor=descriptor),
+    )
+
+
+async def follow(
+    url: str,
+    token: str,
+    channels: Sequence[str],
+    offered: bool,
+    use: Callable[[Client], Awaitable[None]],
+) -> None:
+    """Use a client until `use` returns, or an interrupt comes; then leave politely.
+
+    Args:
+        channels: What to subscribe.
+        offered: Whether to subscribe all that the server offers, too.
+        use: Takes the pushes of the client.
+
+    Raises:
+        TradingPushError: What ended the client for good (see `trading_push.client`).
+        OSError: What `use` writes cannot be written.
+    """
+    failure: TradingPushError | OSError | None = None
     reading = trio.CancelScope()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -84,8 +112,8 @@ async def show(
                 async with open_client(url, token, channels=channels, offered=offered) as client:
                     scopes.append(reading)
                     with reading:
-                        await _show(client, url, channels, count, descriptor)
-            except (TradingPushError, BrokenPipeError) as error:
+                        await use(client)
+            except (TradingPushError, OSError) as error:
                 failure = error  # raised outside the nursery, which would put it in a group
             nursery.cancel_scope.cancel()
     if failure is not None:

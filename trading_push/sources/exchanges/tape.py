@@ -20,6 +20,7 @@ import trio
 from trading_push import logs
 from trading_push.errors import ConfigurationError
 from trading_push.sources.base import MarketSink
+from trading_push.sources.exchanges.recorded_accounts import AccountPush, RecordedAccounts
 from trading_push.sources.exchanges.tape_file import (
     SortedTape,
     TapeReader,
@@ -59,6 +60,8 @@ class Tape:
         """How many lines could not be used, each counted once however often the tape is played."""
         self.bad_examples: list[BadLine] = []
         """The first few of them."""
+        self.accounts: RecordedAccounts | None = None
+        """The account channels, where the tape is a recording that has some; after `open`."""
         self._speed = speed
         self._loop = loop
         # Opens the file from the beginning; None before `open`.
@@ -147,6 +150,10 @@ class Tape:
                     # A rounded clock must not wake again and again for the same frame.
                     now_ns = event.due_ns
                     advance()
+                if isinstance(event, AccountPush):
+                    if self.accounts is not None:
+                        self.accounts.play(event)
+                    continue
                 state = states.get(event.symbol)
                 if state is None:
                     state = states[event.symbol] = TickerState(event.symbol)
@@ -171,7 +178,7 @@ class Tape:
                 self._read_symbols(self._open())
         except OSError as error:
             raise unreadable(self.path, error) from None
-        if not self._symbols:
+        if not self._symbols and self.accounts is None:
             why = f" (line {self.bad_examples[0][0]}: {self.bad_examples[0][1]})"
             raise ConfigurationError(
                 f"the tape {self.path} has no usable line{why if self.bad_lines else ''}: give one "
@@ -182,7 +189,11 @@ class Tape:
         """Read the beginning; say whether it has to be sorted."""
         try:
             while reader.line < SCAN_LINES and (events := reader.read()):
-                self._symbols.update({event.symbol for event in events})
+                for event in events:
+                    if not isinstance(event, AccountPush):
+                        self._symbols.add(event.symbol)
+                    elif self.accounts is None:
+                        self.accounts = RecordedAccounts()
             self._complete = reader.line < SCAN_LINES
             return reader.is_disordered
         finally:

@@ -1,7 +1,8 @@
 """Read a tape's file: exchange frames or public-data CSV, as events in the order of their times.
 
 What the file is, its content says, plain, gzip or zip: JSON lines of Binance stream frames (with
-the recorder's `recv_ns`, or bare with a time of their own), or CSV (see `tape_csv`). A line that
+the recorder's `recv_ns`, or bare with a time of their own) or of pushes (`trading-push record`), or
+CSV (see `tape_csv`). A line that
 cannot be used is reported, and passed over; of a compressed file that is cut, or is still being
 written, what is whole is read.
 """
@@ -21,12 +22,21 @@ import attrs
 import msgspec
 
 from trading_push.errors import ConfigurationError
-from trading_push.sources.exchanges.amounts import UNUSABLE, Symbols, epoch_ns, reason_of
+from trading_push.sources.exchanges.amounts import (
+    UNUSABLE,
+    Symbols,
+    epoch_ns,
+    number,
+    percentage,
+    reason_of,
+)
 from trading_push.sources.exchanges.binance_frames import Frame, Payload, is_other_event, values_of
+from trading_push.sources.exchanges.recorded_accounts import CHANNELS, AccountPush
 from trading_push.sources.exchanges.tape_csv import CsvParser, layout_of, symbol_in
 from trading_push.sources.exchanges.ticker_state import Event
+from trading_push.topics import TICKER_PREFIX
 
-__all__ = ["SortedTape", "TapeReader", "tape_opener", "unreadable"]
+__all__ = ["SortedTape", "TapeEvent", "TapeReader", "tape_opener", "unreadable"]
 
 CHUNK_BYTES: Final = 1 << 18
 """About how much is read, and parsed, at a time."""
@@ -40,7 +50,8 @@ CHUNK_EVENTS: Final = 2_000
 
 _Report: TypeAlias = Callable[[int, str], None]
 """Takes the number of a line that cannot be used, and why."""
-_Parse: TypeAlias = Callable[[bytes], Sequence[Event]]
+TapeEvent: TypeAlias = Event | AccountPush
+_Parse: TypeAlias = Callable[[bytes], Sequence[TapeEvent]]
 
 _BOM: Final = b"\xef\xbb\xbf"
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
@@ -115,12 +126,12 @@ class TapeReader:
         """Whether what was read until now has to be sorted."""
         return self._had_late or self._falls > self._rises
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[TapeEvent]:
         """Return the next chunk's events; none only at the end."""
-        events: list[Event] = []
+        events: list[TapeEvent] = []
         while not events and (parsed := self.read_unordered()) is not None:
             previous_ns, latest_ns = self._previous_ns, self._latest_ns
-            for number, event in parsed:
+            for line, event in parsed:
                 due_ns = event.due_ns
                 if due_ns >= latest_ns:
                     self._rises += due_ns > previous_ns
@@ -130,28 +141,28 @@ class TapeReader:
                     self._falls += due_ns < previous_ns
                     if due_ns < latest_ns - SLACK_NS:
                         self._had_late = True
-                        self._report(number, "its time lies before that of a line before it")
+                        self._report(line, "its time lies before that of a line before it")
                         continue
                 previous_ns = due_ns
                 events.append(event)
             self._previous_ns, self._latest_ns = previous_ns, latest_ns
         return events
 
-    def read_unordered(self) -> list[tuple[int, Event]] | None:
+    def read_unordered(self) -> list[tuple[int, TapeEvent]] | None:
         """Return the next lines' events in whatever order, with their lines; None at the end."""
         lines = self._lines()
         if not lines:
             return None
-        parse, number = self._parse, self.line
-        parsed: list[tuple[int, Event]] = []
+        parse, at = self._parse, self.line
+        parsed: list[tuple[int, TapeEvent]] = []
         for line in lines:
-            number += 1
+            at += 1
             try:
                 for event in parse(line):
-                    parsed.append((number, event))
+                    parsed.append((at, event))
             except UNUSABLE as error:
-                self._report(number, reason_of(error))
-        self.line = number
+                self._report(at, reason_of(error))
+        self.line = at
         return parsed
 
     def close(self) -> None:
@@ -186,7 +197,7 @@ class SortedTape:
     """
 
     def __init__(self, path: Path, reader: TapeReader) -> None:
-        events: list[Event] = []
+        events: list[TapeEvent] = []
         while (parsed := reader.read_unordered()) is not None:
             events += [event for _, event in parsed]
             if reader.line > SORTED_LINES:
@@ -206,7 +217,7 @@ class SortedTape:
         self.is_disordered = False
         """Whether it has to be sorted."""
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[TapeEvent]:
         """Return the next chunk's events; none only at the end."""
         events = self._events[self._given : self._given + CHUNK_EVENTS]
         self._given += len(events)
@@ -313,16 +324,43 @@ def unreadable(path: Path, error: OSError) -> ConfigurationError:
     )
 
 
+class _RecordedTicker(msgspec.Struct):
+    """The payload of a ticker; what it does not have is not known."""
+
+    symbol: str
+    last: str | None = None
+    bid: str | None = None
+    ask: str | None = None
+    open: str | None = None
+    high: str | None = None
+    low: str | None = None
+    volume: str | None = None
+    change: str | None = None
+    change_pct: str | None = None
+    source_ts: int | None = None
+
+
+class _Push(msgspec.Struct):
+    """A push of a server of this kind."""
+
+    channel: str
+    type: str
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
 class _Line(Payload):
     """A recorder's line, a bare frame or a bare event, told apart by what is there."""
 
     recv_ns: int = 0
+    user: str = ""
+    push: _Push | None = None
     frame: Frame | None = None
     stream: str = ""
     data: Payload | list[Payload] | None = None
 
 
 _decode = msgspec.json.Decoder(_Line | list[Payload]).decode
+_decode_ticker = msgspec.json.Decoder(_RecordedTicker).decode
 
 
 class _FrameParser:
@@ -332,7 +370,7 @@ class _FrameParser:
         self._symbols = Symbols()
         self._time_ns = 0  # of the last frame with a time
 
-    def parse(self, text: bytes) -> Sequence[Event]:
+    def parse(self, text: bytes) -> Sequence[TapeEvent]:
         """Read a line: an event, or several of a stream of all symbols, such as !ticker@arr."""
         if text.isspace():
             return ()
@@ -347,6 +385,8 @@ class _FrameParser:
         payloads: Payload | list[Payload]
         if isinstance(line, list):
             payloads = line
+        elif line.push is not None:
+            return self._pushed(line.push, line.user, line.recv_ns)
         elif line.frame is not None:
             recv_ns, payloads, stream = line.recv_ns, line.frame.data, line.frame.stream
         else:
@@ -356,6 +396,25 @@ class _FrameParser:
             return () if event is None else (event,)
         events = [self._event(payload, stream, recv_ns) for payload in payloads]
         return [event for event in events if event is not None]
+
+    def _pushed(self, push: _Push, user: str, recv_ns: int) -> Sequence[TapeEvent]:
+        if recv_ns <= 0:
+            raise ValueError("the push has no time of receipt")
+        if push.type == "status":
+            return ()
+        if not push.channel.startswith(TICKER_PREFIX):
+            is_account = push.channel in CHANNELS and user
+            data = bytes(push.data)
+            return (AccountPush(recv_ns, user, push.channel, data),) if is_account else ()
+        ticker = _decode_ticker(push.data)
+        amounts = (ticker.last, ticker.bid, ticker.ask, ticker.open, ticker.high, ticker.low)
+        changes = (ticker.change, ticker.change_pct)
+        values = (
+            *(None if text is None else number(text) for text in (*amounts, ticker.volume)),
+            *(None if text is None else percentage(text) for text in changes),
+        )
+        symbol = self._symbols[push.channel.removeprefix(TICKER_PREFIX)]
+        return (Event(recv_ns, ticker.source_ts or 0, symbol, "ticker", values),)
 
     def _event(self, payload: Payload, stream: str, recv_ns: int) -> Event | None:
         found = values_of(payload, stream)

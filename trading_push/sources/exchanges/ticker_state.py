@@ -15,7 +15,7 @@ from trading_push.sources.exchanges.amounts import DECIMALS
 
 __all__ = ["Event", "Kind", "TickerState"]
 
-Kind = Literal["quote", "trade", "window", "kline"]
+Kind = Literal["quote", "trade", "window", "kline", "ticker"]
 
 
 class Event(NamedTuple):
@@ -28,7 +28,7 @@ class Event(NamedTuple):
         kind: Which values it has.
         values: Bid and ask of a quote; price and quantity of a trade; open, high, low, close and
             volume of a kline; last, open, high, low, volume, change in percent, bid and ask of a
-            window.
+            window; all amounts of a recorded ticker, in the order of `Ticker`.
     """
 
     due_ns: int
@@ -55,6 +55,8 @@ class TickerState:
     high: Decimal | None = None
     low: Decimal | None = None
     volume: Decimal | None = None
+    stated_change: Decimal | None = None
+    """The change of a recorded ticker, until a later event."""
     stated_pct: Decimal | None = None
     """The change in percent as the exchange gave it, until a later trade."""
     rolling: bool = False
@@ -65,7 +67,11 @@ class TickerState:
         # The exchange's clock and the recorder's differ: the time must not jump back between them.
         self.source_ms = max(self.source_ms, event.source_ms)
         values = event.values
-        if event.kind == "quote":
+        self.stated_change = None
+        if event.kind == "ticker":
+            self.last, self.bid, self.ask, self.open, self.high, self.low = values[:6]
+            self.volume, self.stated_change, self.stated_pct = values[6:]
+        elif event.kind == "quote":
             self.bid, self.ask = values
         elif event.kind == "trade":
             price, quantity = values
@@ -121,7 +127,7 @@ class TickerState:
             high=self.high,
             low=self.low,
             volume=self.volume,
-            change=change,
+            change=change if self.stated_change is None else self.stated_change,
             change_pct=pct if self.stated_pct is None else self.stated_pct,
             source_ts=self.source_ms or None,
         )
