@@ -160,3 +160,17 @@ def test_without_the_library_it_says_how_to_install_it(monkeypatch: pytest.Monke
     with pytest.raises(ConfigurationError, match=r"pip install 'trading_push\[proxy\]'"):
         feed.reach_through(OutboundProxies("socks5://proxy.test", environment={}))
     feed.reach_through(OutboundProxies("http://proxy.test", environment={}))
+
+
+async def test_the_list_of_symbols_comes_through_the_proxy() -> None:
+    async with exchange("binance") as there, proxy_running() as proxy:
+        there.listed = ["BTCUSDT"]
+        rest_url = there.rest_url.replace("127.0.0.1", "rest.test")
+        feed = BinanceFeed(there.url, rest_url=rest_url)
+        feed.reach_through(through(proxy, "http"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed.run, Sink())
+            await until(feed.symbols)
+            nursery.cancel_scope.cancel()
+    assert feed.symbols() == ("BTCUSDT",)
+    assert [host for _, host, _ in proxy.asked] == ["rest.test"]

@@ -18,6 +18,7 @@ import trio
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.sources.exchanges.amounts import UNUSABLE
 from trading_push.transport.outbound import CONNECTION_ERRORS, Address, first_of
+from trading_push.transport.outbound_proxies import OutboundProxies
 
 __all__ = ["RestService"]
 
@@ -58,6 +59,14 @@ class RestService:
         tls = parts.scheme == "https"
         self._path = parts.path.rstrip("/")
         self._address = Address(parts.hostname, port or (443 if tls else 80), self._path, tls)
+
+    def reach_through(self, proxies: OutboundProxies) -> None:
+        """Connect through the proxy that leads there; synchronous.
+
+        Raises:
+            ConfigurationError: The proxy needs a library that is not installed.
+        """
+        self._address = self._address.through(proxies)
 
     async def get(self, resource: str, decode: Callable[[bytes], _T]) -> _T:
         """Fetch a document, and decode it in a worker thread, for it may be long.

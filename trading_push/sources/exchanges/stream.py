@@ -39,6 +39,7 @@ from trading_push.sources.exchanges.pacing import ConnectThrottle
 from trading_push.sources.exchanges.rest import RestService
 from trading_push.sources.exchanges.shard import Shard
 from trading_push.sources.exchanges.symbol_list import SymbolList
+from trading_push.transport.outbound_proxies import OutboundProxies
 
 __all__ = ["ExchangeFeed"]
 
@@ -58,8 +59,11 @@ class ExchangeFeed(ExchangeDialect):
     def __init__(self, url: str, limits: ExchangeLimits, rest_url: str | None) -> None:
         super().__init__(url, limits)
         self._list: SymbolList | None = None
+        # Where the list is read; None where there is none.
+        self._rest: RestService | None = None
         if rest_url is not None:
-            load = partial(self.load_symbols, RestService(rest_url))
+            self._rest = RestService(rest_url)
+            load = partial(self.load_symbols, self._rest)
             self._list = SymbolList(self.name, load, self._refuse_unknown)
         self._tickers = TickerCoalescer()
         self._frames = FrameCounter(self.name)
@@ -76,6 +80,16 @@ class ExchangeFeed(ExchangeDialect):
         self._shard_of: dict[str, Shard] = {}
         # Where the shards run; None while the feed does not.
         self._nursery: trio.Nursery | None = None
+
+    def reach_through(self, proxies: OutboundProxies) -> None:
+        """Connect through the proxies that lead to the exchange; synchronous, before it runs.
+
+        Raises:
+            ConfigurationError: A proxy needs a library that is not installed.
+        """
+        super().reach_through(proxies)
+        if self._rest is not None:
+            self._rest.reach_through(proxies)
 
     def knows(self, symbol: str) -> bool:
         """Whether the exchange has `symbol`: by its list, before that by the characters."""
