@@ -117,7 +117,7 @@ async def test_events_are_delivered_each_and_in_order(autojump_clock):
             await here.service.publish("alerts", number, user=4)
         await trio.testing.wait_all_tasks_blocked()
         peer.reading.set()
-        pushes = [push for push in await peer.next(101) if push["type"] != "status"]
+        pushes = [push for push in await peer.next(100) if push["type"] != "status"]
         assert [push["data"] for push in pushes] == list(range(100))
         assert pushes[0]["type"] == "snapshot"
         assert all(b["prev"] == a["seq"] for a, b in pairwise(pushes))
