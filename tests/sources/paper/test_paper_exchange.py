@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import URL
 
 from harness.paper import Trader
+from harness.support import until
 
 from trading_push.errors import ConfigurationError
 from trading_push.models import Fill, Ticker
@@ -32,11 +33,13 @@ from trading_push.sources.paper import (
     MatchingEngine,
     OrderRefused,
     PaperExchange,
+    PaperSource,
     audit,
     open_paper_exchange,
 )
 from trading_push.sources.paper import books as books_module
 from trading_push.sources.paper import exchange as exchange_module
+from trading_push.sources.paper import source as source_module
 from trading_push.sources.paper.books import plain
 from trading_push.sources.paper.engine import Holding
 from trading_push.sources.paper.exchange import Trading
@@ -298,6 +301,7 @@ class Exchange:
     """An exchange's file, traded on step by step, without a clock."""
 
     def __init__(self, path: Path, seed: int = 7) -> None:
+        self.path = path
         self.opened = open_file(path)
         assert self.opened.books is not None
         self.market = SimulatedMarket(seed)
@@ -356,6 +360,84 @@ def test_a_price_of_nothing_is_passed_over(exchange: Exchange) -> None:
     exchange.trading.step([Ticker("BTCUSDT", last=Decimal(0))], exchange.now + 1)
     assert exchange.trading.tickers["BTCUSDT"].last == last
     exchange.trade(20)
+
+
+@pytest.mark.parametrize(
+    "price", ["NaN", "sNaN", "Infinity", "-1", "1E+50", "1E-50", "0", "1" * 40]
+)
+@pytest.mark.parametrize("fields", [("last",), ("bid", "ask"), ("bid",), ("last", "bid", "ask")])
+def test_no_price_ends_the_trading(exchange: Exchange, price: str, fields: tuple[str, ...]) -> None:
+    exchange.trade(20)
+    fills = exchange.book.next_number
+    for symbol in list(exchange.trading.tickers):
+        odd = Ticker(symbol, **dict.fromkeys(fields, Decimal(price)))
+        exchange.trading.step([odd], exchange.now + 1)
+    exchange.trade(200)
+    assert exchange.book.next_number > fills + 50
+    assert audit(exchange.path) == []
+
+
+def test_a_symbol_without_any_price_is_left_alone(exchange: Exchange) -> None:
+    exchange.trade(20)
+    for symbol in exchange.trading.tickers:
+        exchange.trading.step([Ticker(symbol)], exchange.now + 1)
+    for _ in range(50):  # no market moves: nothing can be placed, and nothing raises
+        exchange.trading.step([], exchange.now + 1)
+    exchange.trade(20)
+
+
+def test_a_clock_that_is_set_back_freezes_no_mark(exchange: Exchange) -> None:
+    exchange.trade(200)
+    exchange.now -= 3_600_000
+    exchange.trade(40)
+    marks = dict(
+        rows(exchange.path, "SELECT symbol, mark_price FROM positions WHERE quantity != '0'")
+    )
+    assert marks
+    exchange.trade(40)
+    again = dict(
+        rows(exchange.path, "SELECT symbol, mark_price FROM positions WHERE quantity != '0'")
+    )
+    assert all(again[symbol] != mark for symbol, mark in marks.items() if symbol in again)
+
+
+async def test_what_a_fill_changes_is_told_in_the_moment_of_the_fill(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, Any]] = []
+
+    class Sink:
+        def publish(self, values: Any) -> None:
+            told.extend(("fill", user) for _, _, user in values)
+
+        def changed(self, changes: Any) -> None:
+            told.append(("changed", set(changes)))
+
+        def missed(self) -> None:
+            raise AssertionError
+
+    monkeypatch.setattr(source_module, "LOOK_S", 0.01)
+    types = {"balance", "positions", "pnl", "orders"}
+    source = PaperSource(exchange.path, {})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.watch, Sink())
+        await until(lambda: told)  # whoever is watched by then is asked for once more
+        users = exchange.book.accounts
+        assert told[0] == ("changed", {(user, each) for user in users for each in types})
+        seen, cancelled = 0, 0
+        for _ in range(60):
+            told.clear()
+            await trio.to_thread.run_sync(exchange.trade, 1)
+            await until(lambda: told and told[-1][0] == "changed")
+            filled = {user for what, user in told if what == "fill"}
+            changed = set().union(*(users for what, users in told if what == "changed"))
+            assert {(user, each) for user in filled for each in types} <= changed
+            seen += len(filled)
+            cancelled += bool({user for user, _ in changed} - filled)
+        assert seen > 5
+        assert cancelled  # or placed: an order alone is told, too
+        nursery.cancel_scope.cancel()
+    source.close()
 
 
 def test_the_same_seed_trades_the_same(tmp_path: Path) -> None:

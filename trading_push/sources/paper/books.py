@@ -118,7 +118,8 @@ class Books:
 
     def _mark(self, engine: MatchingEngine, now: int) -> None:
         """Take over the new prices, if it is time, and note whose positions they change."""
-        due = now - self._marked_at >= MARK_S * 1000
+        # Also when the clock was set back, or no mark would come until it is where it was.
+        due = not 0 <= now - self._marked_at < MARK_S * 1000
         if due:
             self._marked_at = now
         marked = {

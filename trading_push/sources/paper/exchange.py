@@ -20,7 +20,7 @@ from trading_push.sources.exchanges.amounts import DECIMALS
 from trading_push.sources.paper.books import Books, last_prices, read_tickers
 from trading_push.sources.paper.engine import MatchingEngine
 from trading_push.sources.paper.file import open_file
-from trading_push.sources.paper.traders import SYMBOLS, Traders
+from trading_push.sources.paper.traders import SYMBOLS, Traders, tradable
 from trading_push.sources.sqlite import open_sqlite
 
 __all__ = ["PaperExchange", "Trading", "open_paper_exchange"]
@@ -60,11 +60,19 @@ class Trading:
             sqlite3.Error: It could not be written; the next step writes it as well.
         """
         # An exchange may give 0 for what has never traded: that is not a price to trade at.
-        moved = [ticker for ticker in moved if ticker.last is None or ticker.last > 0]
+        moved = [ticker for ticker in moved if _has_good_prices(ticker)]
         self.tickers |= {ticker.symbol: ticker for ticker in moved}
         with localcontext(DECIMALS):
             self.traders.step(self.tickers, [ticker.symbol for ticker in moved], now)
             self.books.save(self.engine, moved, now)
+
+
+def _has_good_prices(ticker: Ticker) -> bool:
+    """Whether each price that a ticker has is one to trade at; without bid and ask, `last` is."""
+    touch = [price for price in (ticker.bid, ticker.ask) if price is not None]
+    return (ticker.last is None or tradable(ticker.last)) and all(
+        price.is_zero() or tradable(price) for price in touch
+    )
 
 
 class PaperExchange:

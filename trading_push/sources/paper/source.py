@@ -1,7 +1,8 @@
-"""The paper exchange as a source: accounts by its queries, and each fill once it is written."""
+"""The paper exchange as a source: accounts by its queries, fills and changes once written."""
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -17,16 +18,25 @@ from trading_push.sources.base import ChangeSink
 from trading_push.sources.paper.schema import PAPER_QUERIES
 from trading_push.sources.sql.source import SqlSource
 from trading_push.sources.sqlite import open_sqlite
+from trading_push.topics import BUILTIN_CHANNELS
 
 __all__ = ["PaperSource"]
 
 LOOK_S: Final = 0.2
-"""How often new fills are looked for."""
+"""How often it is looked for new fills, and for accounts that have changed."""
 
 _FILLS: Final = """
 SELECT user_id, CAST(fill_id AS TEXT) AS fill_id, CAST(order_id AS TEXT) AS order_id, symbol, side,
     price, quantity, fee, fee_asset, at
 FROM fills WHERE fills.fill_id > ? ORDER BY fills.fill_id
+"""
+
+# What an order, a cancellation or a fill changes, in one text a user. New marks change none of it.
+_ACCOUNTS: Final = """
+SELECT user_id, deposits || ' ' || cash || ' ' || locked || ' ' || realized || ' ' || fees || ' ' ||
+    coalesce((SELECT group_concat(order_id || ':' || filled) FROM orders
+        WHERE orders.user_id = accounts.user_id), '')
+FROM accounts
 """
 
 
@@ -46,6 +56,8 @@ class PaperSource(SqlSource):
         self._path = path
         # The last fill that was published; None before the first `watch`.
         self._last: int | None = None
+        # Each user's account as it was last seen (see `_ACCOUNTS`).
+        self._accounts: dict[str, str] = {}
 
     @property
     def data_types(self) -> Sequence[str]:
@@ -53,7 +65,10 @@ class PaperSource(SqlSource):
         return (*super().data_types, "fills")
 
     async def watch(self, sink: ChangeSink) -> None:
-        """Publish each new fill to its user, in order, until cancelled.
+        """Publish each new fill to its user, and have what it changed fetched, until cancelled.
+
+        So that orders, positions, balance and PnL agree: polled, each would show a fill at another
+        time. An order that is placed or cancelled is told as well; new marks wait for a poll.
 
         The first time it begins with the fills to come; after that, with those since the last one
         that it published, as far as the file still has them.
@@ -67,10 +82,15 @@ class PaperSource(SqlSource):
                 if self._last is None:
                     self._last = await trio.to_thread.run_sync(_newest, file)
                 while True:
-                    fills = await trio.to_thread.run_sync(_after, file, self._last)
+                    fills, accounts = await trio.to_thread.run_sync(_look, file, self._last)
                     for fill in fills:
                         self._last = int(fill["fill_id"])
                         sink.publish([("fills", fill, fill.pop("user_id"))])
+                    changed = [
+                        user for user, seen in accounts.items() if seen != self._accounts.get(user)
+                    ]
+                    self._accounts = accounts
+                    sink.changed(itertools.product(changed, BUILTIN_CHANNELS))
                     await trio.sleep(LOOK_S)
         except sqlite3.Error as error:
             raise SourceError(f"{self._path} cannot be read: {error}") from None
@@ -81,5 +101,12 @@ def _newest(file: sqlite3.Connection) -> int:
     return int(newest)
 
 
-def _after(file: sqlite3.Connection, last: int) -> list[dict[str, Any]]:
-    return [dict(row) for row in file.execute(_FILLS, (last,))]
+def _look(file: sqlite3.Connection, last: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Read the fills after the last one, and the accounts as they are with them."""
+    file.execute("BEGIN")  # one moment for both
+    try:
+        fills = [dict(row) for row in file.execute(_FILLS, (last,))]
+        accounts = {str(user): str(seen) for user, seen in file.execute(_ACCOUNTS)}
+    finally:
+        file.execute("COMMIT")
+    return fills, accounts

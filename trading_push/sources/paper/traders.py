@@ -18,7 +18,7 @@ from trading_push.sources.paper.engine import (
     OrderSide,
 )
 
-__all__ = ["SYMBOLS", "Traders", "demo_engine"]
+__all__ = ["SYMBOLS", "Traders", "demo_engine", "tradable"]
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT", "XRPUSDT")
 """What the demo users trade on a market that gives only what is watched."""
@@ -56,7 +56,7 @@ class Traders:
         """Fill the orders of the symbols that moved, then place and cancel for each user."""
         for symbol in moved:
             bid, ask = _touch(tickers[symbol])
-            if symbol.endswith(CURRENCY) and _tradable(bid) and _tradable(ask):
+            if symbol.endswith(CURRENCY) and tradable(bid) and tradable(ask):
                 self._learn_tick(symbol, (bid, ask))
                 self._engine.on_price(
                     symbol,
@@ -73,7 +73,11 @@ class Traders:
     def _act(self, account: Account, tickers: Mapping[str, Ticker], now: int) -> None:
         if account.free < account.deposits / 5:
             self._engine.deposit(account.user, DEPOSIT)
-        if not self._tick_exponents:
+        # A symbol that was traded may have no price, or no good one, by now.
+        symbols = [
+            symbol for symbol in self._tick_exponents if all(map(tradable, _touch(tickers[symbol])))
+        ]
+        if not symbols:
             return
         rng = self._rng
         # Cancel, where there are many orders or by chance.
@@ -82,7 +86,7 @@ class Traders:
             self._engine.cancel(rng.choice(orders), account.user)
             return
         # Else place one; on the side that reduces a position that is large already.
-        symbol = rng.choice(list(self._tick_exponents))
+        symbol = rng.choice(symbols)
         bid, ask = _touch(tickers[symbol])
         side: OrderSide = rng.choice(("buy", "sell"))
         holding = account.holdings.get(symbol, Holding())
@@ -118,5 +122,11 @@ def _touch(ticker: Ticker) -> tuple[Decimal, Decimal]:
     return ticker.bid or last, ticker.ask or last
 
 
-def _tradable(price: Decimal) -> bool:
-    return price > 0 and -12 < price.adjusted() < 12 and len(price.as_tuple().digits) < 25
+def tradable(price: Decimal) -> bool:
+    """Whether this is a price of a size that can be traded at, and be computed with exactly."""
+    return (
+        price.is_finite()
+        and price > 0
+        and -12 < price.adjusted() < 12
+        and len(price.as_tuple().digits) < 25
+    )
