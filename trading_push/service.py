@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import ssl
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
-import msgspec
 import trio
 
 from trading_push import logs
@@ -21,11 +19,10 @@ from trading_push.broker.memory import MemoryBroker
 from trading_push.connections.context import Context
 from trading_push.connections.members import Member
 from trading_push.connections.registry import Registry
-from trading_push.connections.roster import Peer
 from trading_push.connections.streams import SharedStream, Stream
 from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
-from trading_push.errors import CloseCode, ServiceClosed, innermost
+from trading_push.errors import ServiceClosed, innermost
 from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
@@ -44,7 +41,7 @@ from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import SessionFactory
 from trading_push.upstream.lifecycle import Upstream
-from trading_push.user_ids import user_id_text
+from trading_push.user_ids import given_user_id
 from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
@@ -174,12 +171,7 @@ class PushService:
         Raises:
             ValueError: There is no such channel, or a user is missing or too much.
         """
-        topic = self._topic(channel, user)
-        last = self._broker.snapshot(topic)
-        if last is None:
-            return None
-        age_s = max(0.0, time.time() - last.ts / 1000)
-        return Latest(msgspec.Raw(last.data), last.ts, age_s, self._broker.status(topic))
+        return Latest.of(self._broker, self._topic(channel, user))
 
     def _publishable(self, channel: str, user: str | int | None) -> Topic:
         topic = self._topic(channel, user)
@@ -193,7 +185,7 @@ class PushService:
     def _topic(self, channel: str, user: str | int | None) -> Topic:
         if channel in self.context.streams.own:
             raise ValueError(f"{channel!r} is a stream: its values come from its generator")
-        return self.context.channels.topic(channel, None if user is None else _user(user))
+        return self.context.channels.topic(channel, None if user is None else given_user_id(user))
 
     def add_stream(
         self, name: str, stream: Stream, *, shared: bool = False, kind: Kind = "events"
@@ -289,11 +281,9 @@ class PushService:
         if (user is None) == (connection is None):
             raise ValueError("give the user or the connection to kick, one of them")
         if user is None:
-            return self._kick(lambda each: each.id == connection, reason)
-        seated = list(self.context.seats.by_user.get(_user(user), ()))
-        for each in seated:
-            each.stop(CloseCode.KICKED, reason)
-        return len(seated)
+            return self.context.connections.kick(lambda each: each.id == connection, reason)
+        seated = self.context.seats.by_user.get(given_user_id(user), ())
+        return self.context.connections.kick(seated.__contains__, reason)
 
     def revoke(self, token_id: str, *, expires_at: float = math.inf) -> int:
         """Refuse a token from now on, and close the connections that stand on it (4503).
@@ -311,13 +301,9 @@ class PushService:
             How many connections were closed.
         """
         self.context.tokens.revoked.add(token_id, expires_at)
-        return self._kick(lambda each: each.authenticated_by(token_id), "token revoked")
-
-    def _kick(self, concerns: Callable[[Peer], bool], reason: str) -> int:
-        kicked = [each for each in self.context.connections if not each.closed and concerns(each)]
-        for each in kicked:
-            each.stop(CloseCode.KICKED, reason)
-        return len(kicked)
+        return self.context.connections.kick(
+            lambda each: each.authenticated_by(token_id), "token revoked"
+        )
 
     def statistics(self) -> Statistics:
         """What the service sees now; synchronous."""
@@ -396,13 +382,6 @@ class PushService:
                 with trio.CancelScope(shield=True):
                     await self.drain()
                 self._registry.close()
-
-
-def _user(user: object) -> str:
-    try:
-        return user_id_text(user)
-    except TypeError as error:  # a caller that publishes many has one kind of error to look for
-        raise ValueError(str(error)) from None
 
 
 @asynccontextmanager

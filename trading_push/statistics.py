@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import attrs
 import msgspec
 
-from trading_push.broker.base import State, Status
+from trading_push.broker.base import Broker, State, Status
 from trading_push.connections.context import Context
 from trading_push.connections.members import Ledger
 from trading_push.endpoints.hypercorn.server import guard
-from trading_push.topics import symbol_of
+from trading_push.topics import Topic, symbol_of
 from trading_push.upstream.lifecycle import Upstream
 
 __all__ = ["Latest", "Statistics", "collect"]
@@ -67,6 +68,15 @@ class Latest:
     ts: int
     age_s: float
     status: Status
+
+    @classmethod
+    def of(cls, broker: Broker, topic: Topic) -> Latest | None:
+        """Take a topic's last value; None if there is none."""
+        last = broker.snapshot(topic)
+        if last is None:
+            return None
+        age_s = max(0.0, time.time() - last.ts / 1000)
+        return cls(msgspec.Raw(last.data), last.ts, age_s, broker.status(topic))
 
 
 def collect(context: Context, upstream: Upstream, failures: Mapping[str, int]) -> Statistics:

@@ -27,7 +27,7 @@ import attrs
 
 from trading_push.errors import ConfigurationError
 
-__all__ = ["IdKind", "Matches", "UserIds", "user_id_text"]
+__all__ = ["IdKind", "Matches", "UserIds", "given_user_id", "user_id_text"]
 
 IdKind = Literal["text", "integer", "uuid", "caseless"]
 
@@ -62,6 +62,19 @@ def user_id_text(user: object) -> str:
     except UnicodeEncodeError:
         raise ValueError("a user id holds half a surrogate pair, which is no text") from None
     return text
+
+
+def given_user_id(user: object) -> str:
+    """Turn a user id that a caller has given into its text; see `user_id_text`.
+
+    Raises:
+        ValueError: It cannot be one, also by its type: who publishes many values has one kind of
+            error to look for.
+    """
+    try:
+        return user_id_text(user)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 @attrs.frozen

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import trio
 
 from trading_push import logs
+from trading_push.errors import CloseCode
 
 __all__ = ["Peer", "Roster"]
 
@@ -80,6 +81,13 @@ class Roster:
         """Wait until no connection has a stream any more."""
         while self._open:
             await self._waiting.park()
+
+    def kick(self, concerns: Callable[[Peer], bool], reason: str) -> int:
+        """Close some connections with 4503; return how many. Synchronous."""
+        kicked = [each for each in self._open if not each.closed and concerns(each)]
+        for each in kicked:
+            each.stop(CloseCode.KICKED, reason)
+        return len(kicked)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new connections, tell those that are there of the end, and wait for theirs.

@@ -170,10 +170,8 @@ class Fetcher:
                 with context:
                     # In a tuple, for trio takes a thread that returns a coroutine for a mistake.
                     return (self._function(asked, self._data_type),)
-            except Exception:
-                raise
-            except BaseException as error:  # in a thread, only what the function has raised
-                raise ExitAsked from error
+            except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+                raise ExitAsked from error  # in a thread, only the function itself raises them
             finally:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(finish)
