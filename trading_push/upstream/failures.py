@@ -164,7 +164,9 @@ class Failures:
 
     def discard(self, user: str) -> bool:
         """Forget that the source fails for a user; return whether it did."""
-        self._alone.pop(user, None)
+        if user in self._alone:
+            del self._alone[user]
+            self._earn(1)  # the others may be well again, too
         return self._by_user.pop(user, None) is not None
 
     def answered(self, *, anybody: bool) -> bool:
