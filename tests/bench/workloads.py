@@ -413,6 +413,8 @@ def memory(place: Place, server: Server, clients: int, deflate: bool) -> Figures
 
 
 def polling(place: Place, server: Server, users: int, seconds: float, source: str) -> Figures:
+    if source == "postgres" and "BENCH_POSTGRES_URL" not in os.environ:
+        raise Skipped("BENCH_POSTGRES_URL names no database whose tables may be replaced")
     arguments = ["--source", source, "--users", str(users), "--file", str(place.file())]
     with place.running(server, *arguments, pinned=False) as pair:
         if source == "none":
@@ -566,6 +568,7 @@ def workloads(quick: bool) -> dict[str, Workload]:
         )
     for source, title in (
         ("sqlite", "from SQLite"),
+        ("postgres", "from PostgreSQL"),
         ("memory", "from memory"),
         ("none", "without a source: what the idle connections cost"),
     ):

@@ -1,6 +1,6 @@
 """Accounts for the workloads with users' data: two rows each of balance, positions and orders.
 
-Every value changes with every reading: in memory by a counter, in SQLite by `random()`, so that
+Every value changes with every reading: in memory by a counter, in a database by `random()`, so that
 nothing has to write while the reading is measured.
 """
 
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import attrs
+import sqlalchemy
 
 from trading_push import SqlSource
 from trading_push.settings.sources import Query
@@ -110,7 +113,7 @@ CREATE TABLE positions (user_id TEXT, symbol TEXT, side TEXT, quantity TEXT, ent
 CREATE TABLE pnl (user_id TEXT, realized TEXT, fees TEXT, total TEXT, currency TEXT,
                   by_symbol TEXT);
 CREATE TABLE orders (user_id TEXT, order_id TEXT, symbol TEXT, side TEXT, type TEXT, price TEXT,
-                     quantity TEXT, status TEXT, created_at INTEGER, updated_at INTEGER);
+                     quantity TEXT, status TEXT, created_at BIGINT, updated_at BIGINT);
 """
 _BY_SYMBOL = (
     '[{"symbol":"BTCUSDT","realized":"12.75","unrealized":"61837.63","fees":"1.25"},'
@@ -120,25 +123,55 @@ _BY_SYMBOL = (
 
 def sqlite_source(path: Path, users: int) -> SqlSource:
     """A file of so many accounts, indexed by user, and the source that reads it."""
-    ids = [str(user) for user in range(users)]
     connection = sqlite3.connect(path)
     with connection:
-        connection.executescript(_SCHEMA)
-        insert(connection, "balances", [(i, a, "250.00", "900.00") for i in ids for a in "UB"])
-        insert(
-            connection,
-            "positions",
-            [(i, s, "long", "0.25", "61837.63", "12.75") for i in ids for s in _SYMBOLS],
-        )
-        insert(connection, "pnl", [(i, "25.50", "2.50", "900.00", "USDT", _BY_SYMBOL) for i in ids])
-        order = ("BTCUSDT", "buy", "limit", "61000.00", "0.10", "new", 1763600000123, 1763600000456)
-        insert(connection, "orders", [(i, f"{i}-{n}", *order) for i in ids for n in range(2)])
-        for table in ("balances", "positions", "pnl", "orders"):
-            connection.execute(f"CREATE INDEX {table}_user ON {table} (user_id)")
+
+        def insert(table: str, rows: list[tuple[Any, ...]]) -> None:
+            marks = ",".join("?" * len(rows[0]))
+            connection.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+
+        fill(connection.execute, insert, users)
     connection.close()
     return SqlSource(f"sqlite:///{path}", _QUERIES)
 
 
-def insert(connection: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
-    marks = ",".join("?" * len(rows[0]))
-    connection.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+def postgres_source(url: str, users: int) -> SqlSource:
+    """The same in a database of PostgreSQL, whose tables of these names are replaced."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+
+        def insert(table: str, rows: list[tuple[Any, ...]]) -> None:
+            marks = ",".join(["%s"] * len(rows[0]))
+            with connection.connection.cursor() as cursor:  # psycopg's own, which is fast at it
+                cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+
+        fill(connection.exec_driver_sql, insert, users)
+    engine.dispose()
+    changing = "(100000 + floor(random() * 900000))::int || '.50'"
+    return SqlSource(
+        url,
+        {
+            name: attrs.evolve(query, sql=query.sql.replace(_CHANGING, changing))
+            for name, query in _QUERIES.items()
+        },
+    )
+
+
+def fill(
+    execute: Callable[[str], Any],
+    insert: Callable[[str, list[tuple[Any, ...]]], None],
+    users: int,
+) -> None:
+    ids = [str(user) for user in range(users)]
+    for statement in _SCHEMA.split(";")[:-1]:
+        execute(f"DROP TABLE IF EXISTS {statement.split()[2]}")
+        execute(statement)
+    insert("balances", [(i, a, "250.00", "900.00") for i in ids for a in "UB"])
+    insert(
+        "positions", [(i, s, "long", "0.25", "61837.63", "12.75") for i in ids for s in _SYMBOLS]
+    )
+    insert("pnl", [(i, "25.50", "2.50", "900.00", "USDT", _BY_SYMBOL) for i in ids])
+    order = ("BTCUSDT", "buy", "limit", "61000.00", "0.10", "new", 1763600000123, 1763600000456)
+    insert("orders", [(i, f"{i}-{n}", *order) for i in ids for n in range(2)])
+    for table in ("balances", "positions", "pnl", "orders"):
+        execute(f"CREATE INDEX {table}_user ON {table} (user_id)")

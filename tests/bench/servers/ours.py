@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import time
 import tracemalloc
 from collections import Counter
@@ -21,7 +22,7 @@ import attrs
 import hypercorn.config
 import hypercorn.trio
 import trio
-from accounts import DATA_TYPES, MemorySource, sqlite_source, value
+from accounts import DATA_TYPES, MemorySource, postgres_source, sqlite_source, value
 from common import SIZE, TOPICS, collect, each_command, say, ticker
 
 from trading_push import JwtAuthenticator, PushService, logs, open_push_service
@@ -179,6 +180,8 @@ def source_of(options: argparse.Namespace) -> Any:
             return MemorySource()
         case "sqlite":
             return sqlite_source(options.file, options.users)
+        case "postgres":
+            return postgres_source(os.environ["BENCH_POSTGRES_URL"], options.users)
     return None
 
 
@@ -209,7 +212,7 @@ async def main(options: argparse.Namespace) -> None:
 parser = argparse.ArgumentParser()
 parser.add_argument("form", choices=["hypercorn", "native", "plain"])
 parser.add_argument("--secret", required=True)
-parser.add_argument("--source", choices=["none", "memory", "sqlite"], default="none")
+parser.add_argument("--source", choices=["none", "memory", "sqlite", "postgres"], default="none")
 parser.add_argument("--users", type=int, default=0)
 parser.add_argument("--file", type=Path)
 with logs.attached():
