@@ -132,7 +132,10 @@ def comparing(service: PushService, journal: Journal) -> Callable[[Model, float]
                 user = model.user if held.spec.per_user else None
                 latest = service.latest(held.channel, user)
                 newest = None if latest is None else journal.newest(held.channel, user)
-                model.compare(held, newest, "down" if latest is None else latest.status.state, now)
+                # Where nothing has happened yet.
+                state = "live" if held.spec.kind == "events" else "down"
+                state = state if latest is None else latest.status.state
+                model.compare(held, newest, state, now)
 
     return compare
 

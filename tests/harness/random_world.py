@@ -412,11 +412,14 @@ def leftovers(service: PushService) -> dict[str, Any]:
         "idle topics": service._upstream._idle_since,
     }
     for poller in service._upstream.pollers.values():
-        for name in (
-            *("_watched", "_left", "_new", "_queue", "_busy", "_again", "_given", "_settled"),
-            *("_failures", "_stale", "_answered_at"),
+        for part, names in (
+            (poller._schedule, ("_watched", "_left", "_now", "_later", "_changes_until")),
+            (poller._failures, ("_by_user", "_alone")),
+            (poller, ("_queue", "_busy", "_again", "_given", "_settled", "_stale")),
+            (poller, ("_answered_at", "_hung", "_new_failures", "_new_recoveries")),
         ):
-            seen[f"{poller.data_type} poller, {name}"] = getattr(poller, name)
+            for name in names:
+                seen[f"{poller.data_type} poller, {name}"] = getattr(part, name)
     return {name: _plain(each) for name, each in seen.items() if _plain(each)}
 
 

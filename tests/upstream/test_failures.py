@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import sys
 import threading
 from collections import Counter
@@ -24,6 +25,7 @@ from trading_push import Principal, SourceError, open_push_service
 from trading_push.connections.connection import Connection
 from trading_push.settings.schema import Intervals, Limits, Polling, Settings
 from trading_push.testing import MemoryTransport
+from trading_push.upstream.failure_log import FailureLog
 
 SETTINGS = Settings(
     intervals=Intervals(pnl=10, balance=10),
@@ -452,6 +454,21 @@ async def test_a_coroutine_function_that_returns_a_plain_value_is_used():
     async with serving(Marked()) as (_, join):
         peer = await join("4", "pnl")
         assert (await peer.next())[0]["data"] == ["4"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_what_is_held_back_is_logged_when_its_time_has_come(autojump_clock, seed):
+    """At odd times, whose sums and differences are rounded."""
+    rng = random.Random(seed)
+    log = FailureLog("pnl")
+    for _ in range(50):
+        await trio.sleep(rng.random())
+        log.failed({"4": True}, ValueError(str(rng.randrange(3))))
+        log.recovered(["4", "5"])
+        while (at := log.next_flush()) < trio.current_time() + 30:
+            await trio.sleep_until(at)
+            log.flush()
+            assert log.next_flush() > trio.current_time()
 
 
 async def test_one_bad_user_in_a_hundred_costs_the_others_nothing(autojump_clock, caplog):

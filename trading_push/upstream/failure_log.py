@@ -75,7 +75,7 @@ class FailureLog:
         if cause is None:
             cause = self._causes[key] = _Cause(error, -math.inf)
         cause.error = error
-        if now - cause.logged_at >= REPEAT_S:
+        if now >= cause.logged_at + REPEAT_S:
             self._tell(cause, {**cause.unnamed, **users})
         else:
             cause.unnamed.update(dict.fromkeys(user for user, new in users.items() if new))
@@ -87,13 +87,13 @@ class FailureLog:
         for cause in self._causes.values():
             for user in self._recovered:
                 cause.unnamed.pop(user, None)
-        if trio.current_time() - self._recovered_at >= _GATHER_S:
+        if trio.current_time() >= self._recovered_at + _GATHER_S:
             self._tell_recovered()
 
     def hung(self, count: int, limit: int) -> None:
         """Log how many calls go on after their time-out, if that was not said a moment ago."""
         now = trio.current_time()
-        if now - self._hung_at >= REPEAT_S:
+        if now >= self._hung_at + REPEAT_S:
             self._hung_at = now
             logs.emit(
                 logs.line("fetches_hung", data_type=self._data_type, count=count, limit=limit)
@@ -101,13 +101,14 @@ class FailureLog:
 
     def next_flush(self) -> float:
         """When `flush` has something to do, on trio's clock; infinity for never."""
+        # The same sums as in `flush`: a difference may be rounded to the other side.
         at = min((each.flushed_at for each in self._causes.values()), default=math.inf)
         return min(at, self._recovered_at + _GATHER_S) if self._recovered else at
 
     def flush(self) -> None:
         """Log what was held back long enough, and forget the causes that are over."""
         now = trio.current_time()
-        if self._recovered and now - self._recovered_at >= _GATHER_S:
+        if self._recovered and now >= self._recovered_at + _GATHER_S:
             self._tell_recovered()
         for key, cause in list(self._causes.items()):
             if now < cause.flushed_at:
