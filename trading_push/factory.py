@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,8 +68,10 @@ async def open_configured_service(
         ConfigurationError: The market, the place of the accounts or a key cannot be used.
     """
     async with AsyncExitStack() as opened:
-        feed = await _market(settings, opened)
-        source = await _accounts(settings, opened)
+        # Made once: accounts and tickers share the pauses that the exchange asks for.
+        exchange = functools.cache(partial(_exchange, settings))
+        feed = await _market(settings, exchange, opened)
+        source = await _accounts(settings, exchange, opened)
         if source is None and isinstance(feed, Tape) and feed.accounts is not None:
             source = feed.accounts
         if source is None:
@@ -83,7 +87,9 @@ async def open_configured_service(
         )
 
 
-async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | None:
+async def _market(
+    settings: Settings, exchange: Callable[[], ExchangeOptions], opened: AsyncExitStack
+) -> TickerFeed | None:
     """The market that is set; None where the paper exchange has its simulated one."""
     market, ccxt = settings.market, settings.ccxt
     match market.feed:
@@ -94,7 +100,7 @@ async def _market(settings: Settings, opened: AsyncExitStack) -> TickerFeed | No
         case "okx":
             return _through_proxies(_live(OkxFeed, okx.LIMITS, market), settings)
         case "ccxt":
-            feed = CcxtFeed(_exchange(settings), interval_s=ccxt.interval_s)
+            feed = CcxtFeed(exchange(), interval_s=ccxt.interval_s)
             opened.callback(feed.close)
             return feed
     if market.tape is None:
@@ -119,7 +125,9 @@ def _live(feed: _Feed, limits: ExchangeLimits, market: Market) -> ExchangeFeed:
     return feed(market.url, limits=limits, rest_url=market.rest_url)
 
 
-async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None:
+async def _accounts(
+    settings: Settings, exchange: Callable[[], ExchangeOptions], opened: AsyncExitStack
+) -> Source | None:
     """Where the settings say that accounts come from; None for the paper exchange."""
     if settings.database.url is not None:
         return await _checked(_database(settings.database.url, settings.database), opened)
@@ -129,7 +137,7 @@ async def _accounts(settings: Settings, opened: AsyncExitStack) -> Source | None
         return _functions(settings.function.fetch, settings.function)
     if settings.ccxt.credentials_file is not None or settings.ccxt.credentials is not None:
         accounts = CcxtSource(
-            _exchange(settings),
+            exchange(),
             _credentials(settings.ccxt),
             order_symbols=settings.ccxt.order_symbols.split(),
             fill_symbols=settings.ccxt.fill_symbols.split(),

@@ -85,7 +85,13 @@ class CcxtSource:
             raise ConfigurationError(
                 f"{options.exchange} does not tell ccxt of fills: remove ccxt.fill_symbols"
             )
-        self._has_positions = api.options.get("defaultType") != "spot"
+        left_out = {"fetch_positions"} if api.options.get("defaultType") == "spot" else set()
+        self.data_types = tuple(
+            data_type
+            for data_type, method in _METHODS.items()
+            if method not in left_out and api.has.get(_HAS[method])
+        )
+        """What the exchange has; without positions there is no PnL either."""
         for user, given in credentials.items():
             self._check_credentials(user, given)
 
@@ -188,9 +194,7 @@ class CcxtSource:
         exchange = self._open.get(user_id)
         if exchange is None:
             raise SourceError("the user's session is not open")
-        if method == "fetch_positions" and not self._has_positions:
-            return None
-        if not exchange.api.has.get(_HAS[method]):
+        if data_type not in self.data_types:
             return None
         # The question ...
         answer: Any
