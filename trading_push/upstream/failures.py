@@ -6,7 +6,7 @@ All times are those of trio's clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import attrs
@@ -17,7 +17,7 @@ from trading_push.logs.lines import failure
 from trading_push.supervision import back_off
 from trading_push.upstream.schedule import Schedule
 
-__all__ = ["Failures", "Outage", "reason_of"]
+__all__ = ["Failures", "Outage", "by_cause", "reason_of", "told_pause_s"]
 
 _FRESH_S: Final = 1.0
 """A user whose own call has failed is not asked for again before, whoever comes."""
@@ -191,6 +191,14 @@ class Failures:
         if self.outage is None:
             self.outage = Outage(error, until)
         self.outage.error, self.outage.until = error, max(self.outage.until, until)
+
+
+def by_cause(failures: Iterable[tuple[str, Exception]]) -> Iterator[tuple[Exception, list[str]]]:
+    """Group users by what the source has failed with for them."""
+    groups: dict[str, tuple[Exception, list[str]]] = {}
+    for user, error in failures:
+        groups.setdefault(failure(error), (error, []))[1].append(user)
+    yield from groups.values()
 
 
 def told_pause_s(error: Exception) -> float:

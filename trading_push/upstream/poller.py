@@ -26,14 +26,13 @@ import trio
 from trading_push import logs
 from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import SourceError
-from trading_push.logs.lines import failure
 from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Polling
 from trading_push.sources.base import NO_VALUE, Source
 from trading_push.topics import Topic
 from trading_push.upstream.batcher import Batcher
 from trading_push.upstream.failure_log import FailureLog
-from trading_push.upstream.failures import Failures, Outage, reason_of, told_pause_s
+from trading_push.upstream.failures import Failures, Outage, by_cause, reason_of, told_pause_s
 from trading_push.upstream.fetching import FetchContext, Fetcher, StillRunning
 from trading_push.upstream.schedule import Schedule
 from trading_push.upstream.search import find_failing
@@ -350,11 +349,8 @@ class Poller:
         if failures:
             failed = {user for user, _ in failures}
             self._good = [user for user in users if user not in failed][:2] or self._good
-            by_cause: dict[str, list[tuple[str, Exception]]] = {}
-            for user, error in failures:
-                by_cause.setdefault(failure(error), []).append((user, error))
-            for each in by_cause.values():
-                await self._failed([user for user, _ in each], each[0][1])
+            for error, failing in by_cause(failures):
+                await self._failed(failing, error)
         else:
             self._good = users[:2]
         if recovered:
@@ -396,11 +392,8 @@ class Poller:
 
     async def _failed_alone(self, users: Sequence[str], failing: dict[str, Exception]) -> None:
         """Mark whom a call was failing for; if that is most of them, it is no matter of theirs."""
-        by_cause: dict[str, list[str]] = {}
-        for user, error in failing.items():
-            by_cause.setdefault(failure(error), []).append(user)
-        for found in by_cause.values():
-            await self._failed(found, failing[found[0]], alone=2 * len(failing) <= len(users))
+        for error, found in by_cause(failing.items()):
+            await self._failed(found, error, alone=2 * len(failing) <= len(users))
 
     # --- answers -----------------------------------------------------------------------------
 
