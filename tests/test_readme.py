@@ -110,6 +110,32 @@ async def test_configuration_loads_and_its_queries_run(tmp_path, monkeypatch):
         source.close()
 
 
+async def test_events_are_read_as_printed(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
+    file = tmp_path / "trading-push.toml"
+    file.write_text(block("events"), encoding="utf-8")
+    settings = load_settings(config=file, flags={})
+    assert settings.channels["fills"].named("fills").kind == "events"
+    path = tmp_path / "accounts.sqlite3"
+    database = sqlite3.connect(path)
+    database.executescript(
+        "CREATE TABLE fills (fill_id INTEGER PRIMARY KEY, user_id, order_id, symbol, side, price,"
+        " quantity, fee, fee_asset, at);"
+        "CREATE TABLE alerts (alert_id INTEGER PRIMARY KEY, user_id TEXT, text TEXT)"
+    )
+    source = SqlSource(f"sqlite:///{path}", settings.database.queries)
+    try:
+        await source.check()
+        assert (await source.fetch("4", "alerts")).taken()
+        database.execute("INSERT INTO alerts VALUES (7, '4', 'margin call')")
+        database.commit()
+        (alert,) = (await source.fetch("4", "alerts")).events
+        assert msgspec.json.decode(alert) == {"alert_id": 7, "text": "margin call"}
+    finally:
+        source.close()
+        database.close()
+
+
 async def test_a_trigger_tells_as_printed(tmp_path, monkeypatch, postgres):
     monkeypatch.delenv("TRADING_PUSH_CONFIG", raising=False)
     file = tmp_path / "trading-push.toml"

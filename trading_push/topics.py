@@ -82,10 +82,8 @@ class Channel:
             raise ConfigurationError(
                 f"the interval of {self.name} is {self.interval_s}: give 0.1 seconds or more"
             )
-        if self.interval_s is not None and (self.kind == "events" or not self.per_user):
-            raise ConfigurationError(
-                f"{self.name} cannot be polled: only a per-user channel of kind 'state' can"
-            )
+        if self.interval_s is not None and not self.per_user:
+            raise ConfigurationError(f"{self.name} cannot be polled: only a per-user channel can")
 
 
 BUILTIN_CHANNELS = ("balance", "positions", "pnl", "orders")

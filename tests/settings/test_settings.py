@@ -224,6 +224,20 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[channels.Margin]", "'Margin' cannot name a channel"),
         ("[channels.ticker]", "not 'ticker'"),
         ("[channels.fills]\nkind = 'events'", "a channel of that name already"),
+        ("[channels.fills]\ninterval_s = 3", "only interval_s can be set, with a query"),
+        (f"[database.queries.fills]\nsql = '{SQL}'", "without a cursor: name the column"),
+        (
+            f"[database.queries.alerts]\nsql = '{SQL}'\n[channels.alerts]\nkind = 'events'",
+            "database.queries.alerts reads events without a cursor",
+        ),
+        (
+            f"[database.queries.fills]\nsql = '{SQL}'\ncursor = 'fill_id'",
+            "reads events without database.url",
+        ),
+        (
+            f"[database.queries.pnl]\nsql = '{SQL}'\ncursor = 'id'",
+            "database.queries.pnl has a cursor, which is for events",
+        ),
         ("[channels.pnl]\ninterval_s = 3", "set intervals.pnl instead"),
         ("[channels.margin]\ninterval_s = 3\nkind = 'events'", "cannot be polled"),
         ("[channels.margin]\ninterval_s = 3\nper_user = false", "cannot be polled"),
@@ -389,9 +403,8 @@ def test_the_sample_holds_every_setting_with_its_default(config: Path) -> None:
 
     # The examples are the settings without a default; each of them is one that can be used.
     examples = tomllib.loads(re.sub(r"(?m)^#! ", "", text))
-    assert set(examples["database"].pop("queries")["balance"]) == {
-        field.name for field in attrs.fields(Query)
-    }
+    balance = examples["database"].pop("queries")["balance"]
+    assert {*balance, "cursor", "history"} == {field.name for field in attrs.fields(Query)}
     assert examples["http"].pop("headers")
     assert examples.pop("channels")
     assert examples["ccxt"].pop("options")

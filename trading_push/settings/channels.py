@@ -41,4 +41,5 @@ class OwnChannel:
         Raises:
             ConfigurationError: It cannot be named so, or cannot be polled.
         """
-        return Channel(name, self.kind, self.per_user, self.interval_s)
+        kind = "events" if name == "fills" else self.kind
+        return Channel(name, kind, self.per_user, self.interval_s)

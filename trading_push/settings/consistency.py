@@ -88,8 +88,11 @@ def _check_channels(settings: Settings) -> None:
             channel.named(name)
         except ConfigurationError as error:
             raise ConfigurationError(f"[channels.{name}]: {error}") from None
-        if name == "fills":
-            raise ConfigurationError("[channels.fills]: there is a channel of that name already")
+        if name == "fills" and (channel.interval_s is None or name not in queries):
+            raise ConfigurationError(
+                "[channels.fills]: there is a channel of that name already; only interval_s can be "
+                "set, with a query [database.queries.fills]"
+            )
         if channel.interval_s is None:
             continue
         if name in DATA_TYPES:
@@ -100,6 +103,11 @@ def _check_channels(settings: Settings) -> None:
             raise ConfigurationError(
                 f"[channels.{name}] has an interval, and accounts of ccxt have no {name}: remove "
                 "interval_s, and publish to it"
+            )
+        if channel.kind == "events" and name not in queries:
+            raise ConfigurationError(
+                f"[channels.{name}] is of kind 'events' and cannot be polled: write "
+                f"[database.queries.{name}] with a cursor, or remove interval_s, and publish to it"
             )
         if settings.http.url is None and settings.function.fetch is None and name not in queries:
             raise ConfigurationError(
@@ -112,8 +120,27 @@ def _check_channels(settings: Settings) -> None:
                 f"[channels.{name}] has an interval, and function.data_types does not name {name}: "
                 "add it there"
             )
-    for name in queries:
+    for name, query in queries.items():
         own = settings.channels.get(name)
+        is_events = name == "fills" or (own is not None and own.kind == "events")
+        if is_events and query.cursor is None:
+            raise ConfigurationError(
+                f"database.queries.{name} reads events without a cursor: name the column that "
+                'only grows (cursor = "fill_id") and select by it (AND fill_id > :after ORDER BY '
+                "fill_id)"
+            )
+        if is_events and settings.database.url is None:
+            raise ConfigurationError(
+                f"database.queries.{name} reads events without database.url: set that, or "
+                "remove the query"
+            )
+        if query.cursor is not None and not is_events:
+            raise ConfigurationError(
+                f"database.queries.{name} has a cursor, which is for events: remove it, or add "
+                f'[channels.{name}] with kind = "events" and interval_s'
+            )
+        if name == "fills":
+            continue
         if name not in DATA_TYPES and (own is None or own.interval_s is None):
             raise ConfigurationError(
                 f"database.queries.{name}: there is no such data type: use "

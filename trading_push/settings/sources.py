@@ -99,6 +99,9 @@ class Query:
         json_columns: Columns whose text is JSON and goes into the value unchanged.
         empty: The JSON of a user without rows; None is `[]`, or no value if `single`.
         as_text: Columns whose numbers leave as texts.
+        cursor: For events: the column that only grows, which `sql` compares with `:after`.
+        history: For events: how many of the last ones a user gets who is watched for the first
+            time.
     """
 
     sql: str = attrs.field(validator=text("it must select by :user_ids or :user_id", is_query))
@@ -106,6 +109,10 @@ class Query:
     json_columns: tuple[str, ...] = attrs.field(default=(), validator=columns)
     empty: str | None = attrs.field(default=None, validator=optional(text("give JSON", is_json)))
     as_text: tuple[str, ...] = attrs.field(default=(), validator=columns)
+    cursor: str | None = attrs.field(
+        default=None, validator=optional(text("name a column that only grows"))
+    )
+    history: int = attrs.field(default=0, validator=whole(0, 1000))
 
 
 _QUERIES_EXAMPLE = """\
@@ -147,7 +154,9 @@ class Database:
         "(an expanding `:user_ids` and a column `user_id`) or one user (`:user_id`). `single`: the "
         "value is the row itself, not a list of rows. `json_columns`: columns whose text is JSON. "
         "`as_text`: columns whose numbers leave as texts, such as ids beyond 2^53. `empty`: the "
-        "JSON of a user without rows.",
+        "JSON of a user without rows. For events (`fills`, a channel of kind `events`): `cursor`, "
+        "the column that only grows, with `:after` in the `sql`, and `history`, how many of the "
+        "last events come first.",
         example=_QUERIES_EXAMPLE,
     )
     threads: int = setting(

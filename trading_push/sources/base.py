@@ -7,9 +7,11 @@ delay.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol, runtime_checkable
+
+import attrs
 
 from trading_push.models import Ticker
 
@@ -19,6 +21,7 @@ __all__ = [
     "ChangeSink",
     "ListedFeed",
     "MarketSink",
+    "NewEvents",
     "NoValue",
     "SessionSource",
     "Source",
@@ -39,6 +42,20 @@ NO_VALUE: Final = NoValue()
 """What a source returns for a user who has no value, and none any more: the last one is dropped."""
 
 
+@attrs.frozen
+class NewEvents:
+    """What a source returns for a user of a polled channel of kind `events`: those that are new.
+
+    Args:
+        events: Each as an object that msgspec can encode, in order.
+        taken: Called where they are about to be published. False where they are no longer new: an
+            other answer has been taken since these were read; none of them is published then.
+    """
+
+    events: Sequence[Any]
+    taken: Callable[[], bool]
+
+
 class Source(Protocol):
     """Gives users' data, for one user and data type at a time.
 
@@ -47,6 +64,7 @@ class Source(Protocol):
 
     It may say what it offers by an attribute `data_types`, an iterable of names; without it, or if
     it is None, it offers balance, positions, pnl and orders, and whatever it is asked for besides.
+    Those of `event_types`, if it has that attribute, it answers with `NewEvents`.
     """
 
     async def fetch(self, user_id: str, data_type: str) -> Any | None:

@@ -30,7 +30,7 @@ class ChangeDetector(Protocol):
 
     def detect_change(
         self, user: str, answer: Any | None, now: float
-    ) -> tuple[Topic, bytes] | Topic | None:
+    ) -> tuple[Topic, bytes] | list[tuple[Topic, bytes]] | Topic | None:
         """Compare an answer, which has come now, with what was published before.
 
         Args:
@@ -39,8 +39,8 @@ class ChangeDetector(Protocol):
             now: The time on trio's clock.
 
         Returns:
-            A topic and its new value; the topic alone where it is unchanged; None where there is
-            nothing to tell.
+            A topic and its new value, or each of its new events; the topic alone where it
+            is unchanged; None where there is nothing to tell.
         """
         ...
 
@@ -118,6 +118,8 @@ class Batcher:
                     continue
                 if isinstance(found, Topic):
                     unchanged.append(found)
+                elif isinstance(found, list):
+                    changed += found
                 elif found is not None:
                     changed.append(found)
             if time.perf_counter() > until:

@@ -28,7 +28,7 @@ from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import SourceError
 from trading_push.protocol.payloads import encode_data
 from trading_push.settings.schema import Polling
-from trading_push.sources.base import NO_VALUE, Source
+from trading_push.sources.base import NO_VALUE, NewEvents, Source
 from trading_push.topics import Topic
 from trading_push.upstream.batcher import Batcher
 from trading_push.upstream.failure_log import FailureLog
@@ -399,7 +399,7 @@ class Poller:
 
     def detect_change(
         self, user: str, answer: Any | None, now: float
-    ) -> tuple[Topic, bytes] | Topic | None:
+    ) -> tuple[Topic, bytes] | list[tuple[Topic, bytes]] | Topic | None:
         """Compare an answer with what was published before; see `ChangeDetector`."""
         if user not in self._schedule:
             return None
@@ -407,13 +407,19 @@ class Poller:
         try:
             if isinstance(answer, Exception):
                 raise answer
-            data = None if answer is None or answer is NO_VALUE else encode_data(answer)
+            events = isinstance(answer, NewEvents) and answer
+            # All events are encoded before they are taken: an error loses none of them.
+            new = [(topic, encode_data(each)) for each in events.events] if events else []
+            is_value = not (events or answer is None or answer is NO_VALUE)
+            data = encode_data(answer) if is_value else None
         except Exception as error:
             self._new_failures.append((user, error))
             return None
         self._answered_at[user] = now
         if self._failures or self._stale:
             self._recovered(user)
+        if events:
+            return new if events.taken() and new else topic
         last = self._broker.snapshot(topic)
         given = self._given.get(user)
         if answer is NO_VALUE:

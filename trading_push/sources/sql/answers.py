@@ -19,7 +19,7 @@ from trading_push.sources.sql.plan import Plan
 from trading_push.sources.sql.rows import Found
 from trading_push.user_ids import UserIds
 
-__all__ = ["Answer", "answers", "refused"]
+__all__ = ["Answer", "answers", "refused", "whose"]
 
 Answer = msgspec.Raw | SourceError | NoValue
 """A user's value as encoded JSON, the error in its place, or None for nothing to say."""
@@ -55,6 +55,16 @@ def answers(
     if is_exact and not found.errors:
         rows_of = found.records.get
         return {user: _encoded(plan, rows_of(user), value_bytes) for user in asked}
+    records, errors = whose(plan, ids, asked, found)
+    return {
+        user: errors.get(user) or _encoded(plan, records.get(user), value_bytes) for user in asked
+    }
+
+
+def whose(
+    plan: Plan, ids: UserIds, asked: Sequence[str], found: Found
+) -> tuple[dict[str, list[Any]], dict[str, SourceError]]:
+    """Return the rows, and the errors, of asked users; one who has neither is in none of them."""
     matches = ids.match(asked, (*found.records, *(found.errors.keys() - found.records.keys())))
     # The errors of users, of their rows first.
     errors: dict[str, SourceError] = {}
@@ -69,9 +79,7 @@ def answers(
         for user in users or asked:
             if user not in records and user not in errors:
                 errors[user] = _stray(plan, stray, user)
-    return {
-        user: errors.get(user) or _encoded(plan, records.get(user), value_bytes) for user in asked
-    }
+    return records, errors
 
 
 def _stray(plan: Plan, stray: object, user: str) -> SourceError:

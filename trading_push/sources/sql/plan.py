@@ -23,7 +23,7 @@ _ARRAY = re.compile(
     re.IGNORECASE,
 )
 _LIST_IN_BRACKETS = re.compile(r"\b(in\s*)\(\s*:user_ids\s*\)", re.IGNORECASE)
-_CAST = re.compile(r":(user_ids?|user_id_array)(?=::)")
+_CAST = re.compile(r":(user_ids?|user_id_array|after)(?=::)")
 _COMPARED = re.compile(r"[=<>]\s*\(?\s*:user_ids\b")
 
 _PARAMETERS = (
@@ -50,6 +50,9 @@ class Plan:
         json_columns: The columns that hold JSON.
         as_text: The columns whose numbers leave as texts.
         empty: The value of a user without rows; None where there is nothing to say then.
+        cursor: The column that only grows, of a query of events; None of any other.
+        history: How many events a user gets who is watched for the first time.
+        after: What the cursor is compared with.
     """
 
     data_type: str
@@ -61,6 +64,9 @@ class Plan:
     json_columns: tuple[str, ...]
     as_text: tuple[str, ...]
     empty: msgspec.Raw | None
+    cursor: str | None = None
+    history: int = 0
+    after: int | str | None = None
 
     def parameters(self, user_ids: Sequence[str | None]) -> dict[str, object]:
         """Return the parameters that ask for some users; for the first if it takes one only."""
@@ -68,6 +74,8 @@ class Plan:
         for bind in self.binds:
             if bind.key == "user_ids":
                 given[bind.key] = user_ids
+            elif bind.key == "after":
+                given[bind.key] = self.after
             else:
                 given[bind.key] = _array(user_ids) if self.many else user_ids[0]
         return given
@@ -94,6 +102,9 @@ def make_plan(data_type: str, query: Query) -> Plan:
     except SQLAlchemyError:
         parameters = set()
     many = "user_id" not in parameters
+    _check_events(data_type, query, "after" in parameters)
+    if query.cursor is not None:
+        parameters.discard("after")
     if parameters not in _PARAMETERS:
         raise ConfigurationError(
             f"the query of {data_type} must name :user_ids (many users, IN :user_ids) or :user_id "
@@ -109,7 +120,8 @@ def make_plan(data_type: str, query: Query) -> Plan:
         ) from None
     # Without a type: the driver then casts nothing, and a column of integers finds "4" as well.
     binds: dict[str, BindParameter[str]] = {
-        name: bindparam(name, expanding=name == "user_ids") for name in parameters
+        name: bindparam(name, expanding=name == "user_ids")
+        for name in (*parameters, *(() if query.cursor is None else ("after",)))
     }
     return Plan(
         data_type=data_type,
@@ -121,7 +133,28 @@ def make_plan(data_type: str, query: Query) -> Plan:
         json_columns=tuple(query.json_columns),
         as_text=tuple(query.as_text),
         empty=None if empty is None else msgspec.Raw(empty.encode()),
+        cursor=query.cursor,
+        history=query.history,
     )
+
+
+def _check_events(data_type: str, query: Query, has_after: bool) -> None:
+    if query.cursor is None:
+        if data_type == "fills" or has_after or query.history:
+            raise ConfigurationError(
+                f"the query of {data_type} reads events without a cursor: name the column that "
+                'only grows (cursor = "fill_id") and select by it (AND fill_id > :after ORDER BY '
+                "fill_id)"
+            )
+    elif not has_after:
+        raise ConfigurationError(
+            f"the query of {data_type} has a cursor and no :after: write AND {query.cursor} > "
+            f":after ORDER BY {query.cursor}"
+        )
+    elif query.single or query.empty is not None:
+        raise ConfigurationError(
+            f"the query of {data_type} has a cursor: each row is an event; remove single and empty"
+        )
 
 
 def _array(user_ids: Sequence[str | None]) -> str:
@@ -139,7 +172,13 @@ def check_columns(plan: Plan, columns: list[str]) -> None:
     Raises:
         ConfigurationError: One that is needed is missing, or two have the same name.
     """
-    needed = (*plan.json_columns, *plan.as_text, *(("user_id",) if plan.many else ()))
+    needed = (
+        *plan.json_columns,
+        *plan.as_text,
+        *(("user_id",) if plan.many or plan.cursor else ()),
+    )
+    if plan.cursor is not None:
+        needed = (*needed, plan.cursor)
     for column in needed:
         if column not in columns:
             raise ConfigurationError(

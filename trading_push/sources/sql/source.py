@@ -35,7 +35,7 @@ from trading_push import logs
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.settings.validators import is_time_zone
-from trading_push.sources.base import NoValue
+from trading_push.sources.base import NewEvents, NoValue
 from trading_push.sources.sql import sqlite_json
 from trading_push.sources.sql.answers import Answer, answers, refused
 from trading_push.sources.sql.engine import (
@@ -45,6 +45,7 @@ from trading_push.sources.sql.engine import (
     parse,
     transaction,
 )
+from trading_push.sources.sql.events import EventReader
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
 from trading_push.sources.sql.rows import Found, RowReader, in_parts
 from trading_push.sources.sql.slots import TypeSlots
@@ -97,6 +98,12 @@ class SqlSource:
         turn: AbstractContextManager[Any]
         turn = threading.Lock() if self._is_sqlite_file else nullcontext()
         self._reader = RowReader(turn, _zone(time_zone))
+        # Of the queries of events, by data type.
+        self._events = {
+            name: EventReader(plan, self._reader, self._ids, value_bytes)
+            for name, plan in self._plans.items()
+            if plan.cursor is not None
+        }
         self._engine = open_engine(self._url, threads, statement_timeout_s)
         # What begins the transaction of each read.
         self._begin = beginning(self._url, statement_timeout_s)
@@ -110,6 +117,11 @@ class SqlSource:
     def data_types(self) -> Sequence[str]:
         """The data types that it has: those with a query."""
         return tuple(self._plans)
+
+    @property
+    def event_types(self) -> Sequence[str]:
+        """Those of its data types that are events: their queries have a cursor."""
+        return tuple(self._events)
 
     def batch_size(self, data_type: str) -> int | None:
         """Return how many users one call should name at most; None for any number.
@@ -134,7 +146,7 @@ class SqlSource:
         if unverified:
             logs.emit(logs.line("users_unverified", data_types=", ".join(unverified)))
 
-    async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | NoValue | None:
+    async def fetch(self, user_id: str, data_type: str) -> msgspec.Raw | NewEvents | NoValue | None:
         """Read one user's current value; see `fetch_many`.
 
         Raises:
@@ -145,7 +157,9 @@ class SqlSource:
             raise value
         return value
 
-    async def fetch_many(self, user_ids: Sequence[str], data_type: str) -> Mapping[str, Answer]:
+    async def fetch_many(
+        self, user_ids: Sequence[str], data_type: str
+    ) -> Mapping[str, Answer | NewEvents]:
         """Read the current values as encoded JSON, by user id; each user asked for is among them.
 
         Cancellation abandons the thread, which gives its connection back by itself; it counts as
@@ -153,7 +167,8 @@ class SqlSource:
 
         Returns:
             An empty mapping for a data type without a query. A value is `NO_VALUE` where the query
-            is `single`, has no `empty` and gave no row, and a `SourceError` where this user's rows
+            is `single`, has no `empty` and gave no row, `NewEvents` where the query has a cursor,
+            and a `SourceError` where this user's rows
             cannot be given.
 
         Raises:
@@ -162,7 +177,7 @@ class SqlSource:
         plan = self._plans.get(data_type)
         if plan is None or not user_ids:
             return {}
-        values: dict[str, Answer] = {**refused(self._ids, user_ids)}
+        values: dict[str, Answer | NewEvents] = {**refused(self._ids, user_ids)}
         asked = [user for user in user_ids if user not in values] if values else user_ids
         if asked:
             slots: Any = self._slots[data_type]  # trio takes anything with its two methods
@@ -176,12 +191,18 @@ class SqlSource:
         self._closed = True
         self._engine.dispose()
 
-    def _read(self, plan: Plan, user_ids: Sequence[str]) -> dict[str, Answer]:
+    def _read(self, plan: Plan, user_ids: Sequence[str]) -> dict[str, Answer | NewEvents]:
         # A query that asks for one user is run for each of them.
         parts = [user_ids] if plan.many else [[user] for user in user_ids]
+        events = self._events.get(plan.data_type)
+        values: dict[str, Answer | NewEvents] = {}
+        read: list[tuple[Sequence[str], Found]] = []
         try:
             with self._engine.connect() as connection:
                 with transaction(connection, self._begin):
+                    if events is not None:
+                        values |= events.read(connection, user_ids)
+                        parts = []
                     read = [(users, self._rows(connection, plan, users)) for users in parts]
                 if self._closed:
                     connection.detach()
@@ -189,7 +210,6 @@ class SqlSource:
             raise SourceError(
                 self._first_line(error), retryable=not isinstance(error, DataError | ValueError)
             ) from None
-        values: dict[str, Answer] = {}
         for users, found in read:
             values |= answers(plan, self._ids, users, found, self._value_bytes)
         return values
@@ -236,6 +256,9 @@ class SqlSource:
         try:
             with transaction(connection, self._begin):
                 columns = list(connection.execute(plan.statement, parameters).keys())
+                if plan.cursor is not None and {plan.cursor, "user_id"}.issubset(columns):
+                    first = self._events[plan.data_type].first(connection)
+                    connection.execute(first.statement, parameters)
         except Exception as error:  # as above
             raise ConfigurationError(
                 f"the query of {plan.data_type} cannot be run ({self._first_line(error)}): "
