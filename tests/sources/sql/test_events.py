@@ -15,7 +15,7 @@ import trio
 from harness.postgres_server import PostgresServer
 from harness.support import PATIENCE_S
 
-from trading_push import Principal, open_push_service
+from trading_push import PostgresSource, Principal, open_push_service
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.base import NewEvents
@@ -87,7 +87,7 @@ async def test_each_new_row_is_one_event_of_its_user(make: Any) -> None:
 
 
 async def test_history_comes_first(make: Any) -> None:
-    source, execute = make(history=2)
+    source, execute = make(sql=SQL + ";\n", history=2)
     execute("INSERT INTO fills VALUES ('a', 5, 1), ('a', 9, 1), ('a', 10, 1), ('b', 3, 1)")
     assert await read(source, "a", "b") == {"a": [9, 10], "b": [3]}
     execute("INSERT INTO fills VALUES ('a', 11, 1)")
@@ -195,3 +195,25 @@ async def test_channels_that_do_not_fit_are_refused(
     with pytest.raises(ConfigurationError, match=advice):
         async with open_push_service(source, authenticate=authenticate, channels=[channel]):
             pass
+
+
+async def test_a_notification_has_events_read_at_once(postgres: PostgresServer) -> None:
+    name = "notified_events"
+    postgres.create_database(name, TABLE.format(user="text", cursor="bigint"))
+    queries = {"fills": Query(SQL, cursor="fill_id")}
+    source = PostgresSource(postgres.url(name), queries, "trading_push")
+    fills = Channel("fills", "events", interval_s=600)
+    try:
+        with trio.fail_after(PATIENCE_S):
+            async with (
+                open_push_service(source, authenticate=authenticate, channels=[fills]) as service,
+                peer(service, "4") as four,
+            ):
+                await four.subscribe("fills")
+                assert (await four.push())["reason"] == "quiet"
+                notify = """SELECT pg_notify('trading_push', '{"user": 4, "type": "fills"}')"""
+                postgres.admin(f"INSERT INTO fills VALUES ('4', 1, 1); {notify}", name)
+                assert await fill_id(four) == 1
+    finally:
+        source.close()
+        postgres.admin(f'DROP DATABASE "{name}" WITH (FORCE)')

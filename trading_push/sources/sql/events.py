@@ -65,10 +65,11 @@ class EventReader:
 
     def first(self, connection: Connection) -> Plan:
         """Make the query that gives only the last rows of each user."""
+        query = self._plan.sql.rstrip().removesuffix(";")  # it stands within another
         name = connection.dialect.identifier_preparer.quote(self._name)
         sql = (
             f"SELECT * FROM (SELECT trading_push_rows.*, ROW_NUMBER() OVER (PARTITION BY user_id "
-            f"ORDER BY {name} DESC) AS {_RANK} FROM (\n{self._plan.sql}\n) AS trading_push_rows"
+            f"ORDER BY {name} DESC) AS {_RANK} FROM (\n{query}\n) AS trading_push_rows"
             f") AS trading_push_ranked WHERE {_RANK} <= {max(1, self._plan.history)} "
             f"ORDER BY {name}"
         )
