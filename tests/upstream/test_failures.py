@@ -187,6 +187,23 @@ async def test_an_outage_is_one_line_and_no_search(autojump_clock, caplog):
         assert all(peer.sent[-1].get("state") in (None, "live") for peer in peers)
 
 
+async def test_an_outage_whose_error_changes_is_one_line(autojump_clock, caplog):
+    source = Many()
+    async with serving(source) as (_, join):  # an interval of one second
+        await join("4", "pnl")
+        for number in range(50):
+            source.down = ConnectionError(f"refused for the {number}th time")
+            await trio.sleep(1)
+        assert told_of(caplog) == [
+            "❌ 获取用户4的pnl数据失败: ConnectionError: refused for the 0th time"
+        ]
+        await trio.sleep(20)
+        assert len(told_of(caplog)) == 2
+        source.down = None
+        await trio.sleep(3)
+        assert told_of(caplog)[-1] == "✅ 用户4的pnl数据已恢复"
+
+
 async def test_who_comes_in_an_outage_is_told_of_it_at_once(autojump_clock):
     source = Many()
     async with serving(source, settings=SETTINGS) as (_, join):

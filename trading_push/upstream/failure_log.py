@@ -69,7 +69,9 @@ class FailureLog:
         """
         now = trio.current_time()
         key = failure(error)
-        if key not in self._causes and len(self._causes) >= _CAUSES:
+        # An outage has another text as it goes on: who was told of as failing is not news.
+        is_news = any(users.values()) and len(self._causes) < _CAUSES
+        if key not in self._causes and self._causes and not is_news:
             key = next(reversed(self._causes))
         cause = self._causes.get(key)
         if cause is None:

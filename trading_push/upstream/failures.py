@@ -40,7 +40,6 @@ class _Failure:
     """A source that fails for a user.
 
     Args:
-        cause: The text of the error.
         at: When it last failed.
         alone_times: How often it has failed since the user was found to be the one whom a call for
             many failed for; 0 for a user who was not.
@@ -48,7 +47,6 @@ class _Failure:
         told_until: Until when the source wants to be left alone.
     """
 
-    cause: str
     at: float
     alone_times: int
     until: float
@@ -144,14 +142,14 @@ class Failures:
         return taken
 
     def add(self, user: str, error: Exception, *, alone: bool) -> bool:
-        """Note that the source has failed for a user; return whether that is new, with this error.
+        """Note that the source has failed for a user; return whether that is new.
 
         Args:
             user: For whom.
             error: What it failed with.
             alone: Whether the user was found to be the one whom a call for many failed for.
         """
-        known, now, cause = self._by_user.get(user), trio.current_time(), failure(error)
+        known, now = self._by_user.get(user), trio.current_time()
         times, until = 0 if known is None else known.alone_times, now
         if alone or times:
             times += 1
@@ -159,8 +157,8 @@ class Failures:
             until += back_off(times, self._interval_s, longest_s)
             self._alone.pop(user, None)
             self._alone[user] = None
-        self._by_user[user] = _Failure(cause, now, times, until, now + told_pause_s(error))
-        return known is None or known.cause != cause
+        self._by_user[user] = _Failure(now, times, until, now + told_pause_s(error))
+        return known is None
 
     def discard(self, user: str) -> bool:
         """Forget that the source fails for a user; return whether it did."""
