@@ -219,9 +219,11 @@ class Poller:
                 self._log.flush()
                 due, asked = self._schedule.take_due(), self._schedule.take_asked()
                 self._find_stale({**asked, **dict.fromkeys(due)})
-                asked = {user: None for user in asked if self._failures.may_be_asked(user)}
-                asked.update((user, None) for user in due if self._failures.may_be_due(user))
-                asked.update(dict.fromkeys(self._failures.take_alone(self._schedule)))
+                if self._failures:
+                    asked = {user: None for user in asked if self._failures.may_be_asked(user)}
+                    due = [user for user in due if self._failures.may_be_due(user)]
+                    due += self._failures.take_alone(self._schedule)
+                asked.update(dict.fromkeys(due))
                 users: Sequence[str] = [user for user in asked if user not in self._busy]
                 if self._failures.outage is not None:
                     users = self._during_outage(nursery, self._failures.outage, users)
@@ -277,11 +279,12 @@ class Poller:
 
     def _enqueue(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
-        for user in users:
-            if self._failures.is_alone(user):
+        if self._failures:
+            alone = {user for user in users if self._failures.is_alone(user)}
+            for user in alone:
                 nursery.start_soon(self._serve, (user,))
-            else:
-                self._queue[user] = None
+            users = [user for user in users if user not in alone]
+        self._queue.update(dict.fromkeys(users))
         while self._rounds_waiting * self._fetcher.batch < len(self._queue):
             self._rounds_waiting += 1
             nursery.start_soon(self._round)
