@@ -1,5 +1,13 @@
 """For whom a source fails, and when they may be asked for again.
 
+1. Where one call for many users fails while the source answers, it is found out whom it fails for
+   (see `search`). They are asked for alone from then on, after pauses that grow, and all of them
+   together at most once for several calls for others.
+2. Where the source answers for nobody, one call after another tries whether it does again, after
+   pauses that grow. Once it does, everybody is asked for at once.
+3. Where the source says how long it wants to be left alone, it is: for the users asked for, or
+   altogether.
+
 All times are those of trio's clock.
 """
 
@@ -166,6 +174,12 @@ class Failures:
             del self._alone[user]
             self._earn(1)  # the others may be well again, too
         return self._by_user.pop(user, None) is not None
+
+    def next_try(self) -> float:
+        """Return when a source that answers for nobody is tried next; infinity for never."""
+        if self.outage is None or self.outage.trying:
+            return math.inf
+        return self.outage.until
 
     def answered(self, *, anybody: bool) -> bool:
         """Note that a call has succeeded; return whether that ends an outage.

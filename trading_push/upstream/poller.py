@@ -4,13 +4,7 @@
    on each user has a time of their own. Users whose times are close are asked for together, and the
    work is spread over the whole interval. A user who is being asked for already is left out, so
    that a slow answer delays only its own users.
-2. Where one call for many users fails while the source answers, it is found out whom it fails for
-   (see `search`). They are asked for alone from then on, after pauses that grow, and all of them
-   together at most once for several calls for others.
-3. Where the source answers for nobody, one call after another tries whether it does again, after
-   pauses that grow. Once it does, everybody is asked for at once.
-4. Where the source says how long it wants to be left alone, it is: for the users asked for, or
-   altogether.
+2. What happens where the source fails stands in `failures`.
 """
 
 from __future__ import annotations
@@ -195,8 +189,6 @@ class Poller:
         if settled:
             self._tell_settled([self._topic(user) for user in settled])
 
-    # --- when --------------------------------------------------------------------------------
-
     async def run(self) -> None:
         """Poll until cancelled, which leaves nothing behind but worker threads that go on.
 
@@ -212,7 +204,8 @@ class Poller:
         self._wake.set()
         async with trio.open_nursery() as nursery:
             while True:
-                with trio.move_on_at(self._next_turn()):
+                at = min(self._schedule.next_turn(), self._failures.next_try())
+                with trio.move_on_at(min(at, self._log.next_flush())):
                     await self._wake.wait()
                 self._wake = trio.Event()
                 self._forget()
@@ -229,12 +222,6 @@ class Poller:
                     users = self._during_outage(nursery, self._failures.outage, users)
                 self._enqueue(nursery, users)
 
-    def _next_turn(self) -> float:
-        at, outage = self._schedule.next_turn(), self._failures.outage
-        if outage is not None and not outage.trying:
-            at = min(at, outage.until)
-        return min(at, self._log.next_flush())
-
     def _during_outage(
         self, nursery: trio.Nursery, outage: Outage, users: Sequence[str]
     ) -> Sequence[str]:
@@ -244,10 +231,8 @@ class Poller:
             nursery.start_soon(self._tell_of_outage, outage, new)
         if outage.trying or trio.current_time() < outage.until:
             return []
-        free = sorted(
-            (user for user in self._schedule if user not in self._busy),
-            key=self._failures.is_alone,
-        )
+        free = [user for user in self._schedule if user not in self._busy]
+        free.sort(key=self._failures.is_alone)
         if free:
             outage.trying = True
         else:  # all calls that are under way hang
@@ -300,9 +285,8 @@ class Poller:
         outage = self._failures.outage
         if outage is not None and not outage.trying:  # it began while they were waiting
             self._fetcher.give_back(slot)
-            await self._failed(users, outage.error)
+            await self._tell_of_outage(outage, users)
             self._freed(users)
-            self._settle(users)
         else:
             await self._serve(users, slot)
 
@@ -420,7 +404,10 @@ class Poller:
             return None
         self._answered_at[user] = now
         if self._failures or self._stale:
-            self._recovered(user)
+            stale = user in self._stale
+            self._stale.discard(user)
+            if self._failures.discard(user) or stale:
+                self._new_recoveries.append(user)
         if events:
             return new if events.taken() and new else topic
         last = self._broker.snapshot(topic)
@@ -444,12 +431,6 @@ class Poller:
 
     def _topic(self, user: str) -> Topic:
         return Topic(self.data_type, user)
-
-    def _recovered(self, user: str) -> None:
-        stale = user in self._stale
-        self._stale.discard(user)
-        if self._failures.discard(user) or stale:
-            self._new_recoveries.append(user)
 
     async def _failed(self, users: Sequence[str], error: Exception, alone: bool = False) -> None:
         """Mark the users' topics, note when they may be asked for again, and log it."""
