@@ -16,6 +16,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Final
 
 import trio
+from msgspec import Raw
 
 from trading_push import logs
 from trading_push.broker.base import Broker, State, Status
@@ -260,8 +261,6 @@ class Poller:
             self._answered_at.pop(user, None)
             self._stale.discard(user)
 
-    # --- asking ------------------------------------------------------------------------------
-
     def _enqueue(self, nursery: trio.Nursery, users: Sequence[str]) -> None:
         self._busy.update(users)
         if self._failures:
@@ -382,8 +381,6 @@ class Poller:
         for error, found in by_cause(failing.items()):
             await self._failed(found, error, alone=2 * len(failing) <= len(users))
 
-    # --- answers -----------------------------------------------------------------------------
-
     def detect_change(
         self, user: str, answer: Any | None, now: float
     ) -> tuple[Topic, bytes] | list[tuple[Topic, bytes]] | Topic | None:
@@ -391,14 +388,18 @@ class Poller:
         if user not in self._schedule:
             return None
         topic = self._topic(user)
+        events: NewEvents | None = None
         try:
-            if isinstance(answer, Exception):
+            if type(answer) is Raw:  # by far the most
+                data: bytes | None = bytes(answer)
+            elif isinstance(answer, Exception):
                 raise answer
-            events = isinstance(answer, NewEvents) and answer
-            # All events are encoded before they are taken: an error loses none of them.
-            new = [(topic, encode_data(each)) for each in events.events] if events else []
-            is_value = not (events or answer is None or answer is NO_VALUE)
-            data = encode_data(answer) if is_value else None
+            elif isinstance(answer, NewEvents):
+                # All events are encoded before they are taken: an error loses none of them.
+                events, data = answer, None
+                new = [(topic, encode_data(each)) for each in events.events]
+            else:
+                data = None if answer is None or answer is NO_VALUE else encode_data(answer)
         except Exception as error:
             self._new_failures.append((user, error))
             return None
@@ -408,7 +409,7 @@ class Poller:
             self._stale.discard(user)
             if self._failures.discard(user) or stale:
                 self._new_recoveries.append(user)
-        if events:
+        if events is not None:
             return new if events.taken() and new else topic
         last = self._broker.snapshot(topic)
         given = self._given.get(user)
