@@ -185,7 +185,7 @@ class Poller:
             self.changed(again)
 
     def _settle(self, users: Iterable[str]) -> None:
-        settled = [user for user in users if user in self._schedule and user not in self._settled]
+        settled = [user for user in users if user not in self._settled and user in self._schedule]
         self._settled.update(settled)
         if settled:
             self._tell_settled([self._topic(user) for user in settled])
@@ -212,7 +212,8 @@ class Poller:
                 self._forget()
                 self._log.flush()
                 due, asked = self._schedule.take_due(), self._schedule.take_asked()
-                self._find_stale({**asked, **dict.fromkeys(due)})
+                if self._busy:
+                    self._find_stale(itertools.chain(asked, due))
                 if self._failures:
                     asked = {user: None for user in asked if self._failures.may_be_asked(user)}
                     due = [user for user in due if self._failures.may_be_due(user)]

@@ -121,11 +121,11 @@ class Schedule:
             return []
         first = next(iter(self._watched.values()))
         bucket = max(self._bucket(first), self._bucket(now))
-        due = list(
-            itertools.takewhile(
-                lambda user: self._bucket(self._watched[user]) <= bucket, self._watched
-            )
-        )
+        due = []
+        for user, at in self._watched.items():
+            if self._bucket(at) > bucket:
+                break
+            due.append(user)
         for user in due:
             self._watched[user] = max(self._watched.pop(user) + self._interval_s, now)
         return due
@@ -139,7 +139,7 @@ class Schedule:
         return gone
 
     def _bucket(self, at: float) -> int:
-        return math.floor(at / self._bucket_s)
+        return math.floor(at / self._bucket_s)  # `//` puts 1.0 into a bucket of 0.1 before its own
 
     def _next_due(self) -> float:
         """Return when the first bucket of watched users is due; infinity where there is none."""

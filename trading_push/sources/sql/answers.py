@@ -53,8 +53,8 @@ def answers(
     # Mostly each row has an id as it was asked for, and there is nothing to compare.
     is_exact = ids.kind in ("text", "integer") and set(asked).issuperset(found.records)
     if is_exact and not found.errors:
-        rows_of = found.records.get
-        return {user: _encoded(plan, rows_of(user), value_bytes) for user in asked}
+        found_for = found.records.get
+        return {user: _encoded(plan, found_for(user), value_bytes) for user in asked}
     records, errors = whose(plan, ids, asked, found)
     return {
         user: errors.get(user) or _encoded(plan, records.get(user), value_bytes) for user in asked
@@ -100,13 +100,16 @@ def _encoded(plan: Plan, records: Sequence[Any] | None, value_bytes: int) -> Ans
     """Encode the rows of one user; without any it is the query's `empty`, if it has one."""
     if not records:
         return NO_VALUE if plan.empty is None else plan.empty
-    if plan.single and len(records) > 1:
-        return SourceError(
-            f"{plan.data_type}: the query gives several rows for one user, but is 'single'",
-            retryable=False,
-        )
+    value: Any = records
+    if plan.single:
+        if len(records) > 1:
+            return SourceError(
+                f"{plan.data_type}: the query gives several rows for one user, but is 'single'",
+                retryable=False,
+            )
+        value = records[0]
     try:
-        encoded = _encode(records[0] if plan.single else records)
+        encoded = _encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         return SourceError(f"{plan.data_type}: a row cannot be encoded: {error}", retryable=False)
     if len(encoded) > value_bytes:
