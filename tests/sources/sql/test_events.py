@@ -12,6 +12,8 @@ import msgspec
 import pytest
 import trio
 
+from harness.mariadb_server import MariaDbServer
+from harness.pgbouncer import PgBouncer, pooling
 from harness.postgres_server import PostgresServer
 from harness.support import PATIENCE_S
 
@@ -28,10 +30,17 @@ SQL = (
     "WHERE user_id IN :user_ids AND fill_id > :after ORDER BY fill_id"
 )
 TABLE = "CREATE TABLE fills (user_id {user}, fill_id {cursor}, price numeric)"
+ONE = SQL.replace("IN :user_ids", "= :user_id")
 Execute = Callable[[str], object]
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(scope="module")
+def pooler(postgres: PostgresServer) -> Iterator[PgBouncer]:
+    with pooling(postgres) as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgres", "psycopg2", "pgbouncer", "mariadb"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Execute]]:
     """The URL of an empty database, and what runs a statement in it."""
     if request.param == "sqlite":
@@ -40,10 +49,21 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
         yield f"sqlite:///{tmp_path / 'fills.db'}", connection.execute
         connection.close()
         return
-    postgres: PostgresServer = request.getfixturevalue("postgres")
     name = re.sub(r"\W", "_", request.node.name)[:50]
+    if request.param == "mariadb":
+        mariadb: MariaDbServer = request.getfixturevalue("mariadb")
+        mariadb.create_database(name)
+        yield mariadb.url(name), lambda sql: mariadb.admin(sql, name)
+        mariadb.admin(f"DROP DATABASE `{name}`")
+        return
+    postgres: PostgresServer = request.getfixturevalue("postgres")
     postgres.create_database(name, "SELECT 1")
-    yield postgres.url(name), lambda sql: postgres.admin(sql, name)
+    urls = request.getfixturevalue("pooler") if request.param == "pgbouncer" else postgres
+    url = urls.url(name)
+    if request.param == "psycopg2":
+        pytest.importorskip("psycopg2")
+        url = url.replace("+psycopg:", "+psycopg2:")
+    yield url, lambda sql: postgres.admin(sql, name)
     postgres.admin(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
@@ -217,3 +237,13 @@ async def test_a_notification_has_events_read_at_once(postgres: PostgresServer) 
     finally:
         source.close()
         postgres.admin(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def test_a_query_of_one_user(make: Any) -> None:
+    source, execute = make(sql=ONE)
+    await source.check()
+    execute("INSERT INTO fills VALUES ('a', 5, 1), ('b', 9, 1)")
+    assert await read(source, "a", "b") == {"a": [], "b": []}
+    execute("INSERT INTO fills VALUES ('b', 10, 1), ('a', 6, 1), ('a', 11, 1)")
+    assert await read(source, "b", "a") == {"b": [10], "a": [6, 11]}
+    assert await read(source, "b", "a") == {"b": [], "a": []}
