@@ -134,6 +134,26 @@ async def test_texts_and_equal_cursors(make: Any) -> None:
     assert await read(source, "a") == {"a": ["01C"]}
 
 
+@pytest.mark.parametrize("cursor", ["numeric(20)", "numeric(20, 2)", "numeric(30)"])
+async def test_a_decimal_cursor_counts_as_a_number(make: Any, cursor: str) -> None:
+    source, execute = make(cursor)
+    execute("INSERT INTO fills VALUES ('a', 9, 1), ('b', 99, 1)")
+    assert await read(source, "a", "b") == {"a": [], "b": []}
+    execute("INSERT INTO fills VALUES ('a', 10, 1), ('b', 100, 1), ('a', 101, 1)")
+    told = await read(source, "a", "b")
+    assert {user: [round(float(each)) for each in cursors] for user, cursors in told.items()} == {
+        "a": [10, 101],
+        "b": [100],
+    }
+    assert await read(source, "a", "b") == {"a": [], "b": []}
+
+
+async def test_a_fraction_is_no_cursor(make: Any) -> None:
+    source, execute = make("numeric(20, 2)")
+    execute("INSERT INTO fills VALUES ('a', 9.50, 1)")
+    assert "a cursor is a whole number or a text" in (await read(source, "a"))["a"]
+
+
 async def test_a_wrong_cursor_is_an_error_of_its_user(make: Any) -> None:
     sql = SQL.replace("fill_id > :after", "(fill_id > :after OR fill_id IS NULL)")
     source, execute = make(sql=sql)

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ import msgspec
 from sqlalchemy import Connection, text
 
 from trading_push.errors import SourceError
+from trading_push.models import plain_decimal
 from trading_push.sources.base import NewEvents
 from trading_push.sources.sql.answers import whose
 from trading_push.sources.sql.plan import Plan
@@ -143,6 +145,9 @@ class EventReader:
         for record in records:
             record.pop(_RANK, None)
             cursor = record[self._name]
+            if isinstance(cursor, Decimal) and cursor.is_finite() and cursor == int(cursor):
+                # As a text it would sort by its characters.
+                record[self._name], cursor = plain_decimal(cursor), int(cursor)
             if type(cursor) not in (int, str):
                 raise self._error(
                     f"holds {'NULL' if cursor is None else f'a {type(cursor).__name__}'} in a row: "

@@ -5,6 +5,7 @@
 2. A time without a zone is one of the zone that the settings name. MySQL gives a TIMESTAMP without
    one, in the zone of the session, which is UTC (see `engine`).
 3. A value that cannot stand in JSON is an error of its row's user.
+4. The cursor of a query of events is left as the driver gave it: `events` compares it.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def _sort(
             if not plain(map(type, row)):
                 user = _hashable(user)
                 for column, zone in zip(columns, zones, strict=True):
-                    if type(value := record.get(column)) not in _PLAIN:
+                    value = record.get(column)
+                    if type(value) not in _PLAIN and column != plan.cursor:
                         record[column] = _convert(plan, column, zone, value)
             for column in plan.json_columns:
                 if isinstance(value := record.get(column), str):
