@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-__all__ = ["is_allowed", "is_origin"]
+__all__ = ["host_of_origin", "is_allowed", "is_origin"]
 
 _HOST: Final = re.compile(r"[a-z0-9._:-]+", re.ASCII)  # colons are in IPv6 addresses
 _PORTS: Final = {"http": 80, "https": 443}
@@ -32,6 +32,12 @@ def is_allowed(origins: Sequence[str], host: str | None, allowed: Collection[str
     if "*" in allowed:
         return True
     return all(_is_one_allowed(origin, host, allowed) for origin in origins)
+
+
+def host_of_origin(origin: str) -> str | None:
+    """The host of a page of the web, in lower case; None for any other origin."""
+    parts = _parts(origin)
+    return parts[1] if parts is not None and parts[0] in _PORTS else None
 
 
 def _is_one_allowed(origin: str, host: str | None, allowed: Collection[str]) -> bool:
