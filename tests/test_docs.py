@@ -327,7 +327,8 @@ async def test_ops_of_requests_and_replies():
 
 async def test_built_in_channels_and_their_payloads():
     table = {code(row[0]): row for row in rows("docs/protocol.md", "| channel | kind | `data` |")}
-    assert list(table) == [*BUILTIN_CHANNELS, "fills", "ticker.SYMBOL"]
+    assert list(table) == [*BUILTIN_CHANNELS, "fills", "ticker.SYMBOL", "ticker.*"]
+    assert table.pop("ticker.*")[1] == "keyed"  # a list of the row above
     assert {field.name for field in attrs.fields(Intervals)} == set(BUILTIN_CHANNELS)
     made = {
         "balance": [models.Balance],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
-    from trading_push.auth.principal import Authenticate, Principal
+    from trading_push.auth.principal import Authenticate, Handshake, Principal
     from trading_push.auth.tokens import JwtAuthenticator, issue_token
     from trading_push.client.client import open_client
     from trading_push.client.messages import Push
@@ -62,7 +62,7 @@ else:
     __getattr__ = lazy(
         __name__,
         {
-            "auth.principal": "Authenticate Principal",
+            "auth.principal": "Authenticate Handshake Principal",
             "auth.tokens": "JwtAuthenticator issue_token",
             "client.client": "open_client",
             "client.messages": "Push",
@@ -114,6 +114,7 @@ __all__ = [
     "Fill",
     "FlaskSource",
     "FunctionSource",
+    "Handshake",
     "JwtAuthenticator",
     "Latest",
     "LinkError",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import trio
 
 from trading_push import logs
-from trading_push.auth.check import TokenCheck
+from trading_push.auth.check import TokenCheck, check_origins
 from trading_push.auth.principal import Authenticate
 from trading_push.auth.tokens import JwtAuthenticator
+from trading_push.broker.base import Message
 from trading_push.broker.memory import MemoryBroker
 from trading_push.connections.context import Context
 from trading_push.connections.members import Member
@@ -29,19 +30,13 @@ from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.offered import channels_for
 from trading_push.statistics import Latest, Statistics, collect
 from trading_push.supervision import keep_running
-from trading_push.topics import (
-    Channel,
-    Channels,
-    Kind,
-    Topic,
-    symbol_of,
-    ticker_topic,
-)
+from trading_push.topics import Channel, Channels, Kind, Topic, symbol_of, ticker_topic
 from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import SessionFactory
 from trading_push.upstream.lifecycle import Upstream
 from trading_push.user_ids import given_user_id
+from trading_push.web.not_found import NotFound
 from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
@@ -72,7 +67,7 @@ class PushService:
         self._settings = settings
         limits = settings.limits
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
-        self._broker = MemoryBroker(channels, self._registry.deliver)
+        self._broker = MemoryBroker(channels, self._deliver)
         self._upstream = Upstream(
             source,
             feed,
@@ -100,6 +95,8 @@ class PushService:
             registry=self._registry,
             broker=self._broker,
             tokens=TokenCheck(authenticate, settings.auth.leeway_s),
+            cookie_session_s=settings.auth.cookie_session_s,
+            anonymous=frozenset(settings.auth.anonymous_channels.split()),
             market=self._upstream.market,
             awaits_source=self._awaits_source,
         )
@@ -111,7 +108,7 @@ class PushService:
             limits.authentication_timeout_s,
             settings.auth.leeway_s,
         )
-        self.asgi_app = AsgiEndpoint(self.context, routes(publisher))
+        self.asgi_app = AsgiEndpoint(self.context, routes(publisher, NotFound(self.context)))
         """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
 
     # --- for the application ---------------------------------------------------------------
@@ -160,6 +157,10 @@ class PushService:
         self._broker.publish(batch)
         for topic, _ in batch:
             self._upstream.published(topic)
+
+    def _deliver(self, batch: Sequence[Message]) -> None:
+        self._registry.deliver(batch)
+        self._upstream.all_tickers.note(batch)
 
     def latest(self, channel: str, user: str | int | None = None) -> Latest | None:
         """The last value of a channel, live or not; None if there is none. Synchronous.
@@ -402,7 +403,8 @@ async def open_push_service(
         source: Where users' data come from; None where everything is published.
         settings: Intervals, limits, keys.
         feed: Where tickers come from; None where they are published.
-        authenticate: Takes a token, returns its `Principal`; None checks JWTs by the settings.
+        authenticate: Takes a token, returns its `Principal`; None checks JWTs by the settings. One
+            with a second parameter is given the `Handshake` as well.
         channels: The application's own, after those of balance, positions, pnl and orders that the
             source offers (`data_types`) and fills.
         fetch_context: A context manager factory, opened anew round each call of the source.
@@ -414,8 +416,9 @@ async def open_push_service(
         on_leave: Called for each connection that has left; what it raises is logged.
 
     Raises:
-        ConfigurationError: There is no `authenticate` and no key to check tokens with; a channel is
-            there twice, or is polled and the source does not offer it.
+        ConfigurationError: There is no `authenticate` and no key to check tokens with; it takes the
+            handshake, and `server.origins` has `*` or `null`; a channel is there twice, or is
+            polled and the source does not offer it.
 
     At its end every connection is sent the notice and closed with 1012, within
     `limits.drain_timeout_s`; no log line of a leave is lost, also when cancelled.
@@ -423,6 +426,7 @@ async def open_push_service(
     settings = Settings() if settings is None else settings
     if authenticate is None:
         authenticate = JwtAuthenticator(settings.auth, settings.jwt_secret)
+    check_origins(authenticate, settings.server)
     service = PushService(
         settings,
         source,

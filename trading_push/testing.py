@@ -27,6 +27,7 @@ import trio
 
 from trading_push.auth.principal import Principal
 from trading_push.connections.connection import Connection
+from trading_push.connections.opening import Opening
 from trading_push.errors import SendTimeout, TransportClosed
 from trading_push.protocol.frames import PING, payload_of, split
 from trading_push.service import PushService
@@ -227,13 +228,13 @@ async def peer(
         options: For `MemoryTransport`.
     """
     transport = MemoryTransport(**options)
-    principal = None if user is None else Principal(user)
+    opening = Opening(None if user is None else Principal(user))
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
         seat = service.context.seats.take()
         try:
-            await Connection(service.context, transport, seat, principal).run()
+            await Connection(service.context, transport, seat, opening).run()
         finally:
             seat.leave()
 

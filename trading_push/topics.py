@@ -18,6 +18,7 @@ import attrs
 from trading_push.errors import ConfigurationError, ErrorCode, RequestError
 
 __all__ = [
+    "ALL_TICKERS",
     "ASCII_UPPER",
     "BUILTIN_CHANNELS",
     "SYMBOL_RULE",
@@ -25,6 +26,7 @@ __all__ = [
     "Channels",
     "Topic",
     "canonical_symbol",
+    "market_name",
     "symbol_of",
     "ticker_topic",
 ]
@@ -45,7 +47,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 ASCII_UPPER: Final = {code: code - 32 for code in range(ord("a"), ord("z") + 1)}
 """A table for `str.translate` that turns ASCII letters only."""
 
-Kind = Literal["state", "events"]
+Kind = Literal["state", "events", "keyed"]
 
 
 class Topic(NamedTuple):
@@ -53,6 +55,10 @@ class Topic(NamedTuple):
 
     channel: str
     user: str | None = None
+
+
+ALL_TICKERS: Final = Topic(TICKER_PREFIX + "*")
+"""The topic of all tickers together, a table with a row for each symbol."""
 
 
 @attrs.frozen
@@ -78,6 +84,8 @@ class Channel:
                 f"{self.name!r} cannot name a channel: use a-z, then a-z, 0-9, _ or -, "
                 "32 characters at most, and not 'ticker'"
             )
+        if self.kind not in ("state", "events"):
+            raise ConfigurationError(f"{self.name} is of kind {self.kind!r}: give state or events")
         if self.interval_s is not None and not self.interval_s >= 0.1:
             raise ConfigurationError(
                 f"the interval of {self.name} is {self.interval_s}: give 0.1 seconds or more"
@@ -121,6 +129,13 @@ def canonical_symbol(text: str) -> str | None:
 
 def symbol_of(channel: str) -> str | None:
     """The symbol of a ticker channel in its new spelling; None for any other channel."""
+    if channel.startswith(TICKER_PREFIX) and channel != ALL_TICKERS.channel:
+        return channel[len(TICKER_PREFIX) :]
+    return None
+
+
+def market_name(channel: str) -> str | None:
+    """What the log calls a channel of the market: the symbol, or `*` for all tickers."""
     return channel[len(TICKER_PREFIX) :] if channel.startswith(TICKER_PREFIX) else None
 
 
@@ -169,16 +184,20 @@ class Channels:
     def kind_of(self, topic: Topic) -> Kind:
         """Whether a topic holds a state or a sequence of events."""
         channel = self._by_name.get(topic.channel)
-        return "state" if channel is None else channel.kind
+        if channel is None:
+            return "keyed" if topic == ALL_TICKERS else "state"
+        return channel.kind
 
     def rank_of(self, name: str) -> int:
         """Where a channel that is no ticker stands in the log's order."""
         return self._rank.get(name, len(self._rank))
 
     def ticker(self, name: str) -> Topic | None:
-        """The topic of a ticker channel in any spelling; None if it is another channel."""
+        """The topic of a ticker channel in any spelling, or of all; None for another channel."""
         if not name.startswith(TICKER_PREFIX):
             return None
+        if name == ALL_TICKERS.channel:
+            return ALL_TICKERS
         symbol = canonical_symbol(name[len(TICKER_PREFIX) :])
         return None if symbol is None else ticker_topic(symbol)
 
@@ -193,6 +212,8 @@ class Channels:
             ValueError: There is no such channel, or a user is missing or too much.
         """
         ticker = self.ticker(name)
+        if ticker is ALL_TICKERS:
+            raise ValueError(f"{name!r} is made of the tickers: publish to ticker.SYMBOL")
         if ticker is not None:
             if user is not None:
                 raise ValueError("a ticker is everyone's: leave out the user")

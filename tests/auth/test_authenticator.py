@@ -94,13 +94,17 @@ async def test_an_expired_token_is_told_apart() -> None:
         ({"sub": ""}, "1 to 64"),
         ({"sub": "x" * 65}, "1 to 64"),
         ({"sub": "\ud800"}, "1 to 64"),
-        ({"sub": 4}, "not valid"),
-        ({"exp": "soon"}, "not valid"),
+        ({"sub": 4}, "sub is not a text"),
+        ({"sub": ["4"]}, "sub is not a text"),
+        ({"exp": "soon"}, "exp is not a number"),
         ({"exp": "99999999999"}, "exp is not a number"),
         ({"exp": True}, "expired"),
-        ({"exp": math.nan}, "not valid"),
-        ({"exp": math.inf}, "not valid"),
-        ({"exp": [1]}, "not valid"),
+        ({"exp": math.nan}, "exp is not a number"),
+        ({"exp": math.inf}, "exp is not a number"),
+        ({"exp": [1]}, "exp is not a number"),
+        ({"iat": "soon"}, "iat is not a number"),
+        ({"nbf": "soon"}, "nbf is not a number"),
+        ({"jti": 7}, "jti is not a text"),
         ({"nbf": time.time() + 86_400}, "not valid yet"),
         ({"iat": time.time() + 86_400}, "not valid yet"),
     ],
@@ -109,7 +113,7 @@ async def test_claims_that_are_refused(changes: dict[str, Any], says: str) -> No
     error = await refusal(signed(**changes))
     assert says in error.message
     assert error.code is (ErrorCode.TOKEN_EXPIRED if says == "expired" else ErrorCode.BAD_TOKEN)
-    assert error.retryable == (says == "not valid yet")
+    assert error.retryable == ("not valid yet" in says)
 
 
 async def test_a_far_future_is_a_finite_number() -> None:

@@ -18,6 +18,7 @@ from harness.support import SECRET, token, until
 
 from trading_push import JwtAuthenticator, Principal, PushService, issue_token
 from trading_push.connections.connection import Connection
+from trading_push.connections.opening import Opening
 from trading_push.endpoints import admission, asgi, native
 from trading_push.endpoints.hypercorn.server import guard
 from trading_push.settings.schema import Auth, Limits, Settings
@@ -191,7 +192,7 @@ async def test_a_token_revoked_during_the_handshake_opens_nothing(autojump_clock
         here.service.revoke("stolen")
         transport = MemoryTransport()
         seat = here.service.context.seats.take()
-        await Connection(here.service.context, transport, seat, principal).run()
+        await Connection(here.service.context, transport, seat, Opening(principal)).run()
         assert transport.closed_with == (4500, "bad_token")
         assert [message["op"] for message in transport.sent] == ["error"]
 

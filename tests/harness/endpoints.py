@@ -77,6 +77,7 @@ async def open_endpoint(
     limits: Limits | None = None,
     server: Server | None = None,
     authenticate: Any = None,
+    auth: Auth | None = None,
     channels: Sequence[Channel] = (),
 ) -> AsyncIterator[Endpoint]:
     limits = limits or Limits()
@@ -84,7 +85,7 @@ async def open_endpoint(
     try:
         async with (
             open_push_service(
-                settings=Settings(limits=limits, server=server or Server()),
+                settings=Settings(limits=limits, server=server or Server(), auth=auth or Auth()),
                 authenticate=authenticate or JwtAuthenticator(Auth(), SECRET),
                 channels=channels,
             ) as service,

@@ -29,6 +29,7 @@ from harness.random_client import (
 
 from trading_push import Principal, PushService
 from trading_push.connections.connection import Connection
+from trading_push.connections.opening import NOTHING_TOLD, Opening
 from trading_push.testing import MemoryTransport
 
 BUFFER = 4096
@@ -66,11 +67,11 @@ class MemoryWire:
 
     def __init__(self, service: PushService, direct: bool, greeted: Token | None) -> None:
         self.transport = MemoryTransport(direct=direct, send_timeout_s=3, pinged=True)
-        principal = None
+        opening = NOTHING_TOLD
         if greeted is not None:
-            principal = Principal(greeted.user, token_id=greeted.name)
+            opening = Opening(Principal(greeted.user, token_id=greeted.name))
         self._seat = service.context.seats.take()
-        self._connection = Connection(service.context, self.transport, self._seat, principal)
+        self._connection = Connection(service.context, self.transport, self._seat, opening)
         self._alive = True
         self._rude = False
 

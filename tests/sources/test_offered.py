@@ -28,6 +28,8 @@ async def offered(data_types: Iterable[str] | None, *own: Channel) -> list[dict[
         reply = await four.request("channels")
         assert reply["ok"]
         channels: list[dict[str, Any]] = reply["channels"]
+        # Tickers are offered whatever the source has.
+        assert channels.pop() == {"channel": "ticker.*", "kind": "keyed"}
         names = [each["channel"] for each in channels]
         subscribed = await four.request("subscribe", args=[*names, "orders"])
         refused = [each for each in subscribed["results"] if not each["ok"]]

@@ -48,6 +48,19 @@ APP = {"https://app.example.com", "http://localhost:3000"}
         ("null", "push.example.com", {"null"}, True),
         ("null", "push.example.com", {"*"}, True),
         ("whatever", None, {"*"}, True),
+        ("file://", "push.example.com", {"file://"}, True),
+        ("FILE://", "push.example.com", {"file://"}, True),
+        ("tauri://localhost", "push.example.com", {"tauri://localhost"}, True),
+        ("app://.", "push.example.com", {"app://."}, True),
+        ("capacitor://localhost", "push.example.com", {"tauri://localhost"}, False),
+        ("file:///etc", "push.example.com", {"file://"}, False),
+        ("file://", "push.example.com", APP, False),
+        ("file://", "", (), False),
+        ("app://", "push.example.com", {"file://"}, False),
+        ("http://", "push.example.com", {"file://"}, False),
+        # A page of a desktop shell is of no server, however its host is called.
+        ("tauri://localhost", "localhost", (), False),
+        ("app://push.example.com", "push.example.com", (), False),
     ],
 )
 def test_an_origin(origin, host, allowed, expected):
@@ -59,7 +72,13 @@ def test_two_origins_must_both_be_allowed():
     assert is_allowed([], "a", ())
 
 
-@pytest.mark.parametrize("wrong", ["app.example.com", "https://a/b", "https://a, https://b", "//a"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("app.example.com", "https://a/b", "https://a, https://b", "//a"),
+        *("http://", "https://", "file:///", "file:", "://"),
+    ],
+)
 def test_what_is_no_origin_is_refused_at_the_start(wrong):
     with pytest.raises(ConfigurationError, match="give origins like"):
         load_settings(config=None, flags={"server.origins": wrong, "jwt_secret": "x" * 32})
@@ -82,7 +101,10 @@ async def test_at_every_endpoint(kind, certificates, caplog):
             ((f"http://127.0.0.1:{endpoint.port}",), 101),
             ((), 101),
             (("null",), 403),
-            (("http://127.0.0.1",), 403),
+            (("http://127.0.0.1",), 101),  # another port of this machine
+            (("http://localhost:5000",), 101),
+            (("http://localhost:5000", "http://localhost:5000"), 403),
+            (("file://",), 403),
             (("http://evil.net\x1b[2J",), 403),
             (("http://evil.net",), 403),
             ((f"http://127.0.0.1:{endpoint.port}", "http://evil.net"), 403),
@@ -91,9 +113,12 @@ async def test_at_every_endpoint(kind, certificates, caplog):
                 await status_of(endpoint, handshake(endpoint.port, *origin), certificates) == status
             )
         refused = [line for line in lines(caplog) if "拒绝来源" in line]
-        assert "⚠️ 拒绝来源: http://evil.net - 来自: 127.0.0.1" in refused
+        assert (
+            "⚠️ 拒绝来源: http://evil.net - 来自: 127.0.0.1"
+            ' - 如需允许，请设置 server.origins = "http://evil.net"'
+        ) in refused
         assert "⚠️ 拒绝来源: http://evil.net\\x1b[2J - 来自: 127.0.0.1" in refused
-        assert len(refused) == 5
+        assert len(refused) == 6
         await until(lambda: not endpoint.service.statistics().connections)
 
 
@@ -103,3 +128,39 @@ async def test_a_missing_origin_by_policy(certificates):
         assert await status_of(endpoint, handshake(endpoint.port), certificates) == 403
         good = handshake(endpoint.port, "https://app.example.com")
         assert await status_of(endpoint, good, certificates) == 101
+
+
+DESKTOP = "file:// tauri://localhost"
+
+
+@pytest.mark.parametrize("kind", ["linked", "native"])
+async def test_desktop_shells_where_listed(kind, certificates):
+    server = Server(origins=DESKTOP)
+    async with open_endpoint(kind, certificates, server=server) as endpoint:
+        for origin, status in (("file://", 101), ("tauri://localhost", 101), ("app://x", 403)):
+            request = handshake(endpoint.port, origin)
+            assert await status_of(endpoint, request, certificates) == status
+
+
+async def stood_before(endpoint, certificates, *more: str, host: str = "localhost") -> int:
+    """The status that a page of loopback gets."""
+    request = handshake(endpoint.port, "http://localhost:5000")
+    request = request.replace(f"127.0.0.1:{endpoint.port}".encode(), host.encode())
+    added = "".join(f"{line}\r\n" for line in more).encode()
+    return await status_of(endpoint, request[:-2] + added + b"\r\n", certificates)
+
+
+@pytest.mark.parametrize("kind", ["linked", "plain", "native"])
+async def test_a_page_of_loopback_that_is_not_of_this_machine(kind, certificates):
+    """What a proxy of the same machine passes on for anyone; and DNS rebinding."""
+    async with open_endpoint(kind, certificates) as endpoint:
+        assert await stood_before(endpoint, certificates) == 101
+        for header in ("X-Forwarded-For: 127.0.0.1", "Forwarded: for=127.0.0.1", "Via: 1.1 proxy"):
+            assert await stood_before(endpoint, certificates, header) == 403
+        assert await stood_before(endpoint, certificates, host="evil.example.com") == 403
+    behind = Server(trusted_proxies="10.0.0.0/8", origins="https://app.example.com")
+    async with open_endpoint(kind, certificates, server=behind) as endpoint:
+        assert await stood_before(endpoint, certificates) == 403
+    listed = Server(origins="https://app.example.com")
+    async with open_endpoint(kind, certificates, server=listed) as endpoint:
+        assert await stood_before(endpoint, certificates) == 101  # beside those listed

@@ -301,7 +301,7 @@ async def test_keys_and_publishers_are_forgotten_in_time(
     monkeypatch.setattr("trading_push.web.publish.KEYS", 2)
     published: list[object] = []
 
-    async def check(token: str) -> Principal:
+    async def check(token: str, address: str) -> Principal:
         return Principal(token, None, {"publish": True})
 
     async def publish(values: Any) -> None:
@@ -337,7 +337,7 @@ async def test_keys_and_publishers_are_forgotten_in_time(
 async def test_a_key_is_free_where_nothing_was_published(error: Exception) -> None:
     fails = [error]
 
-    async def check(token: str) -> Principal:
+    async def check(token: str, address: str) -> Principal:
         return Principal(token, None, {"publish": True})
 
     async def publish(values: Any) -> None:
@@ -554,7 +554,7 @@ async def test_a_token_that_is_revoked_while_the_body_comes_publishes_nothing() 
     revoked = RevokedTokens(0)
     published: list[object] = []
 
-    async def check(token: str) -> Principal:
+    async def check(token: str, address: str) -> Principal:
         return Principal(token, None, {"publish": True}, token_id="mine")
 
     async def publish(values: Any) -> None:

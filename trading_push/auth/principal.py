@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import attrs
 
 from trading_push.user_ids import user_id_text
 
-__all__ = ["USER_CHARACTERS", "Authenticate", "Principal", "bearer", "is_user"]
+__all__ = [
+    "USER_CHARACTERS",
+    "Authenticate",
+    "Handshake",
+    "Principal",
+    "bearer",
+    "is_user",
+    "takes_handshake",
+]
 
 USER_CHARACTERS: Final = 64
 """How long a user's id may be."""
 
 _NO_CLAIMS: Final[Mapping[str, Any]] = MappingProxyType({})
+_POSITIONAL: Final = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 
 
 def _user(user: object) -> str:
@@ -52,11 +66,71 @@ class Principal:
     token_id: str | None = None
 
 
-Authenticate = Callable[[str], Principal | Awaitable[Principal]]
+@attrs.frozen
+class Handshake:
+    """The request that opens a connection, for an `authenticate` that takes it.
+
+    Args:
+        headers: By name in lower case; several of one name are joined by a comma.
+        cookies: By name, as they were sent; of several of one name the first, which is the one of
+            the longest path (RFC 6265 section 5.4).
+        query: What stands behind the `?` of the URL, decoded; of several of one name the first.
+        address: The client's, behind the trusted proxies.
+        origin: The one `Origin`; None where there is none, or several.
+    """
+
+    headers: Mapping[str, str] = attrs.field(default=_NO_CLAIMS, repr=False)
+    cookies: Mapping[str, str] = attrs.field(default=_NO_CLAIMS, repr=False)
+    query: Mapping[str, str] = attrs.field(default=_NO_CLAIMS, repr=False)
+    address: str = "-"
+    origin: str | None = None
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]], query: str, address: str) -> Handshake:
+        """Read a request's headers, with names in lower case, and the query of its URL."""
+        values: dict[str, list[str]] = {}
+        for name, value in headers:
+            values.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1").strip())
+        cookies: dict[str, str] = {}
+        for pair in ";".join(values.get("cookie", ())).split(";"):
+            cookie, equals, text = pair.partition("=")
+            if equals:
+                cookies.setdefault(cookie.strip(), text.strip())
+        asked: dict[str, str] = {}
+        for field, text in parse_qsl(query, keep_blank_values=True):
+            asked.setdefault(field, text)
+        origins = values.get("origin", ())
+        return cls(
+            MappingProxyType({name: ", ".join(each) for name, each in values.items()}),
+            MappingProxyType(cookies),
+            MappingProxyType(asked),
+            address,
+            origins[0] if len(origins) == 1 else None,
+        )
+
+
+Authenticate = (
+    Callable[[str], Principal | Awaitable[Principal]]
+    | Callable[[str | None, Handshake], Principal | Awaitable[Principal | None] | None]
+)
 """Takes a token and returns its principal, at once or when awaited.
 
-It raises AuthenticationError to refuse the token; any other exception counts as a bug.
+It raises AuthenticationError to refuse the token; any other exception counts as a bug. One that
+takes the handshake as well is called at each handshake, with None where that brings no token; it
+returns None to let the connection go on without a user, who may authenticate later.
 """
+
+
+def takes_handshake(authenticate: Authenticate) -> bool:
+    """Whether an `authenticate` must be given a second argument, the handshake."""
+    try:
+        parameters = [*inspect.signature(authenticate).parameters.values()]
+    except (TypeError, ValueError):  # something of C that does not tell
+        return False
+    positional = [each for each in parameters if each.kind in _POSITIONAL]
+    return len(positional) > 1 and (
+        positional[1].default is inspect.Parameter.empty or positional[1].name == "handshake"
+    )
 
 
 def bearer(header: str) -> str | None:

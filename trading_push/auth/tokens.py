@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ __all__ = ["JwtAuthenticator", "issue_token", "required_claims"]
 
 TOKEN_CHARACTERS: Final = 8192
 """How long a token may be."""
+
+_BAD_SUB: Final = f"the token's sub is not a text of 1 to {USER_CHARACTERS} characters"
+# The claim that an error of PyJWT is about.
+_CLAIM: Final = re.compile(r"\((exp|nbf|iat)\)")
 
 PublicKey = (
     rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
@@ -109,9 +114,7 @@ class JwtAuthenticator:
     def _principal(claims: Mapping[str, Any]) -> Principal:
         user, expires_at = claims["sub"], claims["exp"]
         if not is_user(user):
-            raise AuthenticationError(
-                f"the token's sub is not a text of 1 to {USER_CHARACTERS} characters"
-            )
+            raise AuthenticationError(_BAD_SUB)
         # PyJWT also accepts "1763600000" and true as times.
         if isinstance(expires_at, bool) or not isinstance(expires_at, int | float):
             raise AuthenticationError("the token's exp is not a number")
@@ -161,6 +164,19 @@ class _refusing(contextlib.AbstractContextManager[None]):
                 refusal = AuthenticationError("the token's algorithm is not the configured one")
             case jwt.InvalidSignatureError():
                 refusal = AuthenticationError("the token's signature is not valid")
+            case jwt.exceptions.InvalidSubjectError():
+                refusal = AuthenticationError(_BAD_SUB)
+            case jwt.exceptions.InvalidIssuedAtError():
+                refusal = AuthenticationError("the token's iat is not a number")
+            case jwt.exceptions.InvalidJTIError():
+                refusal = AuthenticationError("the token's jti is not a text")
+            case jwt.DecodeError():
+                claim = _CLAIM.search(str(error))  # whose text holds nothing of the token
+                refusal = AuthenticationError(
+                    "the token is not a JWT"
+                    if claim is None
+                    else f"the token's {claim[1]} is not a number"
+                )
             # A signed token may hold what PyJWT does not expect: a NaN, or a list as `iss`.
             case jwt.PyJWTError() | ValueError() | TypeError() | ArithmeticError():
                 refusal = AuthenticationError()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import attrs
 
 from trading_push.topics import Kind, Topic
 
-__all__ = ["Broker", "Publication", "State", "Status"]
+__all__ = ["Broker", "Publication", "Render", "State", "Status", "as_list"]
 
 State = Literal["live", "stale", "down"]
+
+
+Render = Callable[[Sequence[tuple[str, bytes]]], bytes]
+"""Makes the JSON of some rows of a table, each with its key, in the order of the keys."""
+
+
+def as_list(rows: Sequence[tuple[str, bytes]]) -> bytes:
+    """Render rows as a list, without their keys."""
+    return b"[%s]" % b",".join([row for _, row in rows])
 
 
 @attrs.define(eq=False)  # never changed; frozen, one would cost three times as much to make
@@ -20,7 +29,8 @@ class Publication:
 
     Args:
         topic: Where it was published.
-        kind: Whether the latest value counts (`state`), or each one (`events`).
+        kind: Whether the latest value counts (`state`), each one (`events`), or each row of a table
+            (`keyed`).
         epoch: Within which `seq` counts; a topic that was forgotten comes back with another one.
         seq: The number of the publication, from 1.
         ts: When it was published, in ms since the epoch of the clock.
@@ -74,6 +84,22 @@ class Broker(Protocol):
         """Publish one batch of encoded values; their topics are live from then on."""
         ...
 
+    def publish_rows(
+        self, topic: Topic, rows: Mapping[str, bytes], render: Render = as_list
+    ) -> None:
+        """Publish the rows of a topic of kind `keyed` that have changed; it is live from then on.
+
+        Args:
+            topic: Which.
+            rows: As JSON, by key.
+            render: Makes the JSON of some rows, the same function at each call.
+        """
+        ...
+
+    def drop_rows(self, topic: Topic, keys: Iterable[str]) -> None:
+        """Forget rows of a topic of kind `keyed`: newcomers are not sent them any more."""
+        ...
+
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
         """Set the status of some topics; only changes of its state are delivered.
 
@@ -103,7 +129,8 @@ class Broker(Protocol):
     def since(self, topic: Topic, epoch: str, seq: int) -> Sequence[Publication] | None:
         """Return what was published after `seq`, oldest first; None if that is no longer known.
 
-        For a topic of kind `state` the last value stands for all that it replaced.
+        For a topic of kind `state` the last value stands for all that it replaced; of kind `keyed`,
+        the last publication, which knows what has changed before.
         """
         ...
 

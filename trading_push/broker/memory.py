@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from trading_push.broker.base import Message, Publication, State, Status, StatusChange
+from trading_push.broker.base import (
+    Message,
+    Publication,
+    Render,
+    State,
+    Status,
+    StatusChange,
+    as_list,
+)
+from trading_push.broker.keyed import Table
 from trading_push.errors import ServiceClosed
 from trading_push.models import now_ms
 from trading_push.topics import Channels, Kind, Topic, symbol_of
@@ -22,7 +31,7 @@ _QUIET = Status("live", "quiet")
 class _TopicState:
     """What is known of one topic."""
 
-    __slots__ = ("epoch", "history", "kind", "last", "seq", "status", "turned_at")
+    __slots__ = ("epoch", "history", "kind", "last", "seq", "status", "table", "turned_at")
 
     def __init__(self, kind: Kind, history: int) -> None:
         self.kind = kind
@@ -31,6 +40,7 @@ class _TopicState:
         self.last: Publication | None = None
         self.status = _initial(kind)
         self.turned_at = 0  # the `seq` of the last value before the status changed
+        self.table: Table | None = None  # of kind `keyed`, once there are rows
         self.history: deque[Publication] | None = deque(maxlen=history) if history else None
 
 
@@ -79,9 +89,7 @@ class MemoryBroker:
         for topic, data in values:
             state = topics.get(topic) or self._state(topic)
             if state.status is not _LIVE:
-                if state.status.state != "live":
-                    batch.append(StatusChange(topic, _LIVE, now))
-                self._turn(topic, state, _LIVE)
+                self._revive(topic, state, now, batch)
             state.seq += 1
             last = Publication(topic, state.kind, state.epoch, state.seq, now, data)
             state.last = last
@@ -90,6 +98,38 @@ class MemoryBroker:
             batch.append(last)
         if batch:
             self._deliver(batch)
+
+    def publish_rows(
+        self, topic: Topic, rows: Mapping[str, bytes], render: Render = as_list
+    ) -> None:
+        """Publish the rows of a topic of kind `keyed` that have changed; it is live from then on.
+
+        Args:
+            topic: Which.
+            rows: As JSON, by key.
+            render: Makes the JSON of some rows, the same function at each call.
+        """
+        now = now_ms()
+        batch: list[Message] = []
+        state = self._state(topic)
+        if state.status is not _LIVE:
+            self._revive(topic, state, now, batch)
+        state.seq += 1
+        if state.table is None:
+            state.table = Table(topic, state.epoch, render)
+        state.last = state.table.put(state.seq, now, rows)
+        self._deliver([*batch, state.last])
+
+    def drop_rows(self, topic: Topic, keys: Iterable[str]) -> None:
+        """Forget rows of a topic of kind `keyed`: newcomers are not sent them any more."""
+        state = self._topics.get(topic)
+        if state is not None and state.table is not None:
+            state.table.drop(keys)
+
+    def _revive(self, topic: Topic, state: _TopicState, now: int, batch: list[Message]) -> None:
+        if state.status.state != "live":
+            batch.append(StatusChange(topic, _LIVE, now))
+        self._turn(topic, state, _LIVE)
 
     def mark(self, topics: Sequence[Topic], status: Status) -> None:
         """Set the status of some topics; only changes are delivered."""

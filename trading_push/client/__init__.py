@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from trading_push.client.client import Client, open_client
     from trading_push.client.ending import Refused, Unreachable
     from trading_push.client.messages import Push
+    from trading_push.client.table import Table
 else:
     __getattr__ = lazy(
         __name__,
@@ -15,6 +16,7 @@ else:
             "client": "Client open_client",
             "ending": "Refused Unreachable",
             "messages": "Push",
+            "table": "Table",
         },
     )
 
@@ -22,6 +24,7 @@ __all__ = [
     "Client",
     "Push",
     "Refused",
+    "Table",
     "Unreachable",
     "open_client",
 ]

@@ -287,7 +287,9 @@ class ClientConnection:
                 raise Refused("the server does not tell what it offers: name the channels")
             raise ConnectionLost(error.message) if error.retryable else Refused(error.message)
         for each in message.channels:
-            if isinstance(each, dict) and isinstance(name := each.get("channel"), str):
+            if not isinstance(each, dict) or each.get("kind") == "keyed":
+                continue  # a table of what the market gives: for who asks for it
+            if isinstance(name := each.get("channel"), str):
                 self._subscriptions.setdefault(name, Subscription())
 
     async def _ask(

@@ -16,6 +16,7 @@ from trading_push.auth.principal import Principal
 from trading_push.connections import ending
 from trading_push.connections.context import Context
 from trading_push.connections.members import Departure, Member
+from trading_push.connections.opening import NOTHING_TOLD, Opening
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.connections.subscriber import Subscriber
 from trading_push.connections.subscription import Subscription
@@ -58,7 +59,7 @@ class Connection:
         context: What all connections share.
         transport: The peer.
         seat: Its place among the connections; the caller, who took it, gives it back.
-        principal: The user whom the handshake has authenticated; None if it has not.
+        opening: What its handshake has told, the user whom it has authenticated among it.
     """
 
     __slots__ = (
@@ -71,8 +72,8 @@ class Connection:
         "_limit",
         "_member",
         "_nursery",
+        "_opening",
         "_pinged_at",
-        "_principal",
         "_seat",
         "_session",
         "_subscriber",
@@ -83,12 +84,12 @@ class Connection:
     )
 
     def __init__(
-        self, context: Context, transport: Transport, seat: Seat, principal: Principal | None = None
+        self, context: Context, transport: Transport, seat: Seat, opening: Opening = NOTHING_TOLD
     ) -> None:
         self._context = context
         self._transport = transport
         self._seat = seat
-        self._principal = principal
+        self._opening = opening
         self._subscriber = Subscriber(context, transport)
         self._member: Member
         self._session: Session
@@ -104,7 +105,8 @@ class Connection:
         self._found_by_send = False
         # When the connection ends unless it authenticates, or renews its token; on trio's clock,
         # the leeway included.
-        self._limit = trio.current_time() + context.limits.authentication_timeout_s
+        timeout_s = math.inf if context.anonymous else context.limits.authentication_timeout_s
+        self._limit = trio.current_time() + timeout_s
         # When it ends because a send has failed, unless the peer's close frame is found before.
         self._end_by = math.inf
         # When the last ping was sent, on trio's clock.
@@ -135,6 +137,8 @@ class Connection:
             market=context.market,
             rate=MessageRate(context.limits, trio.current_time),
             clock=time.time,
+            anonymous=context.anonymous,
+            token_in_url=self._opening.token_in_url,
         )
         context.connections.add(self)
         if not context.connections.accepting:  # its handshake was under way when the drain began
@@ -154,7 +158,7 @@ class Connection:
                     # It had gone, and nothing more of it was to be read; or its time was up.
                     gone = self._end_by < math.inf or self._transport.gone
                     known = self._session.principal is not None
-                    self._end(ABNORMAL if gone else ending.at_deadline(authenticated=known))
+                    self._end(ABNORMAL if gone else ending.at_deadline(known, self._opening))
             except* ServiceClosed:
                 self._end(ending.RESTART)
             except* Exception as errors:
@@ -291,8 +295,8 @@ class Connection:
 
     async def _receive_loop(self) -> None:
         try:
-            if self._principal is not None:
-                await self._authenticate(None, self._principal)
+            if self._opening.principal is not None:
+                await self._authenticate(None, self._opening.principal)
             while True:
                 await self._act_on(await self._transport.receive())
         except TransportClosed as error:
@@ -324,11 +328,15 @@ class Connection:
     # --- authentication --------------------------------------------------------------------
 
     async def _check(self, request_id: messages.Id, token: str) -> None:
-        limit = self._limit
+        limit, timeout_s = self._limit, self._context.limits.authentication_timeout_s
         if self._session.principal is not None:
             self._limit_to(math.inf)  # a renewal that came in time is not cut
+        elif limit < math.inf:
+            timeout_s = math.inf  # before the connection's deadline, or never
+        address, seen = self._transport.peer, self._opening.handshake
         try:
-            principal = await self._principal_of(token)
+            with trio.fail_after(timeout_s):
+                principal = await self._context.tokens.principal(token, address, seen)
         except AuthenticationError as error:
             await self._refuse(request_id, error)
         except trio.TooSlowError:
@@ -344,14 +352,6 @@ class Connection:
         # Whoever came to tell of the token's end meanwhile found none, and comes no more.
         self._context.heartbeat.add(self, self._tell_expiry_at())
 
-    async def _principal_of(self, token: str) -> Principal:
-        if self._session.principal is None:
-            return await self._context.tokens.principal(
-                token
-            )  # before the connection's deadline, or never
-        with trio.fail_after(self._context.limits.authentication_timeout_s):
-            return await self._context.tokens.principal(token)
-
     async def _refuse(self, request_id: messages.Id, error: AuthenticationError) -> None:
         for action in self._session.refused(request_id, error):
             await self._carry_out(action)
@@ -361,7 +361,7 @@ class Connection:
         first = self._session.principal is None
         # No await from here until the session has it: what is looked at now stays so.
         try:
-            self._context.tokens.revoked.check(principal)
+            self._context.tokens.check_again(principal, self._transport.peer)
         except AuthenticationError as error:  # while the handshake was under way
             await self._refuse(request_id, error)
             return False
@@ -377,6 +377,7 @@ class Connection:
         actions = self._session.authenticated(request_id, principal)
         if first:
             self._context.registry.authenticate(self._member, principal.user)
+            self._subscriber.throttle(self._session.rates())
         assert self._session.principal is not None
         expires_at = self._session.principal.expires_at
         if before is None or before.expires_at != expires_at:

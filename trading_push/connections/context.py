@@ -13,6 +13,8 @@ from trading_push.connections.registry import Registry
 from trading_push.connections.roster import Roster
 from trading_push.connections.seats import Seats
 from trading_push.connections.streams import Streams
+from trading_push.logs.notices import Notices
+from trading_push.logs.strangers import StrangerLines
 from trading_push.protocol.session import Market
 from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic
@@ -39,10 +41,14 @@ class Context:
         origins: The web pages that may connect; see `transport.origin`.
         origin_required: Whether a handshake without an origin is refused.
         trusted_proxies: The proxies whose `X-Forwarded-For` is believed; see `transport.proxies`.
+        anonymous: The market channels that are served without a user.
         connections: The connections that are open, and whether more are taken.
         seats: How many may be open, in all, by address and by user.
         heartbeat: When each connection is to be looked after.
         streams: The application's own streams.
+        cookie_session_s: How long a session without a token and without an expiry lasts.
+        strangers: Bounds the lines that anyone can cause.
+        notices: Tells of requests for paths that nobody serves, and of tokens in URLs.
     """
 
     path: str
@@ -57,11 +63,21 @@ class Context:
     origins: frozenset[str] = frozenset()
     origin_required: bool = False
     trusted_proxies: tuple[Network, ...] = ()
+    anonymous: frozenset[str] = frozenset()
     connections: Roster = attrs.field(factory=Roster)
     seats: Seats = attrs.field(
-        default=attrs.Factory(lambda self: Seats(self.limits), takes_self=True)
+        default=attrs.Factory(
+            lambda self: Seats(self.limits, anonymous=bool(self.anonymous)), takes_self=True
+        )
     )
     heartbeat: Heartbeat = attrs.field(
         default=attrs.Factory(lambda self: Heartbeat(self.limits.heartbeat_s), takes_self=True)
     )
     streams: Streams = attrs.field(factory=Streams)
+    cookie_session_s: float = 3600.0
+    strangers: StrangerLines = attrs.field(
+        default=attrs.Factory(lambda self: self.tokens.strangers, takes_self=True)
+    )
+    notices: Notices = attrs.field(
+        default=attrs.Factory(lambda self: Notices(self.strangers), takes_self=True)
+    )

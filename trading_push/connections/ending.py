@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
+from trading_push.connections.opening import Opening
 from trading_push.errors import CloseCode, ErrorCode, RequestError, SendTimeout, TransportClosed
 from trading_push.protocol import frames, messages
 from trading_push.transport.base import ABNORMAL, Close
@@ -31,11 +32,12 @@ def of_transport(error: TransportClosed) -> Close:
     return ABNORMAL
 
 
-def at_deadline(*, authenticated: bool) -> Close:
+def at_deadline(authenticated: bool, opening: Opening) -> Close:
     """The close of a connection whose time is up, and whose peer is still there."""
     if authenticated:
         return Close(CloseCode.TOKEN_EXPIRED, "token expired", ours=True)
-    return Close(CloseCode.AUTHENTICATION_TIMEOUT, "not authenticated in time", ours=True)
+    reason = "not authenticated in time" + ": ?token= is not read" * opening.token_in_url
+    return Close(CloseCode.AUTHENTICATION_TIMEOUT, reason, ours=True)
 
 
 def at_cancellation(gone: bool | None) -> Close:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from trading_push import logs
 from trading_push.connections.members import Departure, Member
 from trading_push.logs import Line, line
-from trading_push.topics import Channels, Topic, room_of, symbol_of
+from trading_push.topics import Channels, Topic, market_name, room_of
 
 __all__ = ["RegistryLines"]
 
@@ -23,15 +23,22 @@ class RegistryLines:
     Args:
         channels: The order in which the log names them.
         watchers_of: How many users are subscribed to a channel now.
+        is_watched: Whether anyone is subscribed to a topic now, also without a user.
     """
 
-    def __init__(self, channels: Channels, watchers_of: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        watchers_of: Callable[[str], int],
+        is_watched: Callable[[Topic], bool],
+    ) -> None:
         self._channels = channels
         self._watchers_of = watchers_of
+        self._is_watched = is_watched
 
     def subscribed(self, user: str, topic: Topic, subscribers: int) -> list[Line]:
         """A user has subscribed; so many users are subscribed to the channel with them."""
-        symbol = symbol_of(topic.channel)
+        symbol = market_name(topic.channel)
         return [
             line("subscribed", user=user, data_type=topic.channel)
             if symbol is None
@@ -39,8 +46,10 @@ class RegistryLines:
             line("subscriber_count", subscribers=subscribers),
         ]
 
-    def unsubscribed(self, user: str, topic: Topic) -> list[Line]:
-        """A user has unsubscribed on request."""
+    def unsubscribed(self, user: str | None, topic: Topic) -> list[Line]:
+        """A user, or somebody without one, has unsubscribed on request."""
+        if user is None:
+            return self._removed(topic)
         return [self._left_room(user, topic), *self._ended(user, topic)]
 
     def left(
@@ -68,7 +77,12 @@ class RegistryLines:
             logs.close_line(close.code, close.reason, ours=close.ours),
             line("disconnected", address=member.address),
         )
-        lines += [line("unauthenticated_left")] if user is None else self._block(user, topics)
+        if user is None:
+            lines.append(line("unauthenticated_left"))
+            for topic in topics:
+                lines += self._removed(topic)
+        else:
+            lines += self._block(user, topics)
         lines += [line("cleanup_failed", error=error) for error in errors]
         if user is not None:
             lines.append(line("cleaned_up", user=user))
@@ -77,10 +91,10 @@ class RegistryLines:
     def _block(self, user: str, topics: Sequence[Topic]) -> list[Line]:
         # Data types in the order of the channels, symbols in the order subscribed.
         data = sorted(
-            (topic for topic in topics if symbol_of(topic.channel) is None),
+            (topic for topic in topics if market_name(topic.channel) is None),
             key=lambda topic: self._channels.rank_of(topic.channel),
         )
-        tickers = [topic for topic in topics if symbol_of(topic.channel) is not None]
+        tickers = [topic for topic in topics if market_name(topic.channel) is not None]
         lines = [line("leaving_rooms", user=user)]
         for group in (data, tickers):
             lines += [self._left_room(user, topic) for topic in group]
@@ -90,15 +104,20 @@ class RegistryLines:
         return lines
 
     def _left_room(self, user: str, topic: Topic) -> Line:
-        event = "left_room" if symbol_of(topic.channel) is None else "left_symbol_room"
+        event = "left_room" if market_name(topic.channel) is None else "left_symbol_room"
         return line(event, room=room_of(topic.channel, user))
 
     def _ended(self, user: str, topic: Topic) -> list[Line]:
         left = self._watchers_of(topic.channel)
-        symbol = symbol_of(topic.channel)
+        symbol = market_name(topic.channel)
         if symbol is None:
             return [line("unsubscribed", user=user, data_type=topic.channel, subscribers=left)]
-        lines = [line("unsubscribed_symbol", user=user, symbol=symbol, subscribers=left)]
-        if not left:
-            lines.append(line("symbol_removed", symbol=symbol))
-        return lines
+        told = line("unsubscribed_symbol", user=user, symbol=symbol, subscribers=left)
+        return [told, *self._removed(topic)]
+
+    def _removed(self, topic: Topic) -> list[Line]:
+        """A symbol has neither users nor strangers any more."""
+        symbol = market_name(topic.channel)
+        if symbol is None or self._is_watched(topic):
+            return []
+        return [line("symbol_removed", symbol=symbol)]

@@ -51,7 +51,7 @@ class Registry:
         self.ledger = Ledger()
         self.cleanup_failures = 0
         """How many steps of a clean-up have raised since the start."""
-        self._lines = RegistryLines(channels, self._watchers_of)
+        self._lines = RegistryLines(channels, self._watchers_of, self.watched)
         self._on_watched = on_watched
         self._on_leave = on_leave
         self._post, self._inbox = trio.open_memory_channel[tuple[Callable[..., Any], Any]](math.inf)
@@ -193,10 +193,18 @@ class Registry:
     def _authenticated(self, member: Member, user: str) -> None:
         member.user = user
         self._online[user] += 1
-        logs.emit(line("authenticated", user=user))
+        lines = [line("authenticated", user=user)]
+        for topic in member.subscriptions:  # which it has had without a user
+            lines += self._lines.subscribed(user, topic, self._count(topic, user))
+        logs.emit(*lines)
+
+    def _count(self, topic: Topic, user: str) -> int:
+        """Count a user among the subscribers of a channel; how many there are then."""
+        watchers = self._watchers.setdefault(topic.channel, Counter())
+        watchers[user] += 1
+        return len(watchers)
 
     def _subscribed(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
-        assert member.user is not None
         lines: list[Line] = []
         for subscription in subscriptions:
             topic = subscription.topic
@@ -204,15 +212,14 @@ class Registry:
             self.ledger.subscriptions_opened += 1
             subscribers = self._table.setdefault(topic, {})
             subscribers[subscription] = None
-            watchers = self._watchers.setdefault(topic.channel, Counter())
-            watchers[member.user] += 1
             if len(subscribers) == 1:
                 self._on_watched(topic, True)
-            lines += self._lines.subscribed(member.user, topic, len(watchers))
+            if member.user is not None:
+                count = self._count(topic, member.user)
+                lines += self._lines.subscribed(member.user, topic, count)
         logs.emit(*lines)
 
     def _unsubscribed(self, member: Member, subscriptions: Sequence[Subscription]) -> None:
-        assert member.user is not None
         lines: list[Line] = []
         for subscription in subscriptions:
             self._remove(member, subscription)
@@ -221,16 +228,16 @@ class Registry:
 
     def _remove(self, member: Member, subscription: Subscription) -> None:
         topic, user = subscription.topic, member.user
-        assert user is not None
         if member.subscriptions.get(topic) is subscription:
             del member.subscriptions[topic]
         self.ledger.subscriptions_closed += 1
-        watchers = self._watchers[topic.channel]
-        watchers[user] -= 1
-        if not watchers[user]:
-            del watchers[user]
-            if not watchers:
-                del self._watchers[topic.channel]
+        if user is not None:
+            watchers = self._watchers[topic.channel]
+            watchers[user] -= 1
+            if not watchers[user]:
+                del watchers[user]
+                if not watchers:
+                    del self._watchers[topic.channel]
         subscribers = self._table[topic]
         del subscribers[subscription]
         if not subscribers:

@@ -70,12 +70,14 @@ class Seats:
         connections: The WebSockets of the service, handshakes under way among them.
         unauthenticated: How many of them have not authenticated, by address.
         by_user: The connections of each user who has authenticated, oldest first.
+        anonymous: Whether those without a user may stay; then they have half of the seats at most.
     """
 
     limits: Limits
     connections: Places = attrs.field(factory=Places)
     unauthenticated: Counter[str] = attrs.field(factory=Counter)
     by_user: dict[str, dict[Seated, None]] = attrs.field(factory=dict)
+    anonymous: bool = False
 
     def take(self) -> Seat:
         """Take one of `limits.connections`; whoever takes it calls `Seat.leave`.
@@ -109,6 +111,8 @@ class Seat:
         counts = self._seats.unauthenticated
         if counts[address] >= self._seats.limits.unauthenticated_per_address:
             raise NoSeat("too many connections of this address have not authenticated")
+        if self._seats.anonymous and counts.total() >= self._seats.limits.connections // 2:
+            raise NoSeat("too many connections without a user")
         counts[address] += 1
         self._address = address
 

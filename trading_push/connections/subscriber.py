@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import trio
@@ -99,8 +99,7 @@ class Subscriber:
             )
             self._subscriptions[wanted.topic] = subscription
             begun.append(subscription)
-        for topic, max_hz in action.throttled:
-            self._subscriptions[topic].throttle(max_hz)
+        self.throttle(action.throttled)
         # What is published from here on is offered to them, and waits behind the gate.
         context.registry.subscribe(self._member, begun)
         values: list[bytes] = []
@@ -130,6 +129,11 @@ class Subscriber:
             self._nursery.start_soon(subscription.run, carrier, name=_SENDER)
             if subscription.topic.channel in context.streams.own:
                 self._start_stream(subscription)
+
+    def throttle(self, rates: Iterable[tuple[Topic, float | None]]) -> None:
+        """Set how often subscriptions are pushed to, times a second; None for no bound."""
+        for topic, max_hz in rates:
+            self._subscriptions[topic].throttle(max_hz)
 
     def _start_stream(self, subscription: Subscription) -> None:
         scope = trio.CancelScope()

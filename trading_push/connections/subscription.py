@@ -14,6 +14,7 @@ import attrs
 import trio
 
 from trading_push.broker.base import Message, Publication, Status, StatusChange
+from trading_push.broker.keyed import KeyedPublication
 from trading_push.errors import TransportClosed
 from trading_push.protocol import frames
 from trading_push.topics import Kind, Topic
@@ -165,12 +166,12 @@ class Subscription(_AtEachDelivery):
             self.siblings.changes += 1
         self.direct = direct
 
-    def throttle(self, max_hz: float) -> None:
-        """Push at most so many times a second, from the last push on."""
+    def throttle(self, max_hz: float | None) -> None:
+        """Push at most so many times a second, from the last push on; None for no bound."""
         if not self._period and self.sent is not None:
             # The fan-out does not note when it has pushed, for every note costs: now at the latest.
             self._sent_at = trio.current_time()
-        self._period = 1 / max_hz
+        self._period = 0.0 if max_hz is None else 1 / max_hz
         if self._pause is not None:
             self._pause.deadline = self._sent_at + self._period
         self._aim()
@@ -270,7 +271,7 @@ class Subscription(_AtEachDelivery):
             self.status = message
         elif not self._is_news(message):
             return
-        elif self.kind == "state":
+        elif self.kind != "events":
             self._pending = [message]
         else:
             size = len(message.data)
@@ -301,6 +302,8 @@ class Subscription(_AtEachDelivery):
         """Make the frame of a publication for this peer only; it counts as sent then."""
         first = self.sent is None or publication.epoch != self.epoch or self._dropped > 0
         prev = None if first else self.sent
+        if isinstance(publication, KeyedPublication):
+            publication = publication.table.since(prev)
         merged = 0 if prev is None or publication.seq - prev < 2 else publication.seq - prev
         payload = frames.push(
             self.head,
@@ -310,7 +313,7 @@ class Subscription(_AtEachDelivery):
             publication.seq,
             publication.ts,
             publication.data,
-            merged=merged if self.kind == "state" else 0,
+            merged=0 if self.kind == "events" else merged,
             dropped=self._dropped,
         )
         self._dropped = 0

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Final
 
+import attrs
 import trio
 
 from trading_push import logs
-from trading_push.auth.principal import Principal, bearer
+from trading_push.auth.principal import Handshake, Principal, bearer
 from trading_push.connections.context import Context
+from trading_push.connections.opening import Opening
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
-from trading_push.transport.origin import is_allowed
+from trading_push.transport.local import is_local_request, is_loopback_origin
+from trading_push.transport.origin import is_allowed, is_origin, is_own_or_named
+from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream
 
-__all__ = ["Refused", "admit", "refuse_unread"]
+__all__ = ["Refused", "Request", "admit", "refuse_unread", "unserved"]
 
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
@@ -36,58 +41,146 @@ class Refused(TradingPushError):
             self.headers.append((b"www-authenticate", b"Bearer"))
 
 
-async def admit(
-    context: Context, seat: Seat, path: str, headers: Iterable[tuple[bytes, bytes]], address: str
-) -> Principal | None:
+@attrs.frozen
+class Request:
+    """The request of a handshake.
+
+    Args:
+        path: The path asked for, without its query.
+        query: What stands behind its `?`.
+        headers: Names in lower case.
+        peer: The address at the other end of the socket.
+        address: The client's own, behind the trusted proxies; for limits and the log.
+    """
+
+    path: str
+    query: str
+    headers: list[tuple[bytes, bytes]]
+    peer: str
+    address: str
+
+    @classmethod
+    def of(
+        cls,
+        context: Context,
+        path: str,
+        query: str,
+        headers: Iterable[tuple[bytes, bytes]],
+        peer: str,
+    ) -> Request:
+        """Find the client's address in it."""
+        headers = list(headers)
+        address = client_address(peer, headers, context.trusted_proxies)
+        return cls(path, query, headers, peer, address)
+
+    def values(self, wanted: bytes) -> list[str]:
+        """The values of a header."""
+        return [value.decode("latin-1").strip() for name, value in self.headers if name == wanted]
+
+
+async def admit(context: Context, seat: Seat, request: Request) -> Opening:
     """Let a handshake in.
 
     Args:
         context: What the connections share.
-        seat: Its place among the connections; without a token it is one of its address, too.
-        path: The path asked for, without its query.
-        headers: The request's, names in lower case.
-        address: The peer's, for the log.
-
-    Returns:
-        The principal of an `Authorization: Bearer` header; None without one.
+        seat: Its place among the connections; without a user it is one of its address, too.
+        request: What is asked for, by whom.
 
     Raises:
         Refused: With the status to answer: 404, 403 for a page of another origin, 401, 503, or 500
             for a bug in `authenticate` (one trace).
     """
-    if path != context.path:
-        raise Refused(404, f"the WebSocket is at {context.path}")
-    headers = list(headers)
-    origins = _values(headers, b"origin")
-    host = next(iter(_values(headers, b"host")), None)
-    if not (origins or not context.origin_required) or not is_allowed(
-        origins, host, context.origins
-    ):
-        logs.emit(logs.line("origin_refused", origin=" ".join(origins) or "-", address=address))
-        raise Refused(403, "pages of this origin may not connect: see server.origins")
+    if request.path != context.path:
+        raise unserved(context, request.path, request.address)
+    _check_origin(context, request)
     if not context.connections.accepting:
         raise Refused(503, "shutting down")
-    tokens = (bearer(value) for value in _values(headers, b"authorization"))
+
+    # Who it is: by a token, or by what an `authenticate` of the application sees in the handshake.
+    tokens = (bearer(value) for value in request.values(b"authorization"))
     token = next((token for token in tokens if token is not None), None)
-    if token is None:
+    handshake = Handshake.of(request.headers, request.query, request.address)
+    principal = None
+    if token is not None or context.tokens.sees_handshake:
+        principal = await _principal(context, token, handshake)
+        if not context.connections.accepting:  # while it was being checked, the end has come
+            raise Refused(503, "shutting down")
+    if principal is not None and token is None:
+        principal = _by_session(context, request, principal)
+
+    # Without a user, it is one of its address.
+    token_in_url = principal is None and "token" in handshake.query
+    if token_in_url:
+        context.notices.token_in_url(request.address)
+    if principal is None:
         try:
-            seat.hold_unauthenticated(address)
+            seat.hold_unauthenticated(request.address)
         except NoSeat as error:
             raise Refused(503, str(error)) from None
-        return None
+    seen_again = handshake if context.tokens.sees_handshake else None
+    return Opening(principal, seen_again, token_in_url)
+
+
+def unserved(context: Context, path: str, address: str) -> Refused:
+    """The answer to a request for a path that nobody serves; the log tells of it, too."""
+    context.notices.unserved(path, address)
+    return Refused(404, f"nothing is served here: the WebSocket is at {context.path}")
+
+
+def _check_origin(context: Context, request: Request) -> None:
+    origins = request.values(b"origin")
+    host = next(iter(request.values(b"host")), None)
+    if not origins and not context.origin_required:
+        return
+    if origins and is_allowed(origins, host, context.origins):
+        return
+    # A developer's page on another port of this machine. Cookies do not know ports: where they
+    # count, it could be anyone's page.
+    if (
+        len(origins) == 1
+        and is_loopback_origin(origins[0])
+        and not context.tokens.sees_handshake
+        and is_local_request(request.peer, request.headers, context.trusted_proxies)
+    ):
+        return
+    origin, address = " ".join(origins), request.address
+    if not origins:
+        context.strangers.emit(logs.line("origin_missing", address=address))
+        raise Refused(403, "send an Origin: the server requires one (server.origin_required)")
+    if is_origin(origin) and origin != "null":  # which any page can have
+        context.strangers.emit(logs.line("origin_unlisted", origin=origin, address=address))
+    else:
+        context.strangers.emit(logs.line("origin_refused", origin=origin, address=address))
+    raise Refused(403, "pages of this origin may not connect: see server.origins")
+
+
+async def _principal(context: Context, token: str | None, handshake: Handshake) -> Principal | None:
     try:
         with trio.fail_after(context.limits.authentication_timeout_s):
-            principal = await context.tokens.principal(token)
+            return await context.tokens.of_handshake(token, handshake)
     except AuthenticationError as error:
         raise Refused(401, error.message) from None
     except (SourceError, trio.TooSlowError):
         raise Refused(503, "the token cannot be checked now") from None
     except Exception as error:  # the application's own code: one trace, one answer
-        logs.emit(logs.traced("internal_error", error, address=address))
+        logs.emit(logs.traced("internal_error", error, address=handshake.address))
         raise Refused(500, "an error in the server; try again later") from None
-    if not context.connections.accepting:  # while the token was being checked, the end has come
-        raise Refused(503, "shutting down")
-    return principal
+
+
+def _by_session(context: Context, request: Request, principal: Principal) -> Principal | None:
+    """The principal of a handshake without a token, if a page that may do so has sent it.
+
+    A browser sends its cookies with the handshake of any page: only the `Origin` tells whose page
+    it is. Without an expiry, the session ends after `auth.cookie_session_s`.
+    """
+    origins = request.values(b"origin")
+    host = next(iter(request.values(b"host")), None)
+    if len(origins) != 1 or not is_own_or_named(origins[0], host, context.origins):
+        context.strangers.emit(logs.line("session_refused", address=request.address))
+        return None
+    if principal.expires_at is not None:
+        return principal
+    return attrs.evolve(principal, expires_at=time.time() + context.cookie_session_s)
 
 
 async def refuse_unread(stream: PushStream) -> None:
@@ -102,7 +195,3 @@ async def refuse_unread(stream: PushStream) -> None:
                 pass
         except (trio.BrokenResourceError, trio.ClosedResourceError, AttributeError):
             pass  # it has gone; or there is no end of file over TLS
-
-
-def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[str]:
-    return [value.decode("latin-1").strip() for name, value in headers if name == wanted]

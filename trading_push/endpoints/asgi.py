@@ -17,13 +17,12 @@ from trading_push import logs
 from trading_push.connections.connection import Connection
 from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat
-from trading_push.endpoints.admission import Refused, admit
+from trading_push.endpoints.admission import Refused, Request, admit, unserved
 from trading_push.endpoints.hypercorn.websocket import PeerFault, find
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed
 from trading_push.protocol import messages
 from trading_push.protocol.frames import REASON_BYTES, payload_of
 from trading_push.transport.base import Close, Writer
-from trading_push.transport.proxies import client_address
 
 __all__ = ["AsgiEndpoint", "AsgiTransport"]
 
@@ -215,7 +214,8 @@ class AsgiEndpoint:
             except Exception as error:  # Starlette has answered 500; a server's own log is not ours
                 logs.emit(logs.traced("internal_error", error, address=_peer(scope)))
         else:
-            await _answer(send, "http.response", Refused(404, "there is nothing here"))
+            refused = unserved(self._context, _path(scope), _peer(scope))
+            await _answer(send, "http.response", refused)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] != "websocket.connect":
@@ -226,10 +226,10 @@ class AsgiEndpoint:
             await _refuse(scope, send, Refused(503, str(error)))
             return
         try:
-            headers = _headers(scope)
-            peer = client_address(_peer(scope), headers, self._context.trusted_proxies)
+            query = bytes(scope.get("query_string") or b"").decode("latin-1")
+            request = Request.of(self._context, _path(scope), query, _headers(scope), _peer(scope))
             try:
-                principal = await admit(self._context, seat, _path(scope), headers, peer)
+                opening = await admit(self._context, seat, request)
             except Refused as refused:
                 await _refuse(scope, send, refused)
                 return
@@ -241,12 +241,13 @@ class AsgiEndpoint:
                 server = "no guarded Hypercorn, or a middleware that wraps send"
                 logs.emit(logs.line("plain_form", reason=server))
             await send({"type": "websocket.accept", "subprotocol": _subprotocol(scope)})
-            del headers
+            peer = request.address
+            del request
             if link is not None:
                 link.forget_handshake()
             transport = AsgiTransport(peer, receive, send, self._context.limits.send_timeout_s)
             try:
-                await Connection(self._context, transport, seat, principal).run()
+                await Connection(self._context, transport, seat, opening).run()
             except ServiceClosed:
                 with trio.move_on_after(self._context.limits.close_timeout_s):
                     await transport.close(CloseCode.SERVICE_RESTART, "service restart")

@@ -22,11 +22,10 @@ from trading_push import logs
 from trading_push.connections.connection import Connection
 from trading_push.connections.context import Context
 from trading_push.connections.seats import NoSeat, Seat
-from trading_push.endpoints.admission import Refused, admit, refuse_unread
+from trading_push.endpoints.admission import Refused, Request, admit, refuse_unread
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed, innermost
 from trading_push.protocol import frames, messages
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
-from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream", "listen", "serve"]
@@ -255,10 +254,9 @@ async def _serve(
             reader, stream, max_message_size=context.limits.message_bytes
         )
         try:
-            path = request.path.partition("?")[0]
-            headers = _headers(request)
-            peer = client_address(stream.peer, headers, context.trusted_proxies)
-            principal = await admit(context, seat, path, headers, peer)
+            path, _, query = request.path.partition("?")
+            asked = Request.of(context, path, query, _headers(request), stream.peer)
+            opening = await admit(context, seat, asked)
         except Refused as refused:
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
@@ -267,11 +265,12 @@ async def _serve(
         socket = await request.accept(subprotocol=subprotocol)
     if handshake.cancelled_caught:
         return
-    del request, headers
+    peer = asked.address
+    del request, asked
     _past_handshake(socket, stream, context.limits.message_bytes)
     transport = NativeTransport(socket, stream, peer, context.limits.message_bytes)
     try:
-        await Connection(context, transport, seat, principal).run()
+        await Connection(context, transport, seat, opening).run()
     except ServiceClosed:
         with trio.move_on_after(context.limits.close_timeout_s):
             await transport.close(CloseCode.SERVICE_RESTART, "service restart")

@@ -292,6 +292,44 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 拒绝来源: {origin} - 来自: {address}",
         "⚠️ Origin refused: {origin} - from: {address}",
     ),
+    "origin_unlisted": (
+        "link",
+        '⚠️ 拒绝来源: {origin} - 来自: {address} - 如需允许，请设置 server.origins = "{origin}"',
+        "⚠️ Origin refused: {origin} - from: {address} - to allow it, "
+        'set server.origins = "{origin}"',
+    ),
+    "origin_missing": (
+        "link",
+        "⚠️ 拒绝无来源的请求 - 来自: {address} - 如需允许，请设置 server.origin_required = false",
+        "⚠️ A request without Origin refused - from: {address} - to allow it, "
+        "set server.origin_required = false",
+    ),
+    "session_refused": (
+        "link",
+        "⚠️ 未采用Cookie会话: 请求没有唯一且受信的Origin - 来自: {address}",
+        "⚠️ A session is not used: its request has no single Origin of this site - from: {address}",
+    ),
+    "token_refused": (
+        "link",
+        "⚠️ 拒绝令牌: {error} - 来自: {address}",
+        "⚠️ Token refused: {error} - from: {address}",
+    ),
+    "token_in_url": (
+        "link",
+        "⚠️ 不读取URL中的令牌（?token=），请使用Authorization: Bearer或auth请求 - 来自: {address}",
+        "⚠️ A token in the URL (?token=) is not read: send Authorization: Bearer, or the request "
+        "auth - from: {address}",
+    ),
+    "path_unserved": (
+        "link",
+        "⚠️ 请求的路径不存在: {requested} - 来自: {address}",
+        "⚠️ Nothing is served at {requested} - from: {address}",
+    ),
+    "strangers_suppressed": (
+        "link",
+        "⚠️ 另有{count}条外部请求引起的日志未显示",
+        "⚠️ {count} more lines that requests from outside caused are not shown",
+    ),
     "connection_stopped_by_firewall": (
         "link",
         "⚠️ 已拦截异常连接 - 来自: {address}: {error}",

@@ -3,7 +3,8 @@
     new -> authenticated -> closed
 
 1. Every message of the peer gets exactly one reply, in order.
-2. Before authentication only `auth` and `ping` are served.
+2. Before authentication only `auth` and `ping` are served, and subscriptions to the market channels
+   that are named as anonymous.
 3. The owner carries out the actions. One that takes time (`CheckToken`, `Subscribe`,
    `Unsubscribe`) is finished before the next message is handed in.
 """
@@ -11,7 +12,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from typing import Final, Protocol
 
@@ -20,11 +20,11 @@ from msgspec import UNSET, Raw
 
 from trading_push.auth.principal import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
-from trading_push.protocol import messages
+from trading_push.protocol import messages, replies
 from trading_push.protocol.messages import Id, ItemResult, Since
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
-from trading_push.topics import ASCII_UPPER, Channels, Topic, symbol_of
+from trading_push.topics import Channels, Topic, symbol_of
 
 __all__ = [
     "Action",
@@ -42,6 +42,8 @@ ITEMS_PER_MESSAGE: Final = 20
 """A request counts as one message more for each 20 items."""
 ANSWER_BYTES: Final = 65_536
 """A subscribe request counts as one message more for each 64 KiB that it is answered with."""
+ANONYMOUS_HZ: Final = 2.0
+"""How often a second a subscription without a user is pushed to at most."""
 TOKENS: Final = 8
 """How many token ids a session keeps, of tokens that have not expired."""
 
@@ -73,11 +75,14 @@ class Wanted:
 
 @attrs.frozen
 class Subscribe:
-    """Begin `wanted`, set the rate of each of `throttled` (times a second), then send `reply`."""
+    """Begin `wanted`, set the rate of each of `throttled` (times a second), then send `reply`.
+
+    A rate of None is as often as there is something to push.
+    """
 
     reply: messages.ItemsReply
     wanted: tuple[Wanted, ...]
-    throttled: tuple[tuple[Topic, float], ...]
+    throttled: tuple[tuple[Topic, float | None], ...]
 
 
 @attrs.frozen
@@ -129,14 +134,18 @@ class Session:
         market: Which symbols there are.
         rate: The budget of messages.
         clock: The time in seconds since the epoch.
+        anonymous: The market channels that are served without a user: `ticker`, `ticker.*`.
+        token_in_url: The client has sent a token in the URL, where it is not read.
 
     Attributes:
         principal: Who has authenticated, with the latest expiry; None before.
         request_id: The `id` of the request that is being served, for an error reply.
-        topics: What is subscribed, in the order in which it was.
+        topics: What is subscribed, in the order in which it was, each with the rate that the client
+            has asked for; None for any.
     """
 
     __slots__ = (
+        "_anonymous",
         "_bad",
         "_channels",
         "_clock",
@@ -144,6 +153,7 @@ class Session:
         "_limits",
         "_market",
         "_rate",
+        "_token_in_url",
         "_tokens",
         "principal",
         "request_id",
@@ -159,6 +169,8 @@ class Session:
         market: Market,
         rate: MessageRate,
         clock: Callable[[], float],
+        anonymous: Collection[str] = (),
+        token_in_url: bool = False,
     ) -> None:
         self._channels = channels
         self._limits = limits
@@ -166,13 +178,15 @@ class Session:
         self._market = market
         self._rate = rate
         self._clock = clock
+        self._anonymous = anonymous
+        self._token_in_url = token_in_url
         self._bad = 0  # bad messages in a row
         # The ids of the tokens that authenticated the session, the opening one first, and when
         # each expires.
         self._tokens: tuple[tuple[str, float], ...] = ()
         self.request_id: Id = None
         self.principal: Principal | None = None
-        self.topics: dict[Topic, None] = {}
+        self.topics: dict[Topic, float | None] = {}
 
     @property
     def user(self) -> str | None:
@@ -210,32 +224,25 @@ class Session:
             case messages.PingRequest():
                 now = int(self._clock() * 1000)
                 return [Reply(messages.Pong(messages.reply_id(request_id), now))]
-        if self.principal is None:
-            return _refuse(
-                request_id,
-                RequestError(ErrorCode.NOT_AUTHENTICATED, "send `auth` with a token first"),
-            )
+        without_user = (
+            messages.SubscribeRequest,
+            messages.UnsubscribeRequest,
+            messages.ListRequest,
+        )
+        if self.user is None and not (self._anonymous and isinstance(request, without_user)):
+            return _refuse(request_id, self._not_authenticated())
         match request:
             case messages.SubscribeRequest(args=args):
-                return [self._subscribe(request_id, args, self.principal.user)]
+                return [self._subscribe(request_id, args, self.user)]
             case messages.UnsubscribeRequest(args=args):
-                return [self._unsubscribe(request_id, args, self.principal.user)]
+                return [self._unsubscribe(request_id, args, self.user)]
             case messages.SymbolsRequest():
-                return [Reply(self._symbols(request_id, request))]
+                return [Reply(replies.symbols(request_id, request, self._market.symbols()))]
             case messages.ListRequest():
                 names = sorted(topic.channel for topic in self.topics)
                 return [Reply(messages.ListReply(messages.reply_id(request_id), True, names))]
             case messages.ChannelsRequest():
-                return [Reply(self._offered(request_id))]
-
-    def _offered(self, request_id: Id) -> messages.ChannelsReply:
-        offered = [
-            messages.OfferedChannel(
-                each.name, each.kind, UNSET if each.interval_s is None else each.interval_s
-            )
-            for each in self._channels
-        ]
-        return messages.ChannelsReply(messages.reply_id(request_id), True, offered)
+                return [Reply(replies.channels(request_id, self._channels))]
 
     def charge(self, size: int) -> None:
         """Charge a subscribe request for the bytes that it was answered with."""
@@ -321,69 +328,94 @@ class Session:
 
     # --- subscriptions -------------------------------------------------------------------
 
-    def _subscribe(self, request_id: Id, args: Iterable[Raw], user: str) -> Subscribe:
+    def _not_authenticated(self) -> RequestError:
+        message = "send `auth` with a token first"
+        if self._token_in_url:
+            message += ": a token in the URL (?token=) is not read"
+        if self._anonymous:
+            message += f" (without one there is only {', '.join(sorted(self._anonymous))})"
+        return RequestError(ErrorCode.NOT_AUTHENTICATED, message)
+
+    def _resolve(self, name: str, user: str | None) -> Topic:
+        """The topic that a name means; without a user, one of the anonymous channels.
+
+        Raises:
+            RequestError: There is none, or it is not for this client.
+        """
+        if user is not None:
+            return self._channels.resolve(name, user)
+        topic = self._channels.ticker(name)
+        if topic is not None:
+            kind = "ticker" if symbol_of(topic.channel) is not None else topic.channel
+            if kind in self._anonymous:
+                return topic
+        raise self._not_authenticated()
+
+    def rates(self) -> tuple[tuple[Topic, float | None], ...]:
+        """What was subscribed without a user, with the rates that it has from now on."""
+        return tuple(self.topics.items())
+
+    def _subscribe(self, request_id: Id, args: Iterable[Raw], user: str | None) -> Subscribe:
         results: list[ItemResult] = []
         wanted: list[Wanted] = []
-        throttled: list[tuple[Topic, float]] = []
+        throttled: list[tuple[Topic, float | None]] = []
+        most = self._limits.subscriptions
+        if user is None:
+            most = min(most, self._limits.anonymous_subscriptions)
         for raw in args:
             # Each item succeeds or fails alone. One that is subscribed already may change its rate.
             name = messages.item_channel(raw)
             try:
                 item = messages.decode_item(raw)
-                topic = self._channels.resolve(item.channel, user)
+                topic = self._resolve(item.channel, user)
                 symbol = symbol_of(topic.channel)
                 if symbol is not None and not self._market.knows(symbol):
                     raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
-                max_hz = None if item.max_hz is None else float(item.max_hz)
+                asked = None if item.max_hz is None else float(item.max_hz)
                 told_hz = UNSET if item.max_hz is None else item.max_hz
+                max_hz, since = asked, item.since
                 result = ItemResult(topic.channel, True, max_hz=told_hz)
+                if user is None:
+                    result.max_hz = max_hz = min(asked or ANONYMOUS_HZ, ANONYMOUS_HZ)
+                    if since is not None:
+                        since, result.recovered = None, False
                 if topic in self.topics:
-                    if max_hz is not None:
+                    if asked is not None:
+                        self.topics[topic] = asked
                         throttled.append((topic, max_hz))
-                elif len(self.topics) >= self._limits.subscriptions:
+                elif len(self.topics) >= most:
                     raise RequestError(
                         ErrorCode.TOO_MANY_SUBSCRIPTIONS,
-                        f"a connection has {self._limits.subscriptions} subscriptions at most",
+                        f"a connection has {most} subscriptions at most"
+                        + " without a user: send `auth`" * (user is None),
                     )
                 else:
                     if symbol is not None:
-                        self._market.admit(user, symbol)
-                    self.topics[topic] = None
-                    wanted.append(Wanted(topic, max_hz, item.since, result))
+                        # All clients without a user are one to the quota of symbols.
+                        self._market.admit(user or "", symbol)
+                    self.topics[topic] = asked
+                    wanted.append(Wanted(topic, max_hz, since, result))
                 results.append(result)
             except RequestError as error:
-                results.append(_failed(name, error))
+                results.append(replies.failed(name, error))
         return Subscribe(
-            _items_reply("subscribe", request_id, results), tuple(wanted), tuple(throttled)
+            replies.items("subscribe", request_id, results), tuple(wanted), tuple(throttled)
         )
 
-    def _unsubscribe(self, request_id: Id, args: Iterable[Raw], user: str) -> Unsubscribe:
+    def _unsubscribe(self, request_id: Id, args: Iterable[Raw], user: str | None) -> Unsubscribe:
         results: list[ItemResult] = []
         ended: list[Topic] = []
         for raw in args:
             name = messages.item_channel(raw)
             try:
-                topic = self._channels.resolve(messages.decode_channel(raw), user)
+                topic = self._resolve(messages.decode_channel(raw), user)
                 if topic in self.topics:
                     del self.topics[topic]
                     ended.append(topic)
                 results.append(ItemResult(topic.channel, True))
             except RequestError as error:
-                results.append(_failed(name, error))
-        return Unsubscribe(_items_reply("unsubscribe", request_id, results), tuple(ended))
-
-    def _symbols(self, request_id: Id, request: messages.SymbolsRequest) -> messages.SymbolsReply:
-        """Find symbols by a part of their names; those that begin with it come first."""
-        known, are_all = self._market.symbols()
-        # As symbols are spelled, but it may begin or end with a blank.
-        part = unicodedata.normalize("NFC", request.like or "").translate(ASCII_UPPER)
-        found = sorted(
-            (symbol for symbol in known if part in symbol),
-            key=lambda symbol: (not symbol.startswith(part), symbol),
-        )
-        limit = messages.SYMBOLS if request.limit is None else request.limit
-        more = len(found) > limit or not are_all
-        return messages.SymbolsReply(messages.reply_id(request_id), True, found[:limit], more)
+                results.append(replies.failed(name, error))
+        return Unsubscribe(replies.items("unsubscribe", request_id, results), tuple(ended))
 
 
 def _cost(request: messages.Request) -> int:
@@ -397,12 +429,3 @@ def _cost(request: messages.Request) -> int:
 
 def _refuse(request_id: Id, error: RequestError) -> list[Action]:
     return [Reply(messages.error_reply(request_id, error))]
-
-
-def _failed(channel: str | None, error: RequestError) -> ItemResult:
-    return ItemResult(channel, False, error=messages.ErrorBody.of(error))
-
-
-def _items_reply(op: str, request_id: Id, results: list[ItemResult]) -> messages.ItemsReply:
-    ok = all(result.ok for result in results)
-    return messages.ItemsReply(op, messages.reply_id(request_id), ok, results)

@@ -23,6 +23,7 @@ from trading_push.settings.validators import (
     is_host,
     is_path,
     is_url,
+    market_channels,
     networks,
     number,
     one_of,
@@ -72,7 +73,9 @@ class Server:
         "",
         origins,
         "The web pages that may connect, separated by spaces (`https://app.example.com`); `*` "
-        "allows all, and an empty list those of the same host.",
+        "allows all, and an empty list those of the same host. Schemes of desktop shells can be "
+        "listed, too (`file://`, `tauri://localhost`). Pages of this machine may connect to it "
+        "without standing here.",
     )
     origin_required: bool = setting(
         False, switch, "Refuse clients that send no `Origin`, which every browser sends."
@@ -117,6 +120,19 @@ class Auth:
         example='"https://id.example.com/"',
     )
     leeway_s: float = setting(5.0, number(0, 300), "How much clocks may differ.", unit="s")
+    cookie_session_s: float = setting(
+        3600,
+        number(1),
+        "How long a connection lasts that an `authenticate` of your own let in by its cookies, "
+        "without telling when that ends.",
+        unit="s",
+    )
+    anonymous_channels: str = setting(
+        "",
+        market_channels,
+        "The market channels that clients may subscribe to without a token, separated by spaces: "
+        "`ticker`, `candles`, `ticker.*`.",
+    )
 
 
 @attrs.frozen
@@ -204,6 +220,9 @@ class Limits(_MovedNames):
         "closes the user's oldest one (4505).",
     )
     subscriptions: int = setting(200, whole(1), "Subscriptions of one connection.")
+    anonymous_subscriptions: int = setting(
+        20, whole(1), "Subscriptions of one connection without a user (`auth.anonymous_channels`)."
+    )
     messages_per_s: float = setting(
         20,
         number(0.1),

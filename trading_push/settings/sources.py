@@ -83,6 +83,9 @@ class Market:
     max_hz: float = setting(
         10, number(0.1, 1000), "How often a symbol is published at most.", unit="1/s"
     )
+    all_max_hz: float = setting(
+        2, number(0.1, 1000), "How often `ticker.*`, all symbols in one, is published.", unit="1/s"
+    )
     stale_after_s: float = setting(
         60, number(0.1), "After this time without an update a symbol is stale.", unit="s"
     )

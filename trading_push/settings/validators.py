@@ -36,6 +36,7 @@ __all__ = [
     "is_token",
     "is_url",
     "is_websocket_url",
+    "market_channels",
     "networks",
     "number",
     "one_of",
@@ -289,6 +290,13 @@ def origins(instance: object, attribute: attrs.Attribute[Any], value: object) ->
     if not isinstance(value, str) or not all(map(is_origin, value.split())):
         advice = "give origins like https://app.example.com, separated by spaces"
         raise _refuse(attribute, value, advice)
+
+
+def market_channels(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept names of market channels that are separated by spaces."""
+    known = ("ticker", "candles", "ticker.*")
+    if not isinstance(value, str) or not all(name in known for name in value.split()):
+        raise _refuse(attribute, value, f"give some of {', '.join(known)}, separated by spaces")
 
 
 def networks(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Collection, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-__all__ = ["host_of_origin", "is_allowed", "is_origin"]
+__all__ = ["host_of_origin", "is_allowed", "is_origin", "is_own_or_named"]
 
 _HOST: Final = re.compile(r"[a-z0-9._:-]+", re.ASCII)  # colons are in IPv6 addresses
+# What desktop shells have in place of a host: `file://`, `app://-`, `tauri://localhost`.
+_SHELL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 _PORTS: Final = {"http": 80, "https": 443}
 
 # Scheme, host and port; no port if the scheme has no default one.
@@ -17,7 +19,10 @@ _Parts = tuple[str, str, int | None]
 
 
 def is_origin(text: str) -> bool:
-    """Whether a text can stand in the list: scheme://host[:port], `null`, or `*` for all."""
+    """Whether a text can stand in the list: scheme://host[:port], `null`, or `*` for all.
+
+    The scheme may be one of a desktop shell, which may have no host: `file://`.
+    """
     return text in ("*", "null") or _parts(text) is not None
 
 
@@ -48,11 +53,29 @@ def _is_one_allowed(origin: str, host: str | None, allowed: Collection[str]) -> 
         return False
     if allowed:
         return any(parts == _parts(each) for each in allowed)
-    # Compared by the page's own scheme: a proxy may have ended the TLS.
-    return host is not None and _parts(f"{parts[0]}://{host}") == parts
+    return _is_own(parts, host)
+
+
+def is_own_or_named(origin: str, host: str | None, allowed: Collection[str]) -> bool:
+    """Whether a page is of the same host and port, or is in the list by its own name.
+
+    Stricter than `is_allowed`: `null` and `*` name no page.
+    """
+    parts = _parts(origin)
+    if parts is None:
+        return False
+    return any(parts == _parts(each) for each in allowed) or _is_own(parts, host)
+
+
+def _is_own(parts: _Parts, host: str | None) -> bool:
+    # Compared by the page's own scheme: a proxy may have ended the TLS. A page of a desktop shell,
+    # `app://localhost`, is of no server.
+    return host is not None and parts[0] in _PORTS and _parts(f"{parts[0]}://{host}") == parts
 
 
 def _parts(origin: str) -> _Parts | None:
+    if _SHELL.fullmatch(origin.lower()) and origin.lower()[:-3] not in _PORTS:
+        return origin.lower()[:-3], "", None
     try:
         split = urlsplit(origin)
         port = split.port

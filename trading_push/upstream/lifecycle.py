@@ -24,7 +24,8 @@ from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import PayloadError, innermost
 from trading_push.settings.schema import Settings
 from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
-from trading_push.topics import Channels, Topic, symbol_of
+from trading_push.topics import ALL_TICKERS, Channels, Topic, symbol_of
+from trading_push.upstream.all_tickers import AllTickers
 from trading_push.upstream.batcher import Batcher
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import Interest, SessionFactory
@@ -115,6 +116,10 @@ class Upstream:
             ),
         )
         """Who is watched; its `run` holds the users' sessions."""
+        self.all_tickers = AllTickers(
+            settings.market.all_max_hz, broker, lambda: self.interest.holds(ALL_TICKERS)
+        )
+        """What `ticker.*` is made of."""
 
     @property
     def failing_fetches(self) -> int:
@@ -128,6 +133,9 @@ class Upstream:
 
     def awaits(self, topic: Topic) -> bool:
         """Whether the source has yet to answer for a topic since it is watched."""
+        if topic == ALL_TICKERS:
+            self.all_tickers.catch_up()
+            return False
         poller = self.pollers.get(topic.channel)
         return poller is not None and topic.user is not None and poller.awaits(topic.user)
 
@@ -144,6 +152,7 @@ class Upstream:
             yield f"{name} poller", poller.run
         if self.feed is not None:
             yield "market feed", self.feed.run
+        yield "channel of all tickers", self.all_tickers.run
         yield "sweep of idle topics", self._forget_idle_topics
 
     def end(self) -> None:
@@ -154,6 +163,8 @@ class Upstream:
         if self._ending:
             return
         self._idle_since.pop(topic, None)
+        if topic == ALL_TICKERS:
+            self.all_tickers.begin()
         symbol = symbol_of(topic.channel)
         if symbol is not None:
             if self.feed is not None:
@@ -195,6 +206,7 @@ class Upstream:
                 if now - since > self._linger_s:
                     del self._idle_since[topic]
                     self._broker.forget(topic)
+                    self.all_tickers.forget(topic)
                     poller = self.pollers.get(topic.channel)
                     if poller is not None and topic.user is not None:
                         poller.forget(topic.user)

@@ -85,8 +85,8 @@ class PublishEndpoint:
     """The endpoint of one service.
 
     Args:
-        check: Returns the principal of a token; raises AuthenticationError, or SourceError if it
-            cannot tell.
+        check: Returns the principal of a token that came from an address; raises
+            AuthenticationError, or SourceError if it cannot tell.
         publish: Publishes a batch, all or nothing: where it raises (ValueError, PayloadError),
             nothing; cancelled, all.
         limit_bytes: How long a request's body may be.
@@ -97,7 +97,7 @@ class PublishEndpoint:
 
     def __init__(
         self,
-        check: Callable[[str], Awaitable[Principal]],
+        check: Callable[[str, str], Awaitable[Principal]],
         publish: Publish,
         limit_bytes: int,
         revoked: RevokedTokens,
@@ -184,16 +184,16 @@ class PublishEndpoint:
         if token is None:
             message = "send Authorization: Bearer with a token that may publish"
             raise _unauthorized(ErrorCode.NOT_AUTHENTICATED, message)
+        address = request.client.host if request.client else "-"
         try:
             with trio.fail_after(self._check_timeout_s):
-                principal = await self._check(token)
+                principal = await self._check(token, address)
         except AuthenticationError as error:
             raise _unauthorized(error.code, error.message) from None
         except (SourceError, trio.TooSlowError):
             message = "the token cannot be checked now"
             raise _Refused(503, ErrorCode.INTERNAL, message) from None
         except Exception as error:  # the application's own code: one trace, one answer
-            address = request.client.host if request.client else "-"
             logs.emit(logs.traced("internal_error", error, address=address))
             message = "an error in the server; try again later"
             raise _Refused(500, ErrorCode.INTERNAL, message) from None
