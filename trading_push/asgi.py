@@ -6,9 +6,12 @@ names. Importing this module guards every Hypercorn server of the process (`endp
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 import trio
 
@@ -16,7 +19,7 @@ from trading_push import logs
 from trading_push.endpoints.asgi import AsgiEndpoint, Receive, Scope, Send
 from trading_push.endpoints.hypercorn.link import install
 from trading_push.endpoints.hypercorn.server import worker
-from trading_push.errors import ConfigurationError, LinkError
+from trading_push.errors import ConfigurationError, LinkError, innermost
 from trading_push.factory import authenticator, open_configured_service
 from trading_push.server import tune
 from trading_push.settings.loading import load_settings
@@ -35,6 +38,11 @@ class _Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            if not trio.lowlevel.in_trio_run():
+                _give_up(
+                    "this server does not run applications on trio, which this one needs: start "
+                    "it by `hypercorn --worker-class trio trading_push.asgi:app`"
+                )
             await self._lifespan(receive, send)
         elif self._endpoint is None:
             raise RuntimeError("the server must support ASGI's lifespan: it starts the service")
@@ -42,7 +50,7 @@ class _Application:
             await self._endpoint(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        log = self._settings.log
+        log, unusable = self._settings.log, None
         with logs.attached(
             lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
         ):
@@ -50,9 +58,7 @@ class _Application:
             try:
                 await self._serve(receive, send)
             except* ConfigurationError as errors:
-                await send(
-                    {"type": "lifespan.startup.failed", "message": str(errors.exceptions[0])}
-                )
+                unusable = str(innermost(errors, first=True))
             except* Exception as errors:
                 # Hypercorn would serve on without us: this ends the worker, and its parent, which
                 # starts a new one only for a worker that ends in order.
@@ -64,6 +70,8 @@ class _Application:
                     await context.terminate.set()
                     await receive()
                     await send({"type": "lifespan.shutdown.complete"})
+        if unusable is not None:
+            _give_up(unusable)
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         async with (
@@ -101,8 +109,26 @@ def _make() -> _Application:
         tune()
         return _Application(settings)
     except (ConfigurationError, LinkError) as error:
-        sys.stderr.write(f"trading_push: {error}\n")
-        raise SystemExit(2) from None
+        _give_up(str(error))
+
+
+def _give_up(why: str) -> NoReturn:
+    """End the process with one line and a status that is not 0, and Hypercorn's with it.
+
+    Hypercorn's parent ends with status 0 when a worker of its has failed to start, so that a
+    supervisor would think that all is well; it is ended by a signal that it does not handle.
+    """
+    parent = multiprocessing.parent_process()
+    # What the process was started for: another parent of ours is not to be ended.
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    if parent is None or not getattr(target, "__module__", "").startswith("hypercorn."):
+        sys.stderr.write(f"trading_push: {why}\n")
+    elif parent.pid == os.getppid():  # no other worker has ended it, and said why
+        sys.stderr.write(f"trading_push: {why}\n")
+        os.kill(parent.pid, signal.SIGUSR1)
+    sys.stderr.flush()
+    # An exception would pass through the server, which would print it.
+    os._exit(2)
 
 
 app = _make()
