@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import attrs
 import hypercorn.config
 import hypercorn.trio
 import trio
@@ -23,8 +24,9 @@ from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service
 from trading_push.service import PushService
 from trading_push.settings.schema import Settings
+from trading_push.transport.descriptors import fitting_connections
 
-__all__ = ["run_server", "serve", "tune"]
+__all__ = ["run_server", "serve", "tune", "with_descriptors"]
 
 BACKLOG = 4096
 _AFTER_DRAIN_S = 0.5
@@ -54,6 +56,7 @@ async def run_server(
         _listen(settings.server.host, settings.server.port) as listener,
     ):
         address = listener.getsockname()
+        settings = with_descriptors(settings)
         async with open_configured_service(settings, authenticate) as service:
             await serve(
                 service,
@@ -123,6 +126,17 @@ def tune() -> None:
     """
     gc.set_threshold(10_000, 10, 100)
     sys.setswitchinterval(0.001)
+
+
+def with_descriptors(settings: Settings) -> Settings:
+    """Return settings whose `limits.connections` the process has descriptors for.
+
+    The soft limit of descriptors is raised first; for a whole process, so that programs call it.
+    """
+    fitting = fitting_connections(settings.limits.connections)
+    if fitting == settings.limits.connections:
+        return settings
+    return attrs.evolve(settings, limits=attrs.evolve(settings.limits, connections=fitting))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -15,6 +15,7 @@ from trading_push.connections.context import Context
 from trading_push.connections.opening import Opening
 from trading_push.connections.seats import NoSeat, Seat
 from trading_push.errors import AuthenticationError, SourceError, TradingPushError
+from trading_push.transport.descriptors import BUSY
 from trading_push.transport.local import is_local_request, is_loopback_origin
 from trading_push.transport.origin import is_allowed, is_origin, is_own_or_named
 from trading_push.transport.proxies import client_address
@@ -22,10 +23,6 @@ from trading_push.transport.push_stream import PushStream
 
 __all__ = ["Refused", "Request", "admit", "refuse_unread", "unserved"]
 
-_BUSY: Final = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 5\r\n"
-    b"connection: close\r\n\r\n"
-)
 _REFUSAL_S: Final = 1.0
 
 
@@ -189,7 +186,7 @@ async def refuse_unread(stream: PushStream) -> None:
         try:
             if hasattr(stream, "do_handshake"):
                 await stream.do_handshake()
-            await stream.send_all(_BUSY)
+            await stream.send_all(BUSY)
             await stream.send_eof()
             while await stream.receive_some():
                 pass

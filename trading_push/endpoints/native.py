@@ -26,6 +26,7 @@ from trading_push.endpoints.admission import Refused, Request, admit, refuse_unr
 from trading_push.errors import CloseCode, SendTimeout, ServiceClosed, TransportClosed, innermost
 from trading_push.protocol import frames, messages
 from trading_push.transport.base import Close, Writer, decoder_of, most_fragments
+from trading_push.transport.descriptors import SparingListener
 from trading_push.transport.push_stream import PushStream, wrap
 
 __all__ = ["NativeTransport", "handle_stream", "listen", "serve"]
@@ -292,4 +293,4 @@ async def serve(
         else:
             await handle_stream(context, trio.SSLStream(stream, ssl_context, server_side=True))
 
-    await trio.serve_listeners(handle, listeners)
+    await trio.serve_listeners(handle, [SparingListener(each.socket) for each in listeners])

@@ -325,6 +325,18 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 请求的路径不存在: {requested} - 来自: {address}",
         "⚠️ Nothing is served at {requested} - from: {address}",
     ),
+    "descriptors_too_few": (
+        "link",
+        "⚠️ 文件描述符上限{descriptors}不足以容纳limits.connections = {wanted}，"
+        "实际最多{fitting}个连接：请提高 ulimit -n（systemd: LimitNOFILE=）",
+        "⚠️ {descriptors} descriptors are too few for limits.connections = {wanted}: at most "
+        "{fitting} connections; raise `ulimit -n` (systemd: LimitNOFILE=)",
+    ),
+    "descriptors_exhausted": (
+        "link",
+        "⚠️ 文件描述符已用尽，新连接以503拒绝（此前另有{count}次）",
+        "⚠️ No descriptor is left: new connections are answered 503 ({count} more before)",
+    ),
     "strangers_suppressed": (
         "link",
         "⚠️ 另有{count}条外部请求引起的日志未显示",

@@ -2,6 +2,8 @@
 
 - TCPServer: a firewall round each connection (`server`).
 - WSStream: close codes, no compression, bounded messages (`websocket`).
+- SocketListener: a connection for which there is no descriptor is answered all the same. Trio's
+  class is final, so Hypercorn's worker is given a stand-in for the module.
 - WorkerContext: the application can end the worker, and say good-bye before Hypercorn cuts.
 
 Only this package knows Hypercorn's inside; what it leans on is checked when it is installed.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from types import ModuleType
 from typing import Any, Final
 
 import hypercorn
@@ -19,6 +22,7 @@ import hypercorn.protocol.h11
 import hypercorn.protocol.ws_stream
 import hypercorn.trio.run
 import hypercorn.typing
+import trio
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.h2 import StreamBuffer
 from hypercorn.protocol.ws_stream import WebsocketBuffer, WSStream
@@ -32,6 +36,7 @@ from trading_push.endpoints.hypercorn.server import GuardedTCPServer, GuardedWor
 from trading_push.endpoints.hypercorn.websocket import GuardedWSStream
 from trading_push.errors import LinkError
 from trading_push.settings.schema import Limits
+from trading_push.transport.descriptors import SparingListener
 
 __all__ = ["check", "guard_hypercorn", "install"]
 
@@ -72,7 +77,18 @@ _EXPECTED: Final[tuple[tuple[type, str, str], ...]] = (
     (TextMessage, "__init__", "self data frame_finished message_finished"),
 )
 
-_PLACES: Final[tuple[tuple[Any, str, type, type], ...]] = (
+
+class _Trio(ModuleType):
+    """Trio, with our listener in place of its own."""
+
+    SocketListener = SparingListener
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+_PLACES: Final[tuple[tuple[Any, str, Any, Any], ...]] = (
+    (hypercorn.trio.run, "trio", trio, _Trio("trio")),
     (hypercorn.trio.run, "TCPServer", TCPServer, GuardedTCPServer),
     (hypercorn.trio.run, "WorkerContext", WorkerContext, GuardedWorkerContext),
     (hypercorn.protocol.h11, "WSStream", WSStream, GuardedWSStream),
@@ -119,6 +135,8 @@ def check() -> None:
     for module, name, stock, _ in _PLACES:
         if getattr(module, name, None) is not stock:
             raise LinkError(f"{module.__name__}.{name} is not Hypercorn's own: {hint}")
+    if "SocketListener" not in hypercorn.trio.run.worker_serve.__code__.co_names:
+        raise LinkError(f"hypercorn.trio.run.worker_serve names no SocketListener: {hint}")
     for owner, method, expected in _EXPECTED:
         found = " ".join(inspect.signature(getattr(owner, method, lambda: None)).parameters)
         if found != expected:
