@@ -21,7 +21,7 @@ from trading_push.endpoints.hypercorn.link import install
 from trading_push.endpoints.hypercorn.server import worker
 from trading_push.errors import ConfigurationError, LinkError, innermost
 from trading_push.factory import authenticator, open_configured_service
-from trading_push.server import tune, with_descriptors
+from trading_push.server import attached_log, tune, with_descriptors
 from trading_push.settings.loading import load_settings
 from trading_push.settings.schema import Settings
 
@@ -50,10 +50,8 @@ class _Application:
             await self._endpoint(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        log, unusable = self._settings.log, None
-        with logs.attached(
-            lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
-        ):
+        unusable = None
+        with attached_log(self._settings.log):
             await receive()
             self._settings = with_descriptors(self._settings)
             install(self._settings.limits)

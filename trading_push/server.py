@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -23,10 +24,10 @@ from trading_push.endpoints.hypercorn.link import install
 from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service
 from trading_push.service import PushService
-from trading_push.settings.schema import Settings
+from trading_push.settings.schema import Log, Settings
 from trading_push.transport.descriptors import fitting_connections
 
-__all__ = ["run_server", "serve", "tune", "with_descriptors"]
+__all__ = ["attached_log", "run_server", "serve", "tune", "with_descriptors"]
 
 BACKLOG = 4096
 _AFTER_DRAIN_S = 0.5
@@ -48,11 +49,8 @@ async def run_server(
         ConfigurationError: The address cannot be listened on, or a setting cannot be used.
         LinkError: The installed Hypercorn is not the one that can be guarded.
     """
-    log = settings.log
     with (
-        logs.attached(
-            lang=log.lang, json=log.format == "json", file=log.file, queue_lines=log.queue_lines
-        ),
+        attached_log(settings.log),
         _listen(settings.server.host, settings.server.port) as listener,
     ):
         address = listener.getsockname()
@@ -63,6 +61,18 @@ async def run_server(
                 _config(listener, settings),
                 on_ready=lambda: on_ready(*_urls(address, settings.server.path)),
             )
+
+
+def attached_log(log: Log) -> AbstractContextManager[None]:
+    """Write the log as the settings say, while the context is open; see `logs.attached`."""
+    logs.set_quiet(log.quiet.split())
+    return logs.attached(
+        lang=log.lang,
+        level=log.level,
+        json=log.format == "json",
+        file=log.file,
+        queue_lines=log.queue_lines,
+    )
 
 
 async def serve(

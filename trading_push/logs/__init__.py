@@ -6,17 +6,19 @@ from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
     from trading_push.logs.catalogue import CATALOGUE, set_language
-    from trading_push.logs.emitter import emit, emit_pushed, enabled
+    from trading_push.logs.emitter import emit, emit_pushed, enabled, set_quiet
     from trading_push.logs.lines import Line, close_line, escape, failure, line, traced
     from trading_push.logs.output import JsonFormatter, SafeFormatter, attached
+    from trading_push.logs.process import adopt
 else:
     __getattr__ = lazy(
         __name__,
         {
             "catalogue": "CATALOGUE set_language",
-            "emitter": "emit emit_pushed enabled",
+            "emitter": "emit emit_pushed enabled set_quiet",
             "lines": "Line close_line escape failure line traced",
             "output": "JsonFormatter SafeFormatter attached",
+            "process": "adopt",
         },
     )
 
@@ -25,6 +27,7 @@ __all__ = [
     "JsonFormatter",
     "Line",
     "SafeFormatter",
+    "adopt",
     "attached",
     "close_line",
     "emit",
@@ -34,5 +37,6 @@ __all__ = [
     "failure",
     "line",
     "set_language",
+    "set_quiet",
     "traced",
 ]

@@ -8,7 +8,7 @@ thread. A record carries the event's name (`record.event`) and its fields (`reco
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -17,7 +17,7 @@ from trading_push.logs.lines import Line, escape, line
 from trading_push.logs.output import Output, attached_outputs
 from trading_push.logs.traces import trace
 
-__all__ = ["emit", "emit_pushed", "enabled"]
+__all__ = ["emit", "emit_pushed", "enabled", "set_quiet"]
 
 _PACKAGE: Final = logging.getLogger("trading_push")
 _LOGGERS: Final = {
@@ -33,6 +33,18 @@ _LEVELS: Final = {
     )
     for event, texts in CATALOGUE.items()
 }
+
+
+_quiet: dict[str, int] = {}
+
+
+def set_quiet(events: Iterable[str]) -> None:
+    """Write no line of some events from now on, and those of all others again."""
+    _LEVELS.update(_quiet)
+    _quiet.clear()
+    for event in events:
+        _quiet[event] = _LEVELS[event]
+        _LEVELS[event] = logging.NOTSET  # below the level of every logger
 
 
 def enabled(event: str) -> bool:
@@ -59,6 +71,8 @@ def emit(*lines: Line) -> None:
 
 def emit_pushed(pushed: Sequence[tuple[str, str]]) -> None:
     """Log the push of each (data type, user); these are by far the most lines of all."""
+    if not enabled("pushed"):
+        return
     if _only_outputs(_LOGGERS["pushed"]):
         # A data type is a channel's name and needs no escaping.
         text = template("pushed").format(data_type="%s", user="%s")

@@ -1,5 +1,6 @@
 """Write log lines from a thread behind a bounded queue, as text or as JSON.
 
+A file that is renamed, as `logrotate` does, is followed by a new one of the name, and none is lost.
 A library that is embedded in an application attaches no handler: `attached` is for programs.
 """
 
@@ -12,7 +13,7 @@ import select
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ import msgspec
 from trading_push.errors import ConfigurationError
 from trading_push.logs.catalogue import set_language, template
 from trading_push.logs.lines import one_line
+from trading_push.logs.process import taken_over
 from trading_push.logs.traces import LINE_LENGTH, trace
 
 __all__ = ["JsonFormatter", "Output", "SafeFormatter", "attached", "attached_outputs", "chunks"]
@@ -86,10 +88,17 @@ class Output(logging.Handler):
     at the end of the process it would wait for the lock of a write that is stuck.
     """
 
-    def __init__(self, descriptor: int, formatter: logging.Formatter, lines: int) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        formatter: logging.Formatter,
+        lines: int,
+        path: Path | None = None,
+    ) -> None:
         super().__init__()
         self.setFormatter(formatter)
         self._descriptor = descriptor
+        self._path = path  # the file's, which is opened anew when it is another one
         self._bound = lines  # how many lines may wait
         self._dropped = 0  # lines that were dropped since the last one was queued
         self._queued = 0  # lines queued so far, counted by the threads that emit
@@ -163,9 +172,24 @@ class Output(logging.Handler):
             last = units[-1] is None
             self._taken += sum(len(unit) for unit in units if unit is not None)
             for chunk in chunks(unit for unit in units if unit is not None):
+                if self._path is not None:
+                    self._follow(self._path)
                 self._write(chunk)
             if not last:
                 time.sleep(PAUSE_S)
+
+    def _follow(self, path: Path) -> None:
+        """Write to the file that has the name now; to the old one where it cannot be opened."""
+        try:
+            with suppress(FileNotFoundError):
+                there, ours = os.stat(path), os.fstat(self._descriptor)
+                if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                    return
+            opened = _open(path)
+        except OSError:
+            return
+        os.close(self._descriptor)
+        self._descriptor = opened
 
     def _write(self, chunk: bytes) -> None:
         data = memoryview(chunk)
@@ -174,7 +198,9 @@ class Output(logging.Handler):
                 data = data[os.write(self._descriptor, data) :]
                 self._written += 1
             except BlockingIOError:  # another program has made the terminal non-blocking
-                select.select([], [self._descriptor], [])
+                writable = select.poll()  # `select` takes no descriptor above 1,023
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
             except OSError:
                 return  # the reader has gone, or the disk is full
 
@@ -203,10 +229,15 @@ def chunks(units: Iterable[list[str]]) -> Iterator[bytes]:
         yield chunk
 
 
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
 @contextmanager
 def attached(
     *,
     lang: str = "zh",
+    level: str = "info",
     json: bool = False,
     file: Path | None = None,
     queue_lines: int = 100_000,
@@ -214,11 +245,13 @@ def attached(
     """Print the lines to standard error, and to `file` as well, while the context is open.
 
     Threads behind bounded queues do the writing, so that a full pipe without a reader never stops
-    the service. Leaving waits two seconds for lines that are still queued, and longer as long as
-    they are being read.
+    the service. What other libraries log is written in the same form, unless the application has
+    configured the root logger. Leaving waits two seconds for lines that are still queued, and
+    longer as long as they are being read.
 
     Args:
         lang: The language of the lines, `zh` or `en`; of the whole process.
+        level: The least level that is written, `info`, `warning` or `error`.
         json: Print JSON objects instead of text.
         file: Append the lines to this file, with time, logger and level.
         queue_lines: How many lines may wait before further ones are dropped, and counted.
@@ -227,33 +260,32 @@ def attached(
         ConfigurationError: The file cannot be opened.
     """
     set_language(lang)
-    # Where the lines go, each place with its form.
     plain = JsonFormatter() if json else SafeFormatter("%(message)s")
-    places: list[tuple[int, logging.Formatter]] = [(_STDERR, plain)]
+    outputs = [Output(_STDERR, plain, queue_lines)]
     if file is not None:
         try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            descriptor = _open(file)
         except OSError as error:
             raise ConfigurationError(
                 f"the log file {file} cannot be opened ({error.strerror}): give another"
             ) from None
         stamped = SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
-        places.append((descriptor, plain if json else stamped))
-    outputs = [Output(descriptor, formatter, queue_lines) for descriptor, formatter in places]
+        outputs.append(Output(descriptor, plain if json else stamped, queue_lines, file))
 
     # Take the loggers over, and remember how they were.
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
-    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+    for logger, least in zip(loggers, (level.upper(), "WARNING"), strict=True):
         for output in outputs:
             logger.addHandler(output)
         logger.propagate = False
         logger.disabled = False
-        logger.setLevel(level)
+        logger.setLevel(least)
     if file is None and not json:
         attached_outputs[:] = outputs
     try:
-        yield
+        with taken_over(outputs):
+            yield
     finally:
         attached_outputs.clear()
         for logger, old_level, propagate in kept:

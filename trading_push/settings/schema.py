@@ -19,6 +19,7 @@ from trading_push.settings.channels import CHANNELS_EXAMPLE, OwnChannel
 from trading_push.settings.definition import section, setting
 from trading_push.settings.sources import Ccxt, Database, Function, Http, Market, Proxy, Query
 from trading_push.settings.validators import (
+    events,
     file_path,
     is_host,
     is_path,
@@ -304,10 +305,22 @@ class Log:
     format: Literal["text", "json"] = setting(
         "text", one_of("text", "json"), "The form of the log lines, `text` or `json`."
     )
+    level: Literal["info", "warning", "error"] = setting(
+        "info",
+        one_of("info", "warning", "error"),
+        "The least level that is written: `info`, `warning` or `error`.",
+    )
+    quiet: str = setting(
+        "",
+        events,
+        "Events whose lines are not written, by name, with spaces between. A line for each push "
+        "(`pushed`) is gigabytes a day with a thousand users.",
+        example='"pushed"',
+    )
     file: Path | None = setting(
         None,
         optional(file_path),
-        "A file that the log lines are written to as well.",
+        "A file that the log lines are written to as well. Renamed, it is made anew.",
         example='"trading-push.log"',
     )
     queue_lines: int = setting(

@@ -12,6 +12,7 @@ import attrs
 import msgspec
 
 from trading_push.errors import ConfigurationError
+from trading_push.logs.catalogue import CATALOGUE
 from trading_push.transport.origin import is_origin
 from trading_push.transport.outbound_proxies import Proxy
 from trading_push.transport.proxies import networks as parsed_networks
@@ -22,6 +23,7 @@ __all__ = [
     "Validator",
     "ccxt_options",
     "columns",
+    "events",
     "file_path",
     "headers",
     "is_host",
@@ -107,6 +109,15 @@ def one_of(*choices: str) -> Validator:
             raise _refuse(attribute, value, f"give one of {', '.join(choices)}")
 
     return check
+
+
+def events(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept names of log events, with spaces between; none by an empty text."""
+    names = value.split() if isinstance(value, str) else [value]
+    if unknown := [name for name in names if name not in CATALOGUE]:
+        raise _refuse(
+            attribute, value, f"there is no event {unknown[0]!r}: docs/logs.md has their names"
+        )
 
 
 def text(advice: str, accepts: Callable[[str], bool] = bool) -> Validator:

@@ -12,11 +12,14 @@ Only this package knows Hypercorn's inside; what it leans on is checked when it 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from types import ModuleType
 from typing import Any, Final
 
 import hypercorn
+import hypercorn.config
+import hypercorn.logging
 import hypercorn.protocol.h2
 import hypercorn.protocol.h11
 import hypercorn.protocol.ws_stream
@@ -87,8 +90,18 @@ class _Trio(ModuleType):
         return getattr(trio, name)
 
 
+class _Logger(hypercorn.logging.Logger):
+    """Hypercorn's logger, whose lines have the log's form where its own output is not asked for."""
+
+    def __init__(self, config: hypercorn.config.Config) -> None:
+        super().__init__(config)
+        if config.errorlog == "-" and config.logconfig is None and config.logconfig_dict is None:
+            logs.adopt(logging.getLogger("hypercorn.error"))
+
+
 _PLACES: Final[tuple[tuple[Any, str, Any, Any], ...]] = (
     (hypercorn.trio.run, "trio", trio, _Trio("trio")),
+    (hypercorn.config.Config, "logger_class", hypercorn.logging.Logger, _Logger),
     (hypercorn.trio.run, "TCPServer", TCPServer, GuardedTCPServer),
     (hypercorn.trio.run, "WorkerContext", WorkerContext, GuardedWorkerContext),
     (hypercorn.protocol.h11, "WSStream", WSStream, GuardedWSStream),
