@@ -52,6 +52,7 @@ from trading_push.sources.exchanges.amounts import UNUSABLE, reason_of
 from trading_push.sources.exchanges.binance import BinanceFeed
 from trading_push.sources.exchanges.bybit import BybitFeed
 from trading_push.sources.exchanges.dialect import Reply, SymbolFrame
+from trading_push.sources.exchanges.pacing import ConnectThrottle
 from trading_push.sources.exchanges.tape import Tape
 from trading_push.sources.paper import open_paper_exchange
 
@@ -366,14 +367,14 @@ async def test_connections_are_not_made_faster_than_documented(dialect: Dialect)
         there.refuses = True
         feed = feed_of(there, symbols_per_connection=1)
         feed.limits = attrs.evolve(feed.limits, connect_spacing_s=0.1)
-        original = feed.address.connect
+        original = ConnectThrottle.wait_for_turn
 
-        async def connect(self: Any) -> Any:
+        async def wait_for_turn(self: ConnectThrottle) -> None:
+            await original(self)
             opened.append(trio.current_time())
-            return await original()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(feed.address), "connect", connect)
+            patch.setattr(ConnectThrottle, "wait_for_turn", wait_for_turn)
             async with running(feed, "A", "B", "C"):
                 await until(lambda: len(opened) == 7)
     assert all(later - sooner > 0.099 for sooner, later in itertools.pairwise(opened))
