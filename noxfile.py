@@ -99,7 +99,7 @@ def lint(session: nox.Session) -> None:
         "flake8",
         "--isolated",
         "--select=ASYNC1,ASYNC2,ASYNC3",  # ASYNC9 wants a checkpoint in every async function
-        "--startable-in-context-manager=run,serve_native",
+        "--startable-in-context-manager=run,serve_native,_reload_at_sighup",
         "trading_push",
     )
 

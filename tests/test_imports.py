@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("upstream", "connections", "web", "client"),
     ("endpoints",),
     ("service", "statistics"),
-    ("factory", "testing"),
+    ("factory", "testing", "reload"),
     ("server",),
     ("", "asgi", "cli", "__main__"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from trading_push.auth.principal import Authenticate
 from trading_push.endpoints.hypercorn.link import install
 from trading_push.errors import ConfigurationError
 from trading_push.factory import open_configured_service
+from trading_push.reload import reload_settings
 from trading_push.service import PushService
 from trading_push.settings.schema import Log, Settings
 from trading_push.transport.descriptors import fitting_connections
@@ -34,9 +36,16 @@ _AFTER_DRAIN_S = 0.5
 
 
 async def run_server(
-    settings: Settings, *, authenticate: Authenticate, on_ready: Callable[[str, str], None]
+    settings: Settings,
+    *,
+    authenticate: Authenticate,
+    on_ready: Callable[[str, str], None],
+    reload: Callable[[], tuple[Settings, Authenticate]] | None = None,
 ) -> None:
     """Serve the configured service until SIGINT or SIGTERM; see `serve`.
+
+    SIGHUP loads the settings anew (see `reload`). Where standard error is a terminal, which has
+    gone then, it ends the server as SIGTERM does.
 
     Log lines go to standard error, and to `log.file` as well.
 
@@ -44,6 +53,8 @@ async def run_server(
         settings: Where to listen, and everything else.
         authenticate: The check of tokens.
         on_ready: Called with the HTTP and the WebSocket URL when the server answers.
+        reload: Called at SIGHUP, for the settings and the check of tokens as they are by now; may
+            raise ConfigurationError. None leaves the signal alone.
 
     Raises:
         ConfigurationError: The address cannot be listened on, or a setting cannot be used.
@@ -55,12 +66,18 @@ async def run_server(
     ):
         address = listener.getsockname()
         settings = with_descriptors(settings)
-        async with open_configured_service(settings, authenticate) as service:
+        async with (
+            open_configured_service(settings, authenticate) as service,
+            trio.open_nursery() as nursery,
+        ):
+            if reload is not None:
+                await nursery.start(_reload_at_sighup, service, settings, reload)
             await serve(
                 service,
                 _config(listener, settings),
                 on_ready=lambda: on_ready(*_urls(address, settings.server.path)),
             )
+            nursery.cancel_scope.cancel()
 
 
 def attached_log(log: Log) -> AbstractContextManager[None]:
@@ -73,6 +90,28 @@ def attached_log(log: Log) -> AbstractContextManager[None]:
         file=log.file,
         queue_lines=log.queue_lines,
     )
+
+
+async def _reload_at_sighup(
+    service: PushService,
+    settings: Settings,
+    reload: Callable[[], tuple[Settings, Authenticate]],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    if not hasattr(signal, "SIGHUP"):  # Windows
+        task_status.started()
+        return
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            if sys.stderr.isatty():
+                os.kill(os.getpid(), signal.SIGTERM)
+                continue
+            try:
+                settings = reload_settings(service, settings, *reload())
+            except ConfigurationError as error:
+                logs.emit(logs.line("reload_failed", error=error))
 
 
 async def serve(

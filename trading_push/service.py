@@ -106,7 +106,6 @@ class PushService:
             limits.publish_bytes,
             self.context.tokens.revoked,
             limits.authentication_timeout_s,
-            settings.auth.leeway_s,
         )
         self.asgi_app = AsgiEndpoint(self.context, routes(publisher, NotFound(self.context)))
         """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
@@ -313,7 +312,7 @@ class PushService:
     @property
     def limits(self) -> Limits:
         """The bounds that it was opened with."""
-        return self._settings.limits
+        return self.context.limits
 
     # --- its life --------------------------------------------------------------------------
 

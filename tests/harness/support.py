@@ -142,11 +142,12 @@ def serving(
     program: Sequence[str] = ("-m", "trading_push"),
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    secret: str | None = SECRET,
 ) -> Iterator[Process]:
     """`trading-push serve` on a free port, with the tests' secret; `url` is its WebSocket."""
     command = [sys.executable, *program, "serve", "--port", "0", *flags]
     environment = {
-        "TRADING_PUSH_JWT_SECRET": SECRET,
+        **({} if secret is None else {"TRADING_PUSH_JWT_SECRET": secret}),
         "XDG_DATA_HOME": str(home),
         **(env or {}),
     }

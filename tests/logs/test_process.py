@@ -111,8 +111,13 @@ with logs.attached(lang="en", file=file):
             while not file.exists():
                 logs.emit(logs.line("service_started"))
         elif number == 14_000:
-            file.rename("log.2")
-            os.mkdir("log")  # cannot be opened: the old one goes on
+            for part in range(2, 100):
+                file.rename(f"log.{part}")
+                try:
+                    os.mkdir("log")  # cannot be opened: the old one goes on
+                    break
+                except FileExistsError:
+                    pass  # it had been made anew already
         elif number == 16_000:
             os.rmdir("log")
 """
@@ -120,8 +125,9 @@ with logs.attached(lang="en", file=file):
 
 def test_a_renamed_file_is_followed_and_no_line_is_lost(tmp_path):
     run(MOVED, tmp_path)
-    parts = [(tmp_path / name).read_text().splitlines() for name in ("log.1", "log.2", "log")]
-    assert all(parts)
+    renamed = sorted(tmp_path.glob("log.*"), key=lambda path: int(path.suffix[1:]))
+    parts = [path.read_text().splitlines() for path in (*renamed, tmp_path / "log")]
+    assert len(parts) >= 3
     lines = [line for part in parts for line in part if "stale" in line.lower()]
     assert len(lines) == 20_000
     assert all(str(number) in line for number, line in enumerate(lines))

@@ -307,7 +307,7 @@ async def test_keys_and_publishers_are_forgotten_in_time(
     async def publish(values: Any) -> None:
         published.append(list(values))
 
-    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1)
 
     async def post(user: str, key: str) -> tuple[int, str | None]:
         response = await endpoint.answer(request_of(user, key, b"[]"))
@@ -345,7 +345,7 @@ async def test_a_key_is_free_where_nothing_was_published(error: Exception) -> No
         if fails:
             raise fails.pop()
 
-    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, RevokedTokens(0), 1)
     with contextlib.suppress(RuntimeError):
         assert (await endpoint.answer(request_of("1", "a", b"[]"))).status_code in (400, 503)
     other = b'{"channel":"news","data":1}'
@@ -565,7 +565,7 @@ async def test_a_token_that_is_revoked_while_the_body_comes_publishes_nothing() 
         await trio.testing.wait_all_tasks_blocked()
         return {"type": "http.request", "body": value, "more_body": False}
 
-    endpoint = PublishEndpoint(check, publish, 1000, revoked, 1, 0)
+    endpoint = PublishEndpoint(check, publish, 1000, revoked, 1)
     request = request_of("1", "a", value)
     request._receive = receive
 

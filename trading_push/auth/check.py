@@ -36,11 +36,16 @@ class TokenCheck:
         self.revoked = RevokedTokens(leeway_s)
         self.strangers = StrangerLines()
         """Bounds the lines that tell of refused tokens, and others that anyone can cause."""
+        self.use(authenticate, leeway_s)
+        # When the log last said that tokens cannot be checked, on trio's clock.
+        self._told_unavailable_at = -math.inf
+
+    def use(self, authenticate: Authenticate, leeway_s: float) -> None:
+        """Check tokens by another `authenticate` from now on; what is revoked stays so."""
         self.sees_handshake = takes_handshake(authenticate)
         """Whether `authenticate` is called at each handshake, also without a token."""
         self._authenticate: Any = authenticate
-        # When the log last said that tokens cannot be checked, on trio's clock.
-        self._told_unavailable_at = -math.inf
+        self.revoked.leeway_s = leeway_s
 
     async def principal(
         self, token: str, address: str, handshake: Handshake | None = None

@@ -11,9 +11,10 @@ import platformdirs
 
 from trading_push.errors import ConfigurationError
 from trading_push.settings.schema import Settings
+from trading_push.settings.secret_file import read_secret_file
 from trading_push.settings.validators import SECRET_BYTES
 
-__all__ = ["data_dir", "demo_secret", "secret_of"]
+__all__ = ["data_dir", "demo_secret", "has_key", "secret_of"]
 
 
 def secret_of(settings: Settings) -> tuple[str | None, bool]:
@@ -22,13 +23,35 @@ def secret_of(settings: Settings) -> tuple[str | None, bool]:
     It is (None, False) if a public key checks them.
 
     Raises:
-        ConfigurationError: The demo's secret cannot be made or read.
+        ConfigurationError: The file of the secret cannot be used, or the demo's secret not be made
+            or read.
     """
     if settings.auth.algorithm != "HS256":
         return None, False
     if settings.jwt_secret is not None:
         return settings.jwt_secret, False
+    if settings.auth.secret_file is not None:
+        return _of_file(settings.auth.secret_file), False
     return demo_secret(data_dir()), True
+
+
+def has_key(settings: Settings) -> bool:
+    """Whether tokens are checked by a key of one's own, and not by the demo's secret."""
+    return (
+        settings.auth.algorithm != "HS256"
+        or settings.jwt_secret is not None
+        or settings.auth.secret_file is not None
+    )
+
+
+def _of_file(path: Path) -> str:
+    data = read_secret_file(path, "auth.secret_file")
+    try:
+        return data.decode().rstrip("\r\n")
+    except UnicodeError:
+        raise ConfigurationError(
+            f"auth.secret_file {str(path)!r} is no text: write the secret into it, as UTF-8"
+        ) from None
 
 
 def data_dir() -> Path:

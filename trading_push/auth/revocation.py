@@ -18,7 +18,7 @@ class RevokedTokens:
     """
 
     def __init__(self, leeway_s: float) -> None:
-        self._leeway_s = leeway_s
+        self.leeway_s = leeway_s
         self._until: dict[str, float] = {}  # when each can be forgotten, in seconds since the epoch
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class RevokedTokens:
         now = time.time()
         for old in [old for old, until in self._until.items() if until < now]:
             del self._until[old]
-        self._until[token_id] = expires_at + self._leeway_s
+        self._until[token_id] = expires_at + self.leeway_s
 
     def check(self, principal: Principal) -> None:
         """Refuse a principal whose token is revoked.

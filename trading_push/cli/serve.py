@@ -66,12 +66,13 @@ def _setting_options(command: _Command) -> _Command:
 def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
     """Run the push server, with a paper exchange if nothing else is configured.
 
-    Log lines go to standard error. Ctrl-C and SIGTERM end it with exit status 0.
+    Log lines go to standard error. Ctrl-C and SIGTERM end it with exit status 0; SIGHUP loads
+    the settings anew, or ends it where standard error is a terminal.
     """
     # `serve --help` does without the server, and without what it needs.
     import trio
 
-    from trading_push.auth.demo import secret_of
+    from trading_push.auth.demo import has_key, secret_of
     from trading_push.auth.tokens import JwtAuthenticator
     from trading_push.server import run_server
     from trading_push.settings.consistency import check_demo
@@ -85,11 +86,24 @@ def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
         check_demo(settings)
     authenticate = JwtAuthenticator(settings.auth, secret)
 
+    def reload() -> tuple[Settings, JwtAuthenticator]:
+        loaded = load_settings(config=config, flags=flags)
+        if not is_demo and not has_key(loaded):
+            raise ConfigurationError(
+                "there is no secret any more, and the demo's is not used in its place: set "
+                "auth.secret_file or jwt_secret"
+            )
+        return loaded, JwtAuthenticator(loaded.auth, secret_of(loaded)[0])
+
     def on_ready(url_http: str, url_ws: str) -> None:
         _say(_greeting(settings, url_http, url_ws, secret, is_demo))
 
     try:
-        trio.run(lambda: run_server(settings, authenticate=authenticate, on_ready=on_ready))
+        trio.run(
+            lambda: run_server(
+                settings, authenticate=authenticate, on_ready=on_ready, reload=reload
+            )
+        )
     except KeyboardInterrupt:
         return  # it came before the server listened for signals
 

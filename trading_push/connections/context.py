@@ -1,4 +1,7 @@
-"""What all connections of a service share: settings, which are read only, and owners of state."""
+"""What all connections of a service share: settings, which are read only, and owners of state.
+
+Only `take_over` changes settings, all of them at once, when the service is told of new ones.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from trading_push.auth.check import TokenCheck
+from trading_push.auth.principal import Authenticate
 from trading_push.broker.base import Broker
 from trading_push.connections.heartbeat import Heartbeat
 from trading_push.connections.registry import Registry
@@ -16,14 +20,14 @@ from trading_push.connections.streams import Streams
 from trading_push.logs.notices import Notices
 from trading_push.logs.strangers import StrangerLines
 from trading_push.protocol.session import Market
-from trading_push.settings.schema import Limits
+from trading_push.settings.schema import Limits, Settings
 from trading_push.topics import Channels, Topic
-from trading_push.transport.proxies import Network
+from trading_push.transport.proxies import Network, networks
 
 __all__ = ["Context"]
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Context:
     """What all connections of a service share.
 
@@ -81,3 +85,14 @@ class Context:
     notices: Notices = attrs.field(
         default=attrs.Factory(lambda self: Notices(self.strangers), takes_self=True)
     )
+
+    def take_over(self, settings: Settings, authenticate: Authenticate) -> None:
+        """Have all that connections ask from now on answered by other settings. Synchronous."""
+        self.origins = frozenset(settings.server.origins.split())
+        self.trusted_proxies = networks(settings.server.trusted_proxies)
+        self.leeway_s = settings.auth.leeway_s
+        self.cookie_session_s = settings.auth.cookie_session_s
+        self.anonymous = frozenset(settings.auth.anonymous_channels.split())
+        self.limits = self.seats.limits = settings.limits
+        self.seats.anonymous = bool(self.anonymous)
+        self.tokens.use(authenticate, self.leeway_s)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from trading_push.logs.catalogue import CATALOGUE, set_language
     from trading_push.logs.emitter import emit, emit_pushed, enabled, set_quiet
     from trading_push.logs.lines import Line, close_line, escape, failure, line, traced
-    from trading_push.logs.output import JsonFormatter, SafeFormatter, attached
+    from trading_push.logs.output import JsonFormatter, SafeFormatter, attached, set_level
     from trading_push.logs.process import adopt
 else:
     __getattr__ = lazy(
@@ -17,7 +17,7 @@ else:
             "catalogue": "CATALOGUE set_language",
             "emitter": "emit emit_pushed enabled set_quiet",
             "lines": "Line close_line escape failure line traced",
-            "output": "JsonFormatter SafeFormatter attached",
+            "output": "JsonFormatter SafeFormatter attached set_level",
             "process": "adopt",
         },
     )
@@ -37,6 +37,7 @@ __all__ = [
     "failure",
     "line",
     "set_language",
+    "set_level",
     "set_quiet",
     "traced",
 ]

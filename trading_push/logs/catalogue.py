@@ -325,6 +325,21 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 请求的路径不存在: {requested} - 来自: {address}",
         "⚠️ Nothing is served at {requested} - from: {address}",
     ),
+    "settings_reloaded": (
+        "service",
+        "🔄 配置已重新加载",
+        "🔄 The settings were loaded anew",
+    ),
+    "settings_need_restart": (
+        "service",
+        "⚠️ 以下配置需重启后生效: {settings}",
+        "⚠️ These settings have changed and need a restart: {settings}",
+    ),
+    "reload_failed": (
+        "service",
+        "❌ 配置未重新加载，一切照旧: {error}",
+        "❌ The settings were not loaded anew, and all is as before: {error}",
+    ),
     "descriptors_too_few": (
         "link",
         "⚠️ 文件描述符上限{descriptors}不足以容纳limits.connections = {wanted}，"

@@ -25,7 +25,15 @@ from trading_push.logs.lines import one_line
 from trading_push.logs.process import taken_over
 from trading_push.logs.traces import LINE_LENGTH, trace
 
-__all__ = ["JsonFormatter", "Output", "SafeFormatter", "attached", "attached_outputs", "chunks"]
+__all__ = [
+    "JsonFormatter",
+    "Output",
+    "SafeFormatter",
+    "attached",
+    "attached_outputs",
+    "chunks",
+    "set_level",
+]
 
 UNITS_AT_ONCE: Final = 500
 """How many units the thread takes from the queue before it writes them."""
@@ -227,6 +235,11 @@ def chunks(units: Iterable[list[str]]) -> Iterator[bytes]:
             chunk = chunk[end:]
     if chunk:
         yield chunk
+
+
+def set_level(level: str) -> None:
+    """Write the package's lines from a level on: `info`, `warning` or `error`."""
+    logging.getLogger("trading_push").setLevel(level.upper())
 
 
 def _open(path: Path) -> int:

@@ -25,6 +25,10 @@ def check(settings: Settings) -> None:
     _check_accounts(settings)
     _check_channels(settings)
     _check_market(settings)
+    if settings.jwt_secret is not None and settings.auth.secret_file is not None:
+        raise ConfigurationError(
+            "jwt_secret and auth.secret_file are both set: keep the one that has the secret"
+        )
 
 
 def _check_accounts(settings: Settings) -> None:

@@ -99,6 +99,13 @@ class Auth:
         "How tokens are signed: `HS256` (with `jwt_secret`), `RS256`, `ES256` or `EdDSA` (checked "
         "with one of the two keys below). No other algorithm is accepted in a token.",
     )
+    secret_file: Path | None = setting(
+        None,
+        optional(file_path),
+        "A file with the secret of HS256, in place of `jwt_secret`; only its owner may use it "
+        "(mode 0600). It is read again at SIGHUP.",
+        example='"jwt-secret"',
+    )
     public_key_file: Path | None = setting(
         None, optional(file_path), "A public key in PEM.", example='"key.pem"'
     )

@@ -92,7 +92,6 @@ class PublishEndpoint:
         limit_bytes: How long a request's body may be.
         revoked: The tokens that are refused although they are good otherwise.
         check_timeout_s: How long `check` may take.
-        leeway_s: By how much the clocks may differ.
     """
 
     def __init__(
@@ -102,14 +101,12 @@ class PublishEndpoint:
         limit_bytes: int,
         revoked: RevokedTokens,
         check_timeout_s: float,
-        leeway_s: float,
     ) -> None:
         self._check = check
         self._publish = publish
         self._limit_bytes = limit_bytes
         self._revoked = revoked
         self._check_timeout_s = check_timeout_s
-        self._leeway_s = leeway_s
         # The keys of each publisher of the last ten minutes, oldest first; nobody's are thrown out
         # for another's. Put in anew with each new key, a publisher goes with the last of them.
         self._keys: cachetools.TTLCache[str, _Keys] = cachetools.TTLCache(
@@ -202,7 +199,7 @@ class PublishEndpoint:
 
     def _refuse_ended(self, principal: Principal) -> None:
         expires_at = principal.expires_at
-        if expires_at is not None and expires_at + self._leeway_s < time.time():
+        if expires_at is not None and expires_at + self._revoked.leeway_s < time.time():
             raise _unauthorized(ErrorCode.TOKEN_EXPIRED, "the token has expired")
         try:
             self._revoked.check(principal)
