@@ -401,7 +401,8 @@ def test_statuses_of_http():
     handshake = rows("docs/protocol.md", "| status | when |")
     assert {int(row[0]) for row in handshake} == statuses("endpoints/admission.py")
     publish = rows("docs/publishing.md", "| status | when |")
-    assert {int(row[0]) for row in publish} == statuses("web/publish.py") | {200}
+    of_access = statuses("web/access.py")
+    assert {int(row[0]) for row in publish} == statuses("web/publish.py") | of_access | {200}
 
 
 def test_parameters_and_statistics_of_a_service():
@@ -704,6 +705,31 @@ def test_plain_hypercorn_is_started_as_printed(tmp_path):
             text=True,
         )
         assert "Unknown" not in done.stderr, done.stderr
+
+
+def test_an_operator_s_commands_are_run_as_printed(tmp_path):
+    def run(server: Process) -> list[str]:
+        script = block("operate").replace("127.0.0.1:8000", f"127.0.0.1:{port_of(server)}")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "TRADING_PUSH_JWT_SECRET": SECRET}
+        done = subprocess.run(
+            ["bash", "-e", "-c", script],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    async def drive(server: Process) -> None:
+        async with client(server.url, 4) as four:
+            assert await asyncio.to_thread(run, server) == ["4 1", "1 closed"]
+            await four.socket.wait_closed()
+            assert four.socket.close_code == CloseCode.KICKED
+
+    with serving(tmp_path) as server:
+        asyncio.run(drive(server))
 
 
 @pytest.fixture

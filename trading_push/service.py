@@ -36,8 +36,6 @@ from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import SessionFactory
 from trading_push.upstream.lifecycle import Upstream
 from trading_push.user_ids import given_user_id
-from trading_push.web.not_found import NotFound
-from trading_push.web.publish import PublishEndpoint
 from trading_push.web.routes import routes
 
 __all__ = ["PushService", "open_push_service"]
@@ -100,15 +98,9 @@ class PushService:
             market=self._upstream.market,
             awaits_source=self._awaits_source,
         )
-        publisher = PublishEndpoint(
-            self.context.tokens.principal,
-            self.publish_many,
-            limits.publish_bytes,
-            self.context.tokens.revoked,
-            limits.authentication_timeout_s,
-        )
-        self.asgi_app = AsgiEndpoint(self.context, routes(publisher, NotFound(self.context)))
-        """The ASGI application: WebSocket at the configured path, and `POST /publish`."""
+        http = routes(self.context, self, self._upstream.state)
+        self.asgi_app = AsgiEndpoint(self.context, http)
+        """The ASGI application: WebSocket at the configured path, and the routes of HTTP."""
 
     # --- for the application ---------------------------------------------------------------
 
@@ -281,7 +273,7 @@ class PushService:
         if (user is None) == (connection is None):
             raise ValueError("give the user or the connection to kick, one of them")
         if user is None:
-            return self.context.connections.kick(lambda each: each.id == connection, reason)
+            return self.context.connections.kick(lambda each: each.member.id == connection, reason)
         seated = self.context.seats.by_user.get(given_user_id(user), ())
         return self.context.connections.kick(seated.__contains__, reason)
 

@@ -17,15 +17,21 @@ from trading_push.errors import TradingPushError, innermost
 
 __all__ = ["main"]
 
-# The line of each command in the help; its module in this package has its name. A module is
-# imported only when its command is called: `watch` and `token` must not load the server.
+# The line of each command in the help; its module in this package has its name, or stands in
+# `_MODULES`. A module is imported only when its command is called: `watch` and `token` must not
+# load the server.
 _COMMANDS: Final = {
     "init": "Write a sample configuration.",
+    "kick": "Close connections of a running server.",
+    "online": "Print who is connected to a running server.",
     "record": "Record an account and tickers, for `serve --tape`.",
+    "revoke": "Refuse a token at a running server.",
     "serve": "Run the push server.",
+    "stats": "Print the statistics of a running server.",
     "token": "Print a token.",
     "watch": "Show an account and tickers live.",
 }
+_MODULES: Final = dict.fromkeys(("kick", "online", "revoke", "stats"), "admin")
 
 
 class _Main(click.Group):
@@ -37,7 +43,8 @@ class _Main(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"trading_push.cli.{cmd_name}"), cmd_name)
+        module = _MODULES.get(cmd_name, cmd_name)
+        command = getattr(importlib.import_module(f"trading_push.cli.{module}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
 
@@ -101,8 +108,8 @@ def main() -> None:
     Exit status:
       0  success
       2  wrong usage, configuration or environment; one line on standard error says what to do
-      3  watch, record: the server refused the token or a channel, or said not to come back
-      4  watch, record: no server answered
+      3  the server refused the token or a channel, or said not to come back
+      4  no server answered
     """
 
 

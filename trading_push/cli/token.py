@@ -28,8 +28,9 @@ _LONGEST_S = 10 * 366 * 24 * 3600
     help="How long it is valid.",
 )
 @click.option("--publish", is_flag=True, help="Allow it to publish: POST /publish.")
+@click.option("--admin", is_flag=True, help="Allow it to administer: kick, stats and the others.")
 @config_option
-def token(user: str, ttl: int, publish: bool, config: Path | None) -> None:
+def token(user: str, ttl: int, publish: bool, admin: bool, config: Path | None) -> None:
     """Print a token, signed with the configured secret, or with the demo's if there is none."""
     settings = load_settings(config=config, flags={})
     secret, _ = secret_of(settings)
@@ -39,5 +40,6 @@ def token(user: str, ttl: int, publish: bool, config: Path | None) -> None:
             "private key that makes tokens: ask whoever issues yours"
         )
     JwtAuthenticator(settings.auth, secret)  # make no token that the server would refuse
-    claims = {**required_claims(settings.auth), **({"publish": True} if publish else {})}
+    allowed = {"publish": publish, "admin": admin}
+    claims = {**required_claims(settings.auth), **{name: True for name in allowed if allowed[name]}}
     click.echo(issue_token(secret, user, ttl, claims))

@@ -176,9 +176,9 @@ class Connection:
             context.connections.remove(self)
 
     @property
-    def id(self) -> str:
-        """What the reply to `auth` calls it."""
-        return self._member.id
+    def member(self) -> Member:
+        """What the registry knows of it."""
+        return self._member
 
     def authenticated_by(self, token_id: str) -> bool:
         """Whether it stands on a token of this id."""

@@ -130,6 +130,10 @@ class Registry:
         """The source has answered for these topics for the first time. Raises ServiceClosed."""
         self._command(self._settled, topics)
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function when the task comes to it. Raises ServiceClosed."""
+        self._command(function)
+
     def leave(self, member: Member, departure: Departure) -> None:
         """A connection has gone; never raises, and is counted even when the registry has ended."""
         try:

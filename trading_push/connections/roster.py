@@ -8,6 +8,7 @@ from typing import Protocol
 import trio
 
 from trading_push import logs
+from trading_push.connections.members import Member
 from trading_push.errors import CloseCode
 
 __all__ = ["Peer", "Roster"]
@@ -25,8 +26,8 @@ class Peer(Protocol):
     """Whether it is to end, or has ended."""
 
     @property
-    def id(self) -> str:
-        """What the reply to `auth` calls it."""
+    def member(self) -> Member:
+        """What the registry knows of it, its id among that."""
         ...
 
     def authenticated_by(self, token_id: str) -> bool:

@@ -206,8 +206,6 @@ class AsgiEndpoint:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await lifespan(receive, send)
-        elif not self._context.connections.accepting:
-            await _answer(send, "http.response", Refused(503, "shutting down"))
         elif self._http is not None:
             try:
                 await self._http(scope, receive, send)

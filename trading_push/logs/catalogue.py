@@ -325,6 +325,16 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 请求的路径不存在: {requested} - 来自: {address}",
         "⚠️ Nothing is served at {requested} - from: {address}",
     ),
+    "kicked": (
+        "service",
+        "👮 {user}断开了{count}个连接（{whom}）: {reason}",
+        "👮 {user} has closed {count} connections ({whom}): {reason}",
+    ),
+    "revoked": (
+        "service",
+        "👮 {user}吊销了令牌{whom}，断开{count}个连接",
+        "👮 {user} has revoked the token {whom}, which closed {count} connections",
+    ),
     "settings_reloaded": (
         "service",
         "🔄 配置已重新加载",

@@ -322,7 +322,6 @@ class Log:
         events,
         "Events whose lines are not written, by name, with spaces between. A line for each push "
         "(`pushed`) is gigabytes a day with a thousand users.",
-        example='"pushed"',
     )
     file: Path | None = setting(
         None,

@@ -131,6 +131,15 @@ class Upstream:
         """How many calls of the source go on in worker threads after their time-out."""
         return sum(poller.hung for poller in self.pollers.values())
 
+    def state(self) -> dict[str, bool]:
+        """Whether the source answers, and whether the feed runs; without one, it is not named."""
+        state = {}
+        if self.pollers:
+            state["source"] = all(poller.answers() for poller in self.pollers.values())
+        if self.feed is not None:
+            state["feed"] = self.feed.is_up
+        return state
+
     def awaits(self, topic: Topic) -> bool:
         """Whether the source has yet to answer for a topic since it is watched."""
         if topic == ALL_TICKERS:

@@ -82,6 +82,8 @@ class MarketFeed:
     ) -> None:
         self.failures = 0
         """How often the feed has raised since the start."""
+        self.is_up = True
+        """Whether it gives tickers, as far as is known."""
         self._feed = feed
         # The feed again, where it wants to be told what is watched; and what is.
         self._watched_feed = feed if isinstance(feed, WatchedFeed) else None
@@ -182,6 +184,7 @@ class MarketFeed:
             self._heard.pop(symbol, None)
             self._heard[symbol] = now
             self._newly_stale.pop(symbol, None)
+            self.is_up = True
         self._wake.set()
 
     def stale(self, reason: str, symbols: Iterable[str] | None = None) -> None:
@@ -189,6 +192,7 @@ class MarketFeed:
 
         The reason `refused` says that there is no such symbol: it is down.
         """
+        self.is_up = self.is_up and symbols is not None
         given = list(self._latest) if symbols is None else map(canonical_symbol, symbols)
         for symbol in given:
             if symbol in self._latest:
@@ -229,6 +233,7 @@ class MarketFeed:
 
     def _failed(self, error: Exception, delay: float) -> None:
         self.failures += 1
+        self.is_up = False
         logs.emit(logs.line("feed_failed", error=error, delay=delay))
         self.stale("feed_error")
 

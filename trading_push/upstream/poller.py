@@ -127,6 +127,10 @@ class Poller:
         """How many calls of the source go on in worker threads after their deadline."""
         return self._fetcher.hung
 
+    def answers(self) -> bool:
+        """Whether the source answers for anybody, as far as is known."""
+        return self._failures.outage is None
+
     def awaits(self, user: str) -> bool:
         """Whether the source has yet to answer for a user since they are watched."""
         return user not in self._settled
@@ -141,8 +145,7 @@ class Poller:
         fresh_s = min(self.interval_s, _FRESH_S)
         is_known = user not in self._failures and user not in self._stale
         if is_known and now - self._answered_at.get(user, -math.inf) < fresh_s:
-            topic = self._topic(user)
-            if self._broker.snapshot(topic) is not None:
+            if self._broker.snapshot(topic := self._topic(user)) is not None:
                 self._broker.mark([topic], Status("live"))
             self._settle([user])
         elif not self._failures.may_be_asked(user):  # its status says why
@@ -191,10 +194,7 @@ class Poller:
             self._tell_settled([self._topic(user) for user in settled])
 
     async def run(self) -> None:
-        """Poll until cancelled, which leaves nothing behind but worker threads that go on.
-
-        After an end by an exception it may be run again.
-        """
+        """Poll until cancelled; may be run again. Only calls in worker threads go on after it."""
         self._queue.clear()
         self._busy = {*self._hung}
         self._again.clear()
@@ -212,8 +212,7 @@ class Poller:
                 self._forget()
                 self._log.flush()
                 due, asked = self._schedule.take_due(), self._schedule.take_asked()
-                if self._busy:
-                    self._find_stale(itertools.chain(asked, due))
+                self._find_stale(itertools.chain(asked, due) if self._busy else ())
                 if self._failures:
                     asked = {user: None for user in asked if self._failures.may_be_asked(user)}
                     due = [user for user in due if self._failures.may_be_due(user)]

@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
+from trading_push.connections.context import Context
+from trading_push.errors import ErrorCode
+from trading_push.web.access import Access, Refused
+from trading_push.web.admin import Admin, Operations
+from trading_push.web.health import Health
 from trading_push.web.not_found import NotFound
 from trading_push.web.publish import PublishEndpoint
 
-__all__ = ["routes"]
+__all__ = ["Served", "routes"]
 
 
-def routes(publisher: PublishEndpoint, not_found: NotFound) -> Starlette:
-    """The ASGI application of all routes; for scopes of type `http`."""
+class Served(Operations, Protocol):
+    """The service that the routes are about."""
+
+    async def publish_many(self, values: Any) -> None:
+        """Publish some values."""
+        ...
+
+
+def routes(
+    context: Context, service: Served, upstream: Callable[[], Mapping[str, bool]]
+) -> Starlette:
+    """Make the ASGI application of all routes; for scopes of type `http`.
+
+    Args:
+        context: What the connections share.
+        service: What is published to, and administered.
+        upstream: Whether the source answers, and the feed runs, by name.
+    """
+    limits, tokens = context.limits, context.tokens
+    publisher = PublishEndpoint(
+        tokens.principal,
+        service.publish_many,
+        limits.publish_bytes,
+        tokens.revoked,
+        limits.authentication_timeout_s,
+    )
+    access = Access(tokens.principal, tokens.revoked, limits.authentication_timeout_s)
+    admin = Admin(context, service, access)
+    health = Health(context, upstream)
+
+    async def publish(request: Request) -> Response:
+        if not context.connections.accepting:
+            return Refused(503, ErrorCode.INTERNAL, "shutting down").response()
+        return await publisher.answer(request)
+
     return Starlette(
-        routes=[Route("/publish", publisher.answer, methods=["POST"])],
-        exception_handlers={404: not_found.answer},
+        routes=[
+            Route("/publish", publish, methods=["POST"]),
+            Route("/healthz", health.healthz),
+            Route("/readyz", health.readyz),
+            Route("/online", admin.online),
+            Route("/stats", admin.stats),
+            Route("/connections", admin.connections),
+            Route("/kick", admin.kick, methods=["POST"]),
+            Route("/revoke", admin.revoke, methods=["POST"]),
+        ],
+        exception_handlers={404: NotFound(context).answer},
     )
