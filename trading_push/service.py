@@ -23,6 +23,7 @@ from trading_push.connections.registry import Registry
 from trading_push.connections.streams import SharedStream, Stream
 from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
+from trading_push.endpoints.hypercorn.server import guard
 from trading_push.errors import ServiceClosed, innermost
 from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
@@ -98,7 +99,7 @@ class PushService:
             market=self._upstream.market,
             awaits_source=self._awaits_source,
         )
-        http = routes(self.context, self, self._upstream.state)
+        http = routes(self.context, self, self._upstream.state, lambda: guard.workers)
         self.asgi_app = AsgiEndpoint(self.context, http)
         """The ASGI application: WebSocket at the configured path, and the routes of HTTP."""
 

@@ -18,6 +18,7 @@ from harness.support import (
     PATIENCE_S,
     SECRET,
     hypercorn_serving,
+    plain_hypercorn,
     token,
     trio_client,
     until,
@@ -235,3 +236,18 @@ async def test_the_same_from_the_command_line():
         assert (await run(port, "kick", url))[0] == 2
         assert (await run(port, "online", "http://127.0.0.1:1"))[0] == 4
         assert (await run(port, "online", "ws://127.0.0.1"))[0] == 2
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_publishing_to_one_of_several_processes_is_refused(tmp_path, workers):
+    def start() -> tuple[int, list[str]]:
+        with plain_hypercorn(tmp_path, "-w", workers) as server:
+            port = int(server.url.split(":")[2].split("/")[0])
+            value = {"channel": "balance", "user": "4", "data": 1}
+            bearer = issue_token(SECRET, "back end", 60, {"publish": True})
+            status = trio.from_thread.run(ask, port, "/publish", value, bearer)[0]
+            return status, list(server.err)
+
+    status, said = await trio.to_thread.run_sync(start)
+    assert status == (200 if workers == "1" else 501)
+    assert any("POST /publish 被拒绝" in line for line in said) == (workers == "2")

@@ -335,6 +335,13 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "👮 {user}吊销了令牌{whom}，断开{count}个连接",
         "👮 {user} has revoked the token {whom}, which closed {count} connections",
     ),
+    "several_processes": (
+        "link",
+        "⚠️ 共{count}个进程且无消息代理: POST /publish 被拒绝（501），"
+        "因为只有一个进程的客户端能收到",
+        "⚠️ {count} processes and no broker: POST /publish is refused (501), because only the "
+        "clients of one process would get it",
+    ),
     "settings_reloaded": (
         "service",
         "🔄 配置已重新加载",

@@ -30,7 +30,10 @@ class Served(Operations, Protocol):
 
 
 def routes(
-    context: Context, service: Served, upstream: Callable[[], Mapping[str, bool]]
+    context: Context,
+    service: Served,
+    upstream: Callable[[], Mapping[str, bool]],
+    processes: Callable[[], int],
 ) -> Starlette:
     """Make the ASGI application of all routes; for scopes of type `http`.
 
@@ -38,6 +41,7 @@ def routes(
         context: What the connections share.
         service: What is published to, and administered.
         upstream: Whether the source answers, and the feed runs, by name.
+        processes: How many processes serve, this one among them.
     """
     limits, tokens = context.limits, context.tokens
     publisher = PublishEndpoint(
@@ -54,6 +58,12 @@ def routes(
     async def publish(request: Request) -> Response:
         if not context.connections.accepting:
             return Refused(503, ErrorCode.INTERNAL, "shutting down").response()
+        if (count := processes()) > 1:
+            message = (
+                f"this server has {count} processes and no broker, and only the clients of one of "
+                "them would get this: run one process"
+            )
+            return Refused(501, ErrorCode.INTERNAL, message).response()
         return await publisher.answer(request)
 
     return Starlette(

@@ -91,10 +91,16 @@ class _Trio(ModuleType):
 
 
 class _Logger(hypercorn.logging.Logger):
-    """Hypercorn's logger, whose lines have the log's form where its own output is not asked for."""
+    """Hypercorn's logger, whose lines have the log's form where its own output is not asked for.
+
+    Made once, when a worker begins to listen, it is also where a worker's configuration is seen.
+    """
 
     def __init__(self, config: hypercorn.config.Config) -> None:
         super().__init__(config)
+        guard.workers = config.workers
+        if config.workers > 1:
+            logs.emit(logs.line("several_processes", count=config.workers))
         if config.errorlog == "-" and config.logconfig is None and config.logconfig_dict is None:
             logs.adopt(logging.getLogger("hypercorn.error"))
 

@@ -50,7 +50,7 @@ class Guard:
 
     `sockets` are accepted and open: WebSockets, and what is not one or not yet (`connections.seats`
     says why they are counted apart). `stopped` ended at the firewall, `reaped` had a handler that
-    outlived its peer or left its bytes unread.
+    outlived its peer or left its bytes unread. `workers` is how many processes Hypercorn runs.
     """
 
     limits: Limits = attrs.field(factory=Limits)
@@ -58,6 +58,7 @@ class Guard:
     sockets: Places = attrs.field(factory=Places)
     stopped: int = 0
     reaped: int = 0
+    workers: int = 1
 
 
 guard = Guard()
