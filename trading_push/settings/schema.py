@@ -85,7 +85,7 @@ class Server:
         "",
         networks,
         "The reverse proxies whose `X-Forwarded-For` is believed: addresses or networks, separated "
-        "by spaces.",
+        "by spaces; `unix:` for those that connect by a Unix socket.",
     )
 
 

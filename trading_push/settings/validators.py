@@ -318,5 +318,5 @@ def networks(instance: object, attribute: attrs.Attribute[Any], value: object) -
             return
     except ValueError:
         pass
-    advice = "give addresses or networks like 10.0.0.0/8, separated by spaces"
+    advice = "give addresses or networks like 10.0.0.0/8, or unix:, separated by spaces"
     raise _refuse(attribute, value, advice)

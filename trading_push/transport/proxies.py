@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Final, Literal
 
-__all__ = ["Network", "client_address", "networks"]
+__all__ = ["UNIX", "Network", "client_address", "networks"]
 
-Network = IPv4Network | IPv6Network
+UNIX: Final = "unix:"
+"""Stands for whoever connects by a Unix socket, whose peer has no address."""
+
+Network = IPv4Network | IPv6Network | Literal["unix:"]
+
+_NO_ADDRESS: Final = "-"
 
 
 def networks(text: str) -> tuple[Network, ...]:
-    """Parse addresses and networks that are separated by spaces.
+    """Parse addresses and networks that are separated by spaces; `unix:` is among them.
 
     Raises:
         ValueError: One of them is neither.
     """
-    return tuple(ip_network(each, strict=False) for each in text.split())
+    return tuple(UNIX if each == UNIX else ip_network(each, strict=False) for each in text.split())
 
 
 def client_address(
@@ -28,7 +34,7 @@ def client_address(
     long as a trusted proxy wrote the entry; anyone may have written what stands before.
 
     Args:
-        peer: The address at the other end of the connection.
+        peer: The address at the other end of the connection; `-` if it has none.
         headers: The headers of the handshake, with names in lower case.
         trusted: The networks of the proxies.
     """
@@ -46,12 +52,14 @@ def client_address(
 
 
 def _is_trusted(address: str, trusted: Sequence[Network]) -> bool:
+    if address == _NO_ADDRESS:
+        return UNIX in trusted
     try:
         parsed = ip_address(address)
     except ValueError:
         return False
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return any(parsed in network for network in trusted)
+    return any(parsed in network for network in trusted if network != UNIX)
 
 
 def _address(text: str) -> str | None:
