@@ -209,7 +209,7 @@ class PushService:
         streams = self.context.streams
         if shared:
             streams.shared[name] = SharedStream(
-                streams, Topic(name), stream, self._broker, self._registry.settle
+                streams, Topic(name), kind, stream, self._broker, self._registry.settle
             )
             self._workers.start_soon(streams.shared[name].run)
         else:

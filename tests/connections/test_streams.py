@@ -429,6 +429,80 @@ async def test_a_shared_stream_that_takes_long_to_end_leaves_no_live_value(autoj
         ]
 
 
+@pytest.mark.parametrize("kind", ["state", "events"])
+@pytest.mark.parametrize("how", ["ended", "source_error"])
+async def test_how_a_stream_fared_without_a_value_is_not_told_of_the_next(
+    autojump_clock, kind, how
+):
+    numbers = Numbers()
+    async with serving(None) as (service, join):
+        service.add_stream("numbers", numbers, shared=True, kind=kind)
+        peer = await join("4", "numbers")
+        if how == "ended":
+            await numbers.ends[0].aclose()
+        else:
+            await numbers.send(RuntimeError("a bug"))
+        [status] = await peer.next()
+        assert (status["state"], status["reason"]) == ("down", how)
+        peer.leave()
+        await trio.testing.wait_all_tasks_blocked()
+        again = await join("4", "numbers")
+        [status] = await again.next()
+        expected = ("live", "quiet") if kind == "events" else ("down", "no_data")
+        assert (status["state"], status["reason"]) == expected
+
+
+async def test_who_comes_as_the_last_one_goes_is_told_of_the_next_stream(autojump_clock):
+    numbers = Numbers()
+    async with serving(None) as (service, join):
+        service.add_stream("numbers", numbers, shared=True)
+        first, second = await join("4", "numbers"), await join("5")
+        await numbers.ends[0].aclose()
+        await first.next()
+        # The registry is busy: the second one's reply is written before the first one has gone.
+        service._registry._command(lambda: iter([None] * 50))
+        first.say("unsubscribe", args=["numbers"])
+        await first.next()
+        second.say("subscribe", args=["numbers"])
+        with trio.fail_after(60):
+            told = [each.get("reason") for each in (await second.next(3))[1:]]
+        assert told == ["ended", "quiet"]
+        await numbers.send(1, 1)
+        assert (await second.next())[0]["data"] == 1
+
+
+@pytest.mark.parametrize("last", [2, RuntimeError("a bug"), None])
+async def test_what_a_cancelled_stream_still_says_does_not_count(autojump_clock, last):
+    made, go_on = 0, trio.Event()
+
+    async def stream() -> AsyncIterator[int]:
+        nonlocal made
+        made += 1
+        if made > 1:
+            await trio.sleep_forever()
+        yield 1
+        await go_on.wait()
+        if isinstance(last, Exception):
+            raise last
+        if last is not None:
+            yield last
+
+    async with serving(None) as (service, join):
+        service.add_stream("stream", stream, shared=True, kind="state")
+        peer = await join("4", "stream")
+        await peer.next()
+        # The registry comes to both without a pause: the stream goes on only when it is cancelled.
+        service._registry._command(lambda: iter([None] * 50))
+        service._registry.call(go_on.set)
+        peer.say("unsubscribe", args=["stream"])
+        await trio.testing.wait_all_tasks_blocked()
+        again = await join("4", "stream")
+        snapshot, status = await again.next(2)
+        assert snapshot["data"] == 1
+        assert (status["state"], status["reason"]) == ("stale", "not_watched")
+        assert made == 2
+
+
 @pytest.mark.parametrize("end", ["leave", "unsubscribe"])
 async def test_the_last_subscriber_may_go_when_the_registry_has_closed(autojump_clock, caplog, end):
     numbers = Numbers()

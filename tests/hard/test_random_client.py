@@ -132,9 +132,9 @@ def comparing(service: PushService, journal: Journal) -> Callable[[Model, float]
                 user = model.user if held.spec.per_user else None
                 latest = service.latest(held.channel, user)
                 newest = None if latest is None else journal.newest(held.channel, user)
-                # Where nothing has happened yet.
-                state = "live" if held.spec.kind == "events" else "down"
-                state = state if latest is None else latest.status.state
+                # Without a value, too: a stream may end before its first one.
+                topic = service.context.channels.topic(held.channel, user)
+                state = service.context.broker.status(topic).state
                 model.compare(held, newest, state, now)
 
     return compare

@@ -20,7 +20,7 @@ from trading_push.errors import innermost
 from trading_push.models import now_ms
 from trading_push.protocol.payloads import encode_data
 from trading_push.supervision import keep_running
-from trading_push.topics import Topic
+from trading_push.topics import Kind, Topic
 
 __all__ = ["SharedStream", "Stream", "Streams"]
 
@@ -33,6 +33,8 @@ _Tell = Callable[[Status], None]
 _LIVE: Final = Status("live")
 _FAILED: Final = Status("stale", "source_error")
 _ENDED: Final = Status("down", "ended")
+_NOT_WATCHED: Final = Status("stale", "not_watched")
+_NO_DATA: Final = Status("down", "no_data")
 
 
 class Streams:
@@ -112,12 +114,17 @@ class Streams:
 
 
 class SharedStream:
-    """One generator for all subscribers of a channel, while there are any."""
+    """One generator for all subscribers of a channel, while there are any.
+
+    A generator that was cancelled may still come to its next value or its end before it meets a
+    checkpoint; neither counts then. It has no subscribers, and those who come are the next one's.
+    """
 
     def __init__(
         self,
         streams: Streams,
         topic: Topic,
+        kind: Kind,
         stream: Stream,
         broker: Broker,
         settled: Callable[[Sequence[Topic]], None],
@@ -127,10 +134,14 @@ class SharedStream:
         self._tell_settled = settled
         self._streams = streams
         self._topic = topic
+        # The status while nothing has been yielded.
+        self._initial = _LIVE if kind == "events" else _NO_DATA
         self._stream = stream
         self._broker = broker
+        # Set while there are subscribers.
         self._watched = trio.Event()
-        self._scope: trio.CancelScope | None = None
+        # Around the generator that runs; the last one's until the next begins.
+        self._scope = trio.CancelScope()
 
     def watched(self, watched: bool) -> None:
         """The first subscriber has come, or the last one has gone; synchronous."""
@@ -139,10 +150,10 @@ class SharedStream:
         else:
             self._watched = trio.Event()
             self.awaited = True
-            if self._broker.snapshot(self._topic) is not None:
-                self._broker.mark([self._topic], Status("stale", "not_watched"))
-            if self._scope is not None:
-                self._scope.cancel()
+            # How this generator fared without a value says nothing about the next one.
+            is_empty = self._broker.snapshot(self._topic) is None
+            self._broker.mark([self._topic], self._initial if is_empty else _NOT_WATCHED)
+            self._scope.cancel()
 
     async def run(self) -> None:
         """Run a generator whenever there are subscribers, one after the other."""
@@ -153,19 +164,21 @@ class SharedStream:
             with trio.CancelScope() as self._scope:
                 await self._streams.run(self._topic.channel, self._stream, self._put, self._mark)
                 await trio.sleep_forever()
-            self._scope = None
 
     async def _put(self, data: bytes) -> None:
+        if self._scope.cancel_called:
+            await trio.sleep_forever()
         self._broker.publish([(self._topic, data)])
         self._settle()
         await trio.lowlevel.checkpoint()
 
     def _mark(self, status: Status) -> None:
+        if self._scope.cancel_called:
+            return
         if status.state != "live" and self._broker.snapshot(self._topic) is None:
             status = Status("down", status.reason)
         self._broker.mark([self._topic], status)
-        if self._scope is not None:
-            self._settle()
+        self._settle()
 
     def _settle(self) -> None:
         if self.awaited:
