@@ -99,6 +99,7 @@ class PushService:
             market=self._upstream.market,
             awaits_source=self._awaits_source,
         )
+        guard.strangers = self.context.strangers  # one bound for both
         http = routes(self.context, self, self._upstream.state, lambda: guard.workers)
         self.asgi_app = AsgiEndpoint(self.context, http)
         """The ASGI application: WebSocket at the configured path, and the routes of HTTP."""
@@ -368,6 +369,7 @@ class PushService:
                     for part, run in self._upstream.parts():
                         workers.start_soon(self._keep_running, part, run)
                     workers.start_soon(self._keep_running, "heartbeat", self.context.heartbeat.run)
+                    workers.start_soon(self._keep_running, "log", self.context.strangers.tell)
                     task_status.started()
             finally:
                 self._workers = None
@@ -375,6 +377,7 @@ class PushService:
                 with trio.CancelScope(shield=True):
                     await self.drain()
                 self._registry.close()
+                self.context.strangers.flush()
 
 
 @asynccontextmanager

@@ -41,7 +41,7 @@ def test_healthy_clients_notice_nothing(embedded):
     assert seen["violations"] == []
     assert embedded.process.traces() == []
     stopped = [line for line in embedded.process.err if line.startswith("⚠️ 已拦截异常连接")]
-    assert len(stopped) == seen["connections_stopped"]
+    assert 0 < len(stopped) <= seen["connections_stopped"] // 2  # ten a minute have a line
     assert not any(line.startswith("forged") for line in embedded.process.err)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+import types
 
 import pytest
+import trio
 import trio_websocket
 
 from harness.endpoints import answer_of, open_endpoint
 from harness.handshakes import handshake
 from harness.room import lines
+from harness.sources import serving
 from harness.support import SECRET, token
 from harness.tokens import signed
 
 from trading_push import AuthenticationError, JwtAuthenticator
+from trading_push.endpoints import native
+from trading_push.endpoints.hypercorn import server
 from trading_push.logs import notices, strangers
 from trading_push.settings.schema import Auth
 
@@ -154,3 +159,39 @@ async def test_refused_tokens_are_counted_where_they_are_many(certificates, said
         await answer_of(endpoint, handshake(header), certificates)
         assert said("另有") == ["⚠️ 另有15条外部请求引起的日志未显示"]
         assert len(said("拒绝令牌")) == 11
+
+
+@at_each_endpoint
+async def test_connections_that_are_stopped_are_counted_where_they_are_many(
+    kind, certificates, said, clock, monkeypatch
+):
+    async def fail(*args):
+        raise RuntimeError("a bug")
+
+    at = {"linked": server.GuardedTCPServer, "native": native}[kind]
+    async with open_endpoint(kind, certificates) as endpoint:
+        monkeypatch.setattr(at, {"linked": "_run_plain", "native": "_serve"}[kind], fail)
+        for _ in range(25):
+            assert await answer_of(endpoint, handshake(), certificates) == b""
+        address = {"linked": "-", "native": "127.0.0.1"}[kind]  # of which the former knows none yet
+        assert said("已拦截") == [f"⚠️ 已拦截异常连接 - 来自: {address}: RuntimeError: a bug"] * 10
+        assert endpoint.service.statistics().connections_stopped >= 25
+        # Whatever else strangers cause has the same bound.
+        endpoint.service.context.notices.unserved("/path", "127.0.0.1")
+        assert not said("/path")
+        assert not said("另有")
+    assert said("另有") == ["⚠️ 另有16条外部请求引起的日志未显示"]
+
+
+async def test_the_count_is_told_when_the_minute_is_over(autojump_clock, monkeypatch, said):
+    monkeypatch.setattr(strangers, "time", types.SimpleNamespace(monotonic=trio.current_time))
+    async with serving(None) as (service, _):
+        notices, began = service.context.notices, trio.current_time()
+        for minute in (0, 1):
+            for number in range(12):
+                notices.unserved(f"/{minute}/{number}", "127.0.0.1")
+            await trio.sleep_until(began + 62 * minute + 59)
+            assert len(said("另有")) == minute
+            await trio.sleep_until(began + 62 * minute + 62)
+        assert said("另有") == ["⚠️ 另有2条外部请求引起的日志未显示"] * 2
+    assert len(said("另有")) == 2

@@ -234,7 +234,8 @@ async def handle_stream(context: Context, stream: trio.abc.Stream) -> None:
     except* Exception as errors:
         context.connections.count_stopped()
         error, address = innermost(errors), push_stream.peer
-        logs.emit(logs.line("connection_stopped_by_firewall", address=address, error=error))
+        line = logs.line("connection_stopped_by_firewall", address=address, error=error)
+        context.strangers.emit(line)
     finally:
         seat.leave()
         push_stream.abort()

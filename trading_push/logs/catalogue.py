@@ -369,15 +369,15 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 文件描述符已用尽，新连接以503拒绝（此前另有{count}次）",
         "⚠️ No descriptor is left: new connections are answered 503 ({count} more before)",
     ),
-    "strangers_suppressed": (
-        "link",
-        "⚠️ 另有{count}条外部请求引起的日志未显示",
-        "⚠️ {count} more lines that requests from outside caused are not shown",
-    ),
     "connection_stopped_by_firewall": (
         "link",
         "⚠️ 已拦截异常连接 - 来自: {address}: {error}",
         "⚠️ Stopped a faulty connection - from: {address}: {error}",
+    ),
+    "strangers_suppressed": (
+        "link",
+        "⚠️ 另有{count}条外部请求引起的日志未显示",
+        "⚠️ {count} more lines that requests from outside caused are not shown",
     ),
     "authentication_unavailable": (
         "connection",

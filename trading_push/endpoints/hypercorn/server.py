@@ -34,6 +34,7 @@ from trading_push import logs
 from trading_push.connections.seats import Places
 from trading_push.endpoints.admission import refuse_unread
 from trading_push.errors import innermost
+from trading_push.logs.strangers import StrangerLines
 from trading_push.settings.schema import Limits
 from trading_push.transport.base import decoder_of
 from trading_push.transport.push_stream import TlsPushStream, wrap
@@ -50,7 +51,8 @@ class Guard:
 
     `sockets` are accepted and open: WebSockets, and what is not one or not yet (`connections.seats`
     says why they are counted apart). `stopped` ended at the firewall, `reaped` had a handler that
-    outlived its peer or left its bytes unread. `workers` is how many processes Hypercorn runs.
+    outlived its peer or left its bytes unread. `workers` is how many processes Hypercorn runs;
+    `strangers` bounds the lines that anyone can cause, and is the service's where there is one.
     """
 
     limits: Limits = attrs.field(factory=Limits)
@@ -59,6 +61,7 @@ class Guard:
     stopped: int = 0
     reaped: int = 0
     workers: int = 1
+    strangers: StrangerLines = attrs.field(factory=StrangerLines)
 
 
 guard = Guard()
@@ -107,7 +110,7 @@ class GuardedTCPServer(TCPServer):
                 guard.reaped += 1
         except* Exception as errors:
             guard.stopped += 1
-            logs.emit(
+            guard.strangers.emit(
                 logs.line(
                     "connection_stopped_by_firewall",
                     address=self._peer(),
