@@ -43,7 +43,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         if name.startswith("TRADING_PUSH_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent.parent))
     return tmp_path / "data" / "trading-push"
 
 
@@ -464,7 +464,7 @@ async def test_watch_shows_tables_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
 
     text = shown.decode()
     last = text[text.rindex("Tickers") :]
-    for part in ("Balance", "Positions", "PnL", "Open orders", "custom", "65000.1", "10.5"):
+    for part in ("Balance", "Positions", "PnL", "Open orders", "custom", "65,000.10", "10.50"):
         assert part in last
     assert re.search(r"\x1b\[32m *12\.25", last)  # green for a gain, red for a loss
     assert re.search(r"\x1b\[31m *-7\.75", last)
@@ -501,15 +501,20 @@ async def drained(process: trio.Process) -> bytes:
 async def test_serve_from_its_first_line_to_its_end(environment: Path) -> None:
     async with running("serve", "--port", "0", "--lang", "en") as process:
         url, lines = await started(process)
-        assert await lines.next() == (
-            f"Watch it from another shell: trading-push watch {url} --token TOKEN"
-        )
+        printed = await lines.next()
+        _, shown, watch = printed.partition("Watch it from another shell: ")
+        assert shown
         assert "24 hours" in await lines.next()
         tokens = []
         for user in "12345":
             match = re.fullmatch(rf"  user {user}: (\S+)", await lines.next())
             assert match is not None
             tokens.append(match[1])
+
+        # What is printed works as it is pasted, elsewhere.
+        shell = ["sh", "-c", f"{watch} --count 1"]
+        pasted = await trio.run_process(shell, capture_stdout=True, cwd="/", stdin=b"")
+        assert json.loads(pasted.stdout)
 
         # All that a trader has, and within two seconds of the client's being there.
         async with running("watch", url, "--token", tokens[3], "--count", "9") as client:
@@ -577,8 +582,11 @@ async def test_serve_with_a_secret_tells_no_token(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRADING_PUSH_JWT_SECRET", SECRET)
     async with running("serve", "--port", "0", "--host", "0.0.0.0", "--log-file", "/dev/null") as p:
         _, lines = await started(p)
-        assert "watch" in await lines.next()
-        assert await lines.next() == "`trading-push token --user ID` makes a TOKEN"
+        _, shown, watch = (await lines.next()).partition("with the same settings: ")
+        assert shown
+        shell = ["sh", "-c", f"{watch} --count 1"]
+        pasted = await trio.run_process(shell, capture_stdout=True, cwd="/", stdin=b"")
+        assert json.loads(pasted.stdout)
         p.send_signal(signal.SIGINT)
         assert await finished(p) == 0
         assert await lines.next() == ""

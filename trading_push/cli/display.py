@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -17,14 +16,9 @@ from trading_push.client.messages import Push
 from trading_push.errors import TradingPushError
 
 if TYPE_CHECKING:
-    from rich.live import Live
-
     from trading_push.cli.tables import Tables
 
 __all__ = ["JsonLines", "follow", "show"]
-
-REFRESH_S: Final = 0.25
-"""How often the tables are drawn anew."""
 
 
 class JsonLines:
@@ -128,35 +122,14 @@ async def _end_at_interrupt(signals: AsyncIterator[int], scopes: list[trio.Cance
 async def _show(
     client: Client, url: str, channels: Sequence[str], count: int | None, descriptor: int
 ) -> None:
-    if not os.isatty(descriptor):
+    if not os.isatty(descriptor) or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         await _pass_on(client, JsonLines(descriptor), count)
         return
 
-    from rich.console import Console  # which a pipe does without
-    from rich.live import Live
+    from trading_push.cli.terminal import Terminal  # which a pipe does without
 
-    from trading_push.cli.tables import Tables
-
-    tables = Tables(channels)
-    console = Console(file=sys.stdout)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        failure: TradingPushError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_refresh, live, tables, client, url)
-            try:
-                await _pass_on(client, tables, count)
-            except TradingPushError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        live.update(tables.render(client, url), refresh=True)
-        if failure is not None:
-            raise failure
-
-
-async def _refresh(live: Live, tables: Tables, client: Client, url: str) -> None:
-    while True:
-        live.update(tables.render(client, url), refresh=True)
-        await trio.sleep(REFRESH_S)
+    terminal = Terminal(client, url, channels, descriptor)
+    await terminal.run(lambda: _pass_on(client, terminal.tables, count))
 
 
 async def _pass_on(client: Client, output: JsonLines | Tables, count: int | None) -> None:

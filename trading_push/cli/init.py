@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 from pathlib import Path
 from typing import Final
 
 import click
 
+from trading_push.cli.program import program
 from trading_push.errors import ConfigurationError
 
 __all__ = ["init"]
@@ -32,4 +34,6 @@ def init(directory: Path) -> None:
         raise ConfigurationError(
             f"{str(path)!r} is there already: move it away, or give another directory"
         ) from None
-    click.echo(f"{path} is written; use it with: trading-push serve --config {path}")
+    click.echo(
+        f"{path} is written; use it with: {program()} serve --config {shlex.quote(str(path))}"
+    )

@@ -10,6 +10,7 @@ import trio
 
 from trading_push.cli.display import follow
 from trading_push.cli.exits import REFUSED, UNREACHABLE, fail
+from trading_push.cli.program import program
 from trading_push.cli.recording import Recording
 from trading_push.client.client import Client
 from trading_push.client.ending import Refused, Unreachable
@@ -80,7 +81,7 @@ def record(
     if not token_ or not token_.isascii():
         raise ConfigurationError(
             "record needs a token: give --token, or set TRADING_PUSH_TOKEN "
-            "(`trading-push token --user 1` prints one)"
+            f"(`{program()} token --user 1` prints one)"
         )
     channels = [*_names(data or ""), *(TICKER_PREFIX + symbol for symbol in _names(ticker))]
     if data is not None and not channels:
@@ -98,11 +99,11 @@ def record(
     except KeyboardInterrupt:
         pass
     except AuthenticationError as error:
-        fail(f"{error}: get a new one (`trading-push token --user ID`)", REFUSED)
+        fail(f"{error}: get a new one (`{program()} token --user ID`)", REFUSED)
     except Refused as error:
         fail(error, REFUSED)
     except Unreachable as error:
-        fail(f"{error}; start it with `trading-push serve`, or give another URL", UNREACHABLE)
+        fail(f"{error}; start it with `{program()} serve`, or give another URL", UNREACHABLE)
     finally:
         recording.close()
     files = " ".join(map(str, recording.files))

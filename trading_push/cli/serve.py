@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from trading_push.cli.options import config_option
+from trading_push.cli.program import program
 from trading_push.errors import ConfigurationError
 from trading_push.settings.definition import descriptions
 from trading_push.settings.schema import Settings
@@ -96,7 +98,7 @@ def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
         return loaded, JwtAuthenticator(loaded.auth, secret_of(loaded)[0])
 
     def on_ready(url_http: str, url_ws: str) -> None:
-        _say(_greeting(settings, url_http, url_ws, secret, is_demo))
+        _say(_greeting(settings, config, url_http, url_ws, secret, is_demo))
 
     try:
         trio.run(
@@ -122,24 +124,34 @@ def _intervals(given: Sequence[str]) -> dict[str, str]:
 
 
 def _greeting(
-    settings: Settings, url_http: str, url_ws: str, secret: str | None, is_demo: bool
+    settings: Settings,
+    config: Path | None,
+    url_http: str,
+    url_ws: str,
+    secret: str | None,
+    is_demo: bool,
 ) -> list[str]:
     """What is printed when the server answers: where it is, and how to get a token."""
     from trading_push.auth.tokens import issue_token, required_claims
 
-    lines = [
-        f"Serving on {url_http} (WebSocket {url_ws})",
-        f"Watch it from another shell: trading-push watch {url_ws} --token TOKEN",
+    called = program()
+    watch = f"{called} watch {shlex.quote(url_ws)} --token"
+    serving = f"Serving on {url_http} (WebSocket {url_ws})"
+    if secret is None:
+        return [serving, f"Watch it, with a token of whoever issues them: {watch} TOKEN"]
+    if not is_demo:
+        # Another shell has the environment that it has: the file, at least, can be named.
+        file = "" if config is None else f" --config {shlex.quote(str(config.absolute()))}"
+        token = f'"$({called} token --user 1{file})"'
+        return [serving, f"Watch it from another shell with the same settings: {watch} {token}"]
+    claims = required_claims(settings.auth)
+    tokens = {user: issue_token(secret, user, DEMO_TTL_S, claims) for user in DEMO_USERS}
+    return [
+        serving,
+        f"Watch it from another shell: {watch} {tokens[DEMO_USERS[0]]}",
+        f"Tokens of the demo's users, valid for {DEMO_TTL_S // 3600} hours:",
+        *(f"  user {user}: {token}" for user, token in tokens.items()),
     ]
-    if secret is not None and is_demo:
-        claims = required_claims(settings.auth)
-        lines.append(f"Tokens of the demo's users, valid for {DEMO_TTL_S // 3600} hours:")
-        lines += [
-            f"  user {user}: {issue_token(secret, user, DEMO_TTL_S, claims)}" for user in DEMO_USERS
-        ]
-    elif secret is not None:
-        lines.append("`trading-push token --user ID` makes a TOKEN")
-    return lines
 
 
 def _say(lines: Iterable[str]) -> None:

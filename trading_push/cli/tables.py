@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 import trio
-from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from trading_push.cli.escaping import escaped
+from trading_push.cli.numbers import Decimals
+from trading_push.cli.viewport import Section, SegmentLine
 from trading_push.client.client import Client
 from trading_push.client.messages import Push
 from trading_push.topics import symbol_of
@@ -21,8 +24,9 @@ from trading_push.topics import symbol_of
 __all__ = ["Tables"]
 
 # The columns of the tables: the field of the payload, the heading, and how it is shown.
-_PLAIN, _NUMBER, _SIGNED, _SIDE = range(4)
-_COLUMNS: Final[dict[str, tuple[tuple[str, str, int], ...]]] = {
+_PLAIN, _NUMBER, _SIGNED, _SIDE, _TIME = range(5)
+_Columns = Sequence[tuple[str, str, int]]
+_COLUMNS: Final[dict[str, _Columns]] = {
     "ticker": (
         ("symbol", "Symbol", _PLAIN),
         ("last", "Last", _NUMBER),
@@ -62,15 +66,32 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str, int], ...]]] = {
         ("status", "Status", _PLAIN),
         ("order_id", "Order", _PLAIN),
     ),
+    "fills": (
+        ("at", "Time", _TIME),
+        ("symbol", "Symbol", _PLAIN),
+        ("side", "Side", _SIDE),
+        ("price", "Price", _NUMBER),
+        ("quantity", "Quantity", _NUMBER),
+        ("fee", "Fee", _NUMBER),
+        ("fee_asset", "", _PLAIN),
+        ("order_id", "Order", _PLAIN),
+    ),
 }
 _TITLES: Final = {
     "balance": "Balance",
     "positions": "Positions",
     "pnl": "PnL",
     "orders": "Open orders",
+    "fills": "Fills",
 }
 _GREEN: Final = frozenset({"buy", "long"})
 _RED: Final = frozenset({"sell", "short"})
+_EVENTS: Final = 50
+"""How many events of a channel are shown."""
+_WIDEST: Final = 200
+"""How many characters of one value are shown."""
+_NATURAL: Final = 4000
+"""More columns than a table takes; the part of it that is seen is cut out later."""
 
 
 @attrs.define
@@ -79,9 +100,13 @@ class _Shown:
 
     data: Any = None  # the last value
     has_data: bool = False  # whether there was one
+    # The last events with their numbers, the newest first; None where the latest value counts.
+    events: deque[tuple[tuple[str | None, int | None], Any]] | None = None
+    lost: int = 0  # how many events never came
     state: str = "live"  # the last status, and its reason
     reason: str | None = None
-    at: float = 0  # when the last push came, by trio's clock; 0 for never
+    at: float | None = None  # when it was last confirmed, on trio's clock; None for never
+    lines: list[SegmentLine] | None = None  # below the title; None where they are to be made anew
 
 
 class Tables:
@@ -89,95 +114,177 @@ class Tables:
 
     Args:
         channels: The channels to show, in this order, also before they have a value.
+        console: Makes lines of the tables.
     """
 
-    def __init__(self, channels: Sequence[str]) -> None:
-        self._shown = {channel: _Shown() for channel in channels}
+    def __init__(self, channels: Sequence[str], console: Console) -> None:
+        self._console = console
+        self._options = console.options.update(width=_NATURAL, no_wrap=True)
+        self._decimals = Decimals()
+        self._shown: dict[str, _Shown] = {}
+        for channel in channels:
+            self._shown_of(channel)
+
+    def _shown_of(self, channel: str) -> _Shown:
+        shown = self._shown.get(channel)
+        if shown is None:
+            shown = self._shown[channel] = _Shown()
+            if channel == "fills":
+                shown.events = deque(maxlen=_EVENTS)
+        return shown
 
     async def show(self, push: Push) -> None:
-        """Take a push; the next `render` shows it. No checkpoint."""
-        shown = self._shown.setdefault(push.channel, _Shown())
-        shown.at = trio.current_time()
+        """Take a push; the next `sections` show it. No checkpoint."""
+        shown = self._shown_of(push.channel)
         if push.type == "status":
             shown.state, shown.reason = push.state or "?", push.reason
-        else:
-            shown.data, shown.has_data = push.data, True
-            shown.state, shown.reason = "live", None
+            return
+        shown.at = trio.current_time()
+        shown.data, shown.has_data, shown.lines = push.data, True, None
+        shown.state, shown.reason = "live", None
+        if shown.events is not None:
+            shown.lost += push.dropped
+            event = ((push.epoch, push.seq), push.data)
+            # A snapshot after a new connection may be the event that was the last one before.
+            if not any(_is_same(event, each) for each in shown.events):
+                shown.events.appendleft(event)
 
-    def render(self, client: Client, url: str) -> RenderableType:
-        """Make all tables, with the age of each value."""
+    def confirm(self, client: Client) -> None:
+        """Note that the server vouches for all that is live, where it was heard of."""
+        for channel, shown in self._shown.items():
+            if shown.events is None and client.is_of_events(channel):
+                shown.events = deque(maxlen=_EVENTS)
+            if client.is_connected and shown.at is not None and shown.state == "live":
+                shown.at = max(shown.at, client.heard_at)
+
+    def head(self, client: Client, url: str) -> SegmentLine:
+        """Make the line above the tables: where they come from, and whether they do."""
         if client.is_connected:
             head = Text(f"{escaped(url)}  user {escaped(client.user or '?')}", style="bold")
         else:
-            head = Text(f"reconnecting: {escaped(client.trouble or '')}", style="bold yellow")
+            trouble = escaped(client.trouble or "")
+            head = Text(f"reconnecting: {trouble}"[:_WIDEST], style="bold yellow")
+        return self._lines(head)[0]
+
+    def sections(self) -> list[Section]:
+        """Make all tables, with the age of each value."""
         tickers = {c: s for c, s in self._shown.items() if symbol_of(c) is not None}
-        others = {c: s for c, s in self._shown.items() if c not in tickers}
-        parts: list[RenderableType] = [head]
-        if tickers:
-            parts.append(self._tickers(tickers))
-        parts += [self._channel(channel, shown) for channel, shown in others.items()]
-        return Group(*parts)
+        others = [each for each in self._shown.items() if each[0] not in tickers]
+        known = list(_TITLES)
+        others.sort(key=lambda each: known.index(each[0]) if each[0] in known else len(known))
+        sections = [self._channel(channel, shown) for channel, shown in others]
+        return [self._tickers(tickers), *sections] if tickers else sections
 
-    def _tickers(self, tickers: Mapping[str, _Shown]) -> Table:
+    def _tickers(self, tickers: Mapping[str, _Shown]) -> Section:
         columns = _COLUMNS["ticker"]
-        table = _table("Tickers", columns)
-        table.add_column("State")
-        table.add_column("Age", justify="right")
-        for channel, shown in tickers.items():
-            row = shown.data if isinstance(shown.data, dict) else {"symbol": symbol_of(channel)}
-            table.add_row(*_cells(row, columns), _state(shown), _age(shown))
-        return table
+        table = _table((*columns, ("", "State", _PLAIN), ("", "Age", _NUMBER)))
+        rows = [
+            shown.data if isinstance(shown.data, dict) else {"symbol": symbol_of(channel)}
+            for channel, shown in tickers.items()
+        ]
+        cells = self._cells("ticker", rows, columns)
+        for row, shown in zip(cells, tickers.values(), strict=True):
+            table.add_row(*row, _state(shown), _age(shown))
+        return Section(
+            "Tickers", [*self._lines(Text("Tickers", style="bold")), *self._lines(table)]
+        )
 
-    def _channel(self, channel: str, shown: _Shown) -> Table:
-        data = shown.data
-        rows = data if isinstance(data, list) else [] if data is None else [data]
-        if channel == "pnl" and isinstance(data, dict):
-            by_symbol = data.get("by_symbol")
-            rows = [*(by_symbol if isinstance(by_symbol, list) else []), {**data, "symbol": "all"}]
-        rows = [row if isinstance(row, dict) else {"value": row} for row in rows]
+    def _channel(self, channel: str, shown: _Shown) -> Section:
+        name = escaped(_TITLES.get(channel, channel))[:_WIDEST]
+        title = Text.assemble((name, "bold"), "  ", _state(shown), " ", _age(shown))
+        if shown.events is not None and shown.has_data:
+            lost = f", {shown.lost} lost" if shown.lost else ""
+            title.append(f"  the last {len(shown.events)}, the newest first{lost}", style="dim")
+        if shown.lines is None:
+            shown.lines = self._body(channel, shown)
+        return Section(name, [*self._lines(title), *shown.lines])
+
+    def _body(self, channel: str, shown: _Shown) -> list[SegmentLine]:
+        rows = _rows(channel, shown)
+        if not rows:
+            return self._lines(Text("none", style="dim")) if shown.has_data else []
         # An application's own channel shows whatever its rows hold.
         keys = dict.fromkeys(key for row in rows for key in row)
-        columns = _COLUMNS.get(channel) or tuple((key, escaped(key), _PLAIN) for key in keys)
-        title = Text(escaped(_TITLES.get(channel, channel)) + "  ")
-        title.append_text(_state(shown))
-        title.append_text(_age(shown))
-        table = _table(title, columns)
-        for row in rows:
-            table.add_row(*_cells(row, columns))
-        if not rows and shown.has_data:
-            table.caption = Text("none")
-        return table
+        columns = _COLUMNS.get(channel) or [(key, escaped(key)[:_WIDEST], _PLAIN) for key in keys]
+        table = _table(columns)
+        for cells in self._cells(channel, rows, columns):
+            table.add_row(*cells)
+        return self._lines(table)
+
+    def _lines(self, part: RenderableType) -> list[SegmentLine]:
+        return self._console.render_lines(part, self._options, pad=False)
+
+    def _cells(
+        self, table: str, rows: Sequence[Mapping[str, Any]], columns: _Columns
+    ) -> Iterable[list[Text]]:
+        """Make the cells of a table, the numbers of each column with as many decimals."""
+        texts = [[_text(row.get(field)) for field, _, _ in columns] for row in rows]
+        for row in texts:
+            for (field, _, kind), text in zip(columns, row, strict=True):
+                if text is not None and kind in (_NUMBER, _SIGNED):
+                    self._decimals.note((table, field), text)
+        for row in texts:
+            yield [
+                self._cell((table, field), text, kind)
+                for (field, _, kind), text in zip(columns, row, strict=True)
+            ]
+
+    def _cell(self, column: object, text: str | None, kind: int) -> Text:
+        if text is None:
+            return Text("-", style="dim")
+        style = ""
+        if kind in (_NUMBER, _SIGNED):
+            style = _colour_of_sign(text) if kind == _SIGNED else ""
+            text = self._decimals.show(column, text)
+        elif kind == _SIDE:
+            style = "green" if text in _GREEN else "red" if text in _RED else ""
+        elif kind == _TIME:
+            text = _time(text)
+        text = escaped(text)
+        return Text(text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "...", style=style)
 
 
-def _table(title: str | Text, columns: Sequence[tuple[str, str, int]]) -> Table:
-    # Without a frame, which would cost a screen of 24 lines two tables.
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-    )
+def _is_same(event: tuple[object, Any], other: tuple[object, Any]) -> bool:
+    if event[0] == other[0]:
+        return True
+    ids = [each[1].get("fill_id") for each in (event, other) if isinstance(each[1], dict)]
+    return len(ids) == 2 and ids[0] is not None and ids[0] == ids[1]
+
+
+def _rows(channel: str, shown: _Shown) -> list[Mapping[str, Any]]:
+    """The rows of a channel's table."""
+    data = shown.data
+    if shown.events is not None:
+        rows = [event for _, event in shown.events]
+    else:
+        rows = data if isinstance(data, list) else [] if data is None else [data]
+    if channel == "pnl" and isinstance(data, dict):
+        by_symbol = data.get("by_symbol")
+        rows = [*(by_symbol if isinstance(by_symbol, list) else []), {**data, "symbol": "all"}]
+    return [row if isinstance(row, dict) else {"value": row} for row in rows]
+
+
+def _table(columns: _Columns) -> Table:
+    # Without lines, which would cost a screen of 24 lines two tables.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for _, heading, kind in columns:
-        table.add_column(heading, justify="right" if kind in (_NUMBER, _SIGNED) else "left")
+        justify: Any = "right" if kind in (_NUMBER, _SIGNED) else "left"
+        table.add_column(Text(heading), justify=justify, no_wrap=True)
     return table
 
 
-def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, int]]) -> list[Text]:
-    return [_cell(row.get(field), kind) for field, _, kind in columns]
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _cell(value: object, kind: int) -> Text:
-    if value is None:
-        return Text("-", style="dim")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    style = ""
-    if kind == _SIGNED:
-        style = _colour_of_sign(text)
-    elif kind == _SIDE:
-        style = "green" if text in _GREEN else "red" if text in _RED else ""
-    return Text(escaped(text), style=style)
+def _time(text: str) -> str:
+    """The time of day of a moment in ms, here; whatever else it is stays as it is."""
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(int(text) / 1000))
+    except (ValueError, OverflowError, OSError):
+        return text
 
 
 def _colour_of_sign(text: str) -> str:
@@ -187,12 +294,14 @@ def _colour_of_sign(text: str) -> str:
 
 
 def _state(shown: _Shown) -> Text:
-    if not shown.at:
+    if shown.at is None and shown.state == "live" and shown.reason is None:
         return Text("waiting", style="dim")
     style = {"live": "green", "stale": "yellow"}.get(shown.state, "red")
     reason = f" ({escaped(shown.reason)})" if shown.reason else ""
-    return Text(escaped(shown.state) + reason, style=style)
+    return Text((escaped(shown.state) + reason)[:_WIDEST], style=style)
 
 
 def _age(shown: _Shown) -> Text:
-    return Text(f" {trio.current_time() - shown.at:.0f} s" if shown.at else "", style="dim")
+    if shown.at is None:
+        return Text("")
+    return Text(f"{max(0, trio.current_time() - shown.at):.0f} s", style="dim")

@@ -9,6 +9,7 @@ import trio
 
 from trading_push.cli.display import show
 from trading_push.cli.exits import REFUSED, UNREACHABLE, fail
+from trading_push.cli.program import program
 from trading_push.client.ending import Refused, Unreachable
 from trading_push.errors import AuthenticationError, ConfigurationError
 from trading_push.topics import TICKER_PREFIX
@@ -43,11 +44,12 @@ __all__ = ["watch"]
 def watch(url: str, token_: str | None, data: str | None, ticker: str, count: int | None) -> None:
     """Show an account and tickers live: tables on a terminal, else one JSON push a line.
 
-    Once it has been connected, it reconnects by itself, with a back-off. Ctrl-C ends it.
+    Once it has been connected, it reconnects by itself, with a back-off. On a terminal j, k, the
+    arrows, PgUp, PgDn, Home and End move what does not fit; q or Ctrl-C ends it.
 
     \b
     Exit status:
-      0  success, or ended by Ctrl-C or by a reader that has gone
+      0  success, or ended by q, Ctrl-C or a reader that has gone
       2  wrong usage
       3  the server refused the token or a channel, or said not to come back
       4  no server answered
@@ -55,7 +57,7 @@ def watch(url: str, token_: str | None, data: str | None, ticker: str, count: in
     if not token_ or not token_.isascii():
         raise ConfigurationError(
             "watch needs a token: give --token, or set TRADING_PUSH_TOKEN "
-            "(`trading-push token --user 1` prints one)"
+            f"(`{program()} token --user 1` prints one)"
         )
     channels = [*_names(data or ""), *(TICKER_PREFIX + symbol for symbol in _names(ticker))]
     if data is not None and not channels:
@@ -74,11 +76,11 @@ def watch(url: str, token_: str | None, data: str | None, ticker: str, count: in
     except (KeyboardInterrupt, BrokenPipeError):
         return
     except AuthenticationError as error:
-        fail(f"{error}: get a new one (`trading-push token --user ID`)", REFUSED)
+        fail(f"{error}: get a new one (`{program()} token --user ID`)", REFUSED)
     except Refused as error:
         fail(error, REFUSED)
     except Unreachable as error:
-        fail(f"{error}; start it with `trading-push serve`, or give another URL", UNREACHABLE)
+        fail(f"{error}; start it with `{program()} serve`, or give another URL", UNREACHABLE)
 
 
 def _names(text: str) -> list[str]:

@@ -19,6 +19,7 @@ the rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -64,6 +65,8 @@ class Client:
         self._left = False
         # Around whatever is to be cancelled when the block is left; replaced again and again.
         self._scope = trio.CancelScope()
+        # The connection that there is now, or was last.
+        self._connection: ClientConnection | None = None
         self.user: str | None = None
         """Who the server says we are."""
         self.is_connected = False
@@ -86,6 +89,19 @@ class Client:
             if self._error is not None:
                 raise self._error from None
             raise StopAsyncIteration from None
+
+    @property
+    def heard_at(self) -> float:
+        """When the server was last heard of, on trio's clock; minus infinity for not at all.
+
+        On a connection that is ready, a channel that is `live` was confirmed at that moment.
+        """
+        return -math.inf if self._connection is None else self._connection.heard_at
+
+    def is_of_events(self, channel: str) -> bool:
+        """Whether each push of a channel is an event of its own, as far as the server has said."""
+        subscription = self._subscriptions.get(channel)
+        return subscription is not None and subscription.is_of_events
 
     def _leave(self) -> None:
         self._left = True
@@ -123,6 +139,7 @@ class Client:
                 authenticated=self._authenticated,
                 ready=self._ready,
             )
+            self._connection = connection
             scope = self._scope_until_left()
             try:
                 await connection.run(scope, has_succeeded=self._entered.is_set())

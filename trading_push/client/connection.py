@@ -91,6 +91,8 @@ class Subscription:
     """The request whose reply is awaited; pushes that come before it are of an older stream."""
     is_doubtful: bool = False
     """Whether there was a gap, and no push has come since."""
+    is_of_events: bool = False
+    """Whether the server has said that each push is an event of its own."""
 
 
 @attrs.frozen
@@ -184,10 +186,17 @@ class ClientConnection:
         """The `id` of the next request."""
         self.advice_s: float | None = None
         """When to come back, in seconds, as the server's last notice said; None without one."""
+        # The socket, from the handshake on.
+        self._stream: _HeardStream | None = None
         self.ready_at: float | None = None
         """Since when the connection is of use, on trio's clock; None before."""
         for subscription in subscriptions.values():
             subscription.request = None
+
+    @property
+    def heard_at(self) -> float:
+        """When a byte last came, on trio's clock; minus infinity before the first one."""
+        return -math.inf if self._stream is None else self._stream.heard_at
 
     async def run(self, scope: trio.CancelScope, *, has_succeeded: bool) -> None:
         """Live until it is lost, or `scope` is cancelled, which closes it politely.
@@ -221,6 +230,7 @@ class ClientConnection:
 
         socket = await self._websocket.connect(heard)
         assert stream is not None
+        self._stream = stream
         stream.is_open = True
         heartbeat_s = await self._authenticate(socket, token)
         if self._offered:
@@ -290,7 +300,8 @@ class ClientConnection:
             if not isinstance(each, dict) or each.get("kind") == "keyed":
                 continue  # a table of what the market gives: for who asks for it
             if isinstance(name := each.get("channel"), str):
-                self._subscriptions.setdefault(name, Subscription())
+                subscription = self._subscriptions.setdefault(name, Subscription())
+                subscription.is_of_events = each.get("kind") == "events"
 
     async def _ask(
         self, socket: trio_websocket.WebSocketConnection, request: dict[str, Any]
