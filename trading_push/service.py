@@ -419,6 +419,7 @@ async def open_push_service(
     `limits.drain_timeout_s`; no log line of a leave is lost, also when cancelled.
     """
     settings = Settings() if settings is None else settings
+    logs.default_language(settings.log.lang)
     if authenticate is None:
         authenticate = JwtAuthenticator(settings.auth, settings.jwt_secret)
     check_origins(authenticate, settings.server)

@@ -114,7 +114,7 @@ async def running(*args: str, **options: Any) -> AsyncIterator[trio.Process]:
         ("serve --port abc", "server.port is 'abc': give a whole number"),
         ("serve --port 65536", "server.port"),
         ("serve --speed 0", "market.speed"),
-        ("serve --lang fr", "log.lang is 'fr': give one of zh, en"),
+        ("serve --lang fr", "log.lang is 'fr': give one of zh, en, auto"),
         ("serve --log-format xml", "log.format"),
         ("serve --interval balance", "give TYPE=SECONDS"),
         ("serve --interval balnce=1", "did you mean intervals.balance?"),

@@ -157,7 +157,7 @@ def test_queries_are_a_table_for_each_data_type(config: Path) -> None:
         ("[market]\nurl = 'ws://localhost/'", "market.url is set without an exch"),
         ("[market]\ntape = 5", "market.tape is 5: give the path of a file"),
         ("[market]\ntape = ''", "market.tape is ''"),
-        ("[log]\nlang = 'fr'", "log.lang is 'fr': give one of zh, en"),
+        ("[log]\nlang = 'fr'", "log.lang is 'fr': give one of zh, en, auto"),
         ("[auth]\nalgorithm = 'none'", "auth.algorithm is 'none': give one of HS256"),
         ("[auth]\nalgorithm = ['HS256']", "auth.algorithm"),
         ("[auth]\njwks_url = 'file:///etc/passwd'", "auth.jwks_url"),

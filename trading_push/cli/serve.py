@@ -33,7 +33,7 @@ _FLAGS: Final = {
     "tape": ("market.tape", "FILE"),
     "speed": ("market.speed", "X"),
     "loop": ("market.loop", ""),
-    "lang": ("log.lang", "zh|en"),
+    "lang": ("log.lang", "zh|en|auto"),
     "log-file": ("log.file", "FILE"),
     "log-format": ("log.format", "text|json"),
 }

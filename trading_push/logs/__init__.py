@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from trading_push.lazy import lazy
 
 if TYPE_CHECKING:
-    from trading_push.logs.catalogue import CATALOGUE, set_language
+    from trading_push.logs.catalogue import CATALOGUE, default_language, set_language
     from trading_push.logs.emitter import emit, emit_pushed, enabled, set_quiet
     from trading_push.logs.lines import Line, close_line, escape, failure, line, traced
     from trading_push.logs.output import JsonFormatter, SafeFormatter, attached, set_level
@@ -14,7 +14,7 @@ else:
     __getattr__ = lazy(
         __name__,
         {
-            "catalogue": "CATALOGUE set_language",
+            "catalogue": "CATALOGUE default_language set_language",
             "emitter": "emit emit_pushed enabled set_quiet",
             "lines": "Line close_line escape failure line traced",
             "output": "JsonFormatter SafeFormatter attached set_level",
@@ -30,6 +30,7 @@ __all__ = [
     "adopt",
     "attached",
     "close_line",
+    "default_language",
     "emit",
     "emit_pushed",
     "enabled",

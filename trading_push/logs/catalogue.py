@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from trading_push.errors import CloseCode
@@ -13,6 +14,7 @@ __all__ = [
     "MEANINGS",
     "OTHER_MEANING",
     "RESTART_MEANING",
+    "default_language",
     "language",
     "set_language",
     "template",
@@ -447,6 +449,7 @@ CODE_NAMES: Final[dict[int, str]] = {
 """What the other codes mean, by their names in the wire protocol, in both languages."""
 
 _language = 0  # an index into LANGUAGES, of the whole process
+_is_chosen = False  # whether the program has chosen it
 
 # The texts in the language that is set: one look-up for each line.
 _templates = {event: texts[1] for event, texts in CATALOGUE.items()}
@@ -456,8 +459,25 @@ template: Final = _templates.__getitem__
 
 
 def set_language(lang: str) -> None:
-    """Print the lines of the whole process in `zh` or `en`."""
+    """Print the lines of the whole process in `zh`, `en`, or as the locale is (`auto`)."""
+    global _is_chosen
+    _is_chosen = True
+    _use(lang)
+
+
+def default_language(lang: str) -> None:
+    """Print the lines in a language, unless the program has chosen one by `set_language`."""
+    if not _is_chosen:
+        _use(lang)
+
+
+def _use(lang: str) -> None:
     global _language
+    if lang == "auto":
+        # The first that is set is the locale of messages.
+        names = ("LC_ALL", "LC_MESSAGES", "LANG")
+        locale = next((value for name in names if (value := os.environ.get(name))), "")
+        lang = "zh" if locale.lower().startswith("zh") else "en"
     _language = LANGUAGES.index(lang)
     _templates.update((event, texts[1 + _language]) for event, texts in CATALOGUE.items())
 

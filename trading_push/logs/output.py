@@ -263,7 +263,8 @@ def attached(
     longer as long as they are being read.
 
     Args:
-        lang: The language of the lines, `zh` or `en`; of the whole process.
+        lang: The language of the lines of the whole process, `zh`, `en`, or as the locale is
+            (`auto`).
         level: The least level that is written, `info`, `warning` or `error`.
         json: Print JSON objects instead of text.
         file: Append the lines to this file, with time, logger and level.

@@ -306,8 +306,12 @@ class Polling:
 class Log:
     """The log lines, which go to standard error."""
 
-    lang: Literal["zh", "en"] = setting(
-        "zh", one_of("zh", "en"), "The language of the log lines, `zh` or `en`."
+    lang: Literal["zh", "en", "auto"] = setting(
+        "zh",
+        one_of("zh", "en", "auto"),
+        "The language of the log lines: `zh`, `en`, or `auto` for Chinese where the locale "
+        "(`LC_ALL`, `LC_MESSAGES`, `LANG`) is, and English elsewhere. It counts for an application "
+        "that embeds the service, too, unless that chooses one by `logs.attached`.",
     )
     format: Literal["text", "json"] = setting(
         "text", one_of("text", "json"), "The form of the log lines, `text` or `json`."
