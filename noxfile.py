@@ -107,7 +107,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy on the source, and on a program that uses the installed package."""
-    session.install(".[postgres,http,proxy]", "mypy == 2.*")
+    session.install(".[postgres,http,proxy,flask]", "mypy == 2.*")
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
     session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")

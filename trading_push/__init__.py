@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trading_push.auth.tokens import JwtAuthenticator, issue_token
     from trading_push.client.client import open_client
     from trading_push.client.messages import Push
+    from trading_push.client.publisher import Publisher
     from trading_push.endpoints.hypercorn.link import guard_hypercorn
     from trading_push.errors import (
         AuthenticationError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         ErrorCode,
         LinkError,
         PayloadError,
+        PublishError,
         RequestError,
         SendTimeout,
         ServiceClosed,
@@ -66,10 +68,11 @@ else:
             "auth.tokens": "JwtAuthenticator issue_token",
             "client.client": "open_client",
             "client.messages": "Push",
+            "client.publisher": "Publisher",
             "errors": (
                 "AuthenticationError CloseCode ConfigurationError ErrorCode LinkError PayloadError "
-                "RequestError SendTimeout ServiceClosed SourceError TradingPushError "
-                "TransportClosed"
+                "PublishError RequestError SendTimeout ServiceClosed SourceError "
+                "TradingPushError TransportClosed"
             ),
             "models": "Balance Fill Order Pnl Position SymbolPnl Ticker",
             "server": "serve",
@@ -127,6 +130,8 @@ __all__ = [
     "Position",
     "PostgresSource",
     "Principal",
+    "PublishError",
+    "Publisher",
     "Push",
     "PushService",
     "RequestError",

@@ -8,6 +8,7 @@
     │   └── AuthenticationError  a token that does not authenticate (`bad_token`, `token_expired`)
     ├── SourceError              a source could not give data; `retryable` says whether to go on
     ├── PayloadError             an application's data that cannot stand on the wire
+    ├── PublishError             what a `Publisher` sent was not taken; `status` says more
     ├── TransportClosed          the peer is gone, or the stream is finished
     │   └── SendTimeout          ... because it did not take a send within the deadline
     ├── ServiceClosed            the service, or its registry, runs no more
@@ -28,6 +29,7 @@ __all__ = [
     "ErrorCode",
     "LinkError",
     "PayloadError",
+    "PublishError",
     "RequestError",
     "SendTimeout",
     "ServiceClosed",
@@ -137,6 +139,21 @@ class SourceError(TradingPushError):
 
 class PayloadError(TradingPushError):
     """An application's data cannot stand on the wire (not JSON, a NaN, an unknown type)."""
+
+
+class PublishError(TradingPushError):
+    """A server did not take what a `Publisher` sent.
+
+    Args:
+        message: What went wrong and what to do, without the token.
+        status: The status that the server answered with; None if there was no answer.
+        retryable: Whether the same call may succeed later.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retryable = retryable
 
 
 class TransportClosed(TradingPushError):

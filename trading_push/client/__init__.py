@@ -1,4 +1,4 @@
-"""A client in Python, on trio."""
+"""Clients in Python: one that subscribes, on trio, and one that publishes."""
 
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from trading_push.client.client import Client, open_client
     from trading_push.client.ending import Refused, Unreachable
     from trading_push.client.messages import Push
+    from trading_push.client.publisher import Publisher
     from trading_push.client.table import Table
 else:
     __getattr__ = lazy(
@@ -16,12 +17,14 @@ else:
             "client": "Client open_client",
             "ending": "Refused Unreachable",
             "messages": "Push",
+            "publisher": "Publisher",
             "table": "Table",
         },
     )
 
 __all__ = [
     "Client",
+    "Publisher",
     "Push",
     "Refused",
     "Table",

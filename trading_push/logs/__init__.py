@@ -7,7 +7,15 @@ from trading_push.lazy import lazy
 if TYPE_CHECKING:
     from trading_push.logs.catalogue import CATALOGUE, default_language, set_language
     from trading_push.logs.emitter import emit, emit_pushed, enabled, set_quiet
-    from trading_push.logs.lines import Line, close_line, escape, failure, line, traced
+    from trading_push.logs.lines import (
+        ERROR_LENGTH,
+        Line,
+        close_line,
+        escape,
+        failure,
+        line,
+        traced,
+    )
     from trading_push.logs.output import JsonFormatter, SafeFormatter, attached, set_level
     from trading_push.logs.process import adopt
 else:
@@ -16,7 +24,7 @@ else:
         {
             "catalogue": "CATALOGUE default_language set_language",
             "emitter": "emit emit_pushed enabled set_quiet",
-            "lines": "Line close_line escape failure line traced",
+            "lines": "ERROR_LENGTH Line close_line escape failure line traced",
             "output": "JsonFormatter SafeFormatter attached set_level",
             "process": "adopt",
         },
@@ -24,6 +32,7 @@ else:
 
 __all__ = [
     "CATALOGUE",
+    "ERROR_LENGTH",
     "JsonFormatter",
     "Line",
     "SafeFormatter",

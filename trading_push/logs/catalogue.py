@@ -411,6 +411,11 @@ CATALOGUE: Final[dict[str, tuple[str, str, str]]] = {
         "⚠️ 日志输出过慢，已丢弃{dropped}行",
         "⚠️ The log's reader is too slow, {dropped} lines dropped",
     ),
+    "commit_unpublished": (
+        "client",
+        "⚠️ 提交后发布{count}个数据失败: {error}",
+        "⚠️ Publishing {count} values after a commit failed: {error}",
+    ),
 }
 """By event: the logger below `trading_push`, the Chinese text, the English text.
 
