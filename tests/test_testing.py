@@ -51,6 +51,54 @@ async def test_an_applications_own_channel(autojump_clock):
     assert service.statistics().ledger.balanced
 
 
+async def test_the_next_push_of_one_channel_leaves_those_of_others(autojump_clock):
+    channels = [Channel(name, kind="events") for name in ("a", "b", "c")]
+    async with (
+        open_push_service(authenticate=anybody, channels=channels) as service,
+        peer(service, "4") as four,
+    ):
+        await four.subscribe("a", "b", "c")
+        for name in ("a", "b", "c"):
+            assert (await four.push(name))["reason"] == "quiet"
+        taken: dict[str, list[Any]] = {name: [] for name in ("a", "b", "c")}
+
+        async def wait_for(name: str) -> None:
+            for _ in range(3):
+                taken[name].append((await four.push(name))["data"])
+
+        async with trio.open_nursery() as nursery:
+            for name in ("c", "b", "a"):
+                nursery.start_soon(wait_for, name)
+            await trio.testing.wait_all_tasks_blocked()
+            for number in range(3):
+                await service.publish_many((name, number, "4") for name in ("a", "b", "c"))
+        assert taken == {name: [0, 1, 2] for name in ("a", "b", "c")}
+        assert four.sent == []
+
+
+async def test_a_push_that_does_not_come_and_one_that_is_cancelled(autojump_clock):
+    async with (
+        open_push_service(Source(), authenticate=anybody, channels=[MARGIN]) as service,
+        peer(service, "4") as four,
+    ):
+        await four.subscribe("margin")
+        begin = trio.current_time()
+        with pytest.raises(AssertionError, match=r"no push of balance within 30 s; .* margin"):
+            await four.push("balance", timeout_s=30)
+        assert trio.current_time() - begin == pytest.approx(30)
+        assert (await four.push("margin"))["type"] == "snapshot"
+        with pytest.raises(AssertionError, match="no push within 60 s; there are none"):
+            await four.push()
+        with trio.move_on_after(1) as scope:
+            await four.push("margin")
+        assert scope.cancelled_caught
+        await service.publish("margin", 7, user="4")
+        assert (await four.push("margin"))["data"] == 7
+        await service.drain()
+        with pytest.raises(AssertionError, match="closed with 1012"):
+            await four.push("margin")
+
+
 async def test_a_peer_without_a_token_and_one_that_is_closed(autojump_clock):
     async with (
         open_push_service(Source(), authenticate=anybody) as service,

@@ -8,7 +8,7 @@
             peer(service, "4") as four,
         ):
             await four.subscribe("margin")
-            assert (await four.push())["data"] == {"ratio": "0.5"}
+            assert (await four.push("margin"))["data"] == {"ratio": "0.5"}
 
 Everything between the peer and the source is the real thing: the connection's nursery, the
 registry, the push loops; only the bytes on the wire are not. With pytest-trio's `autojump_clock`
@@ -87,6 +87,8 @@ class MemoryTransport:
     async def next(self, count: int = 1) -> list[dict[str, Any]]:
         """Take the next messages, replies and pushes alike; waits until there are so many.
 
+        Cancelled, it has taken none. A checkpoint only if it has to wait.
+
         Raises:
             AssertionError: The service has closed, so that they never come.
         """
@@ -102,19 +104,25 @@ class MemoryTransport:
             AssertionError: The service has closed, so that it never comes.
         """
         self.say(op, **fields)
+        return await self._take_first(lambda message: message.get("op", "notice") != "notice")
+
+    async def _take_first(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         while True:
-            for message in self.sent:
-                if message.get("op", "notice") != "notice":
-                    self.sent.remove(message)
-                    return message
+            for index, message in enumerate(self.sent):
+                if wanted(message):
+                    return self.sent.pop(index)
             await self._wait_for_news()
 
     async def _wait_for_news(self) -> None:
         if self.closed_with is not None:
             code, reason = self.closed_with
             raise AssertionError(f"closed with {int(code)} {reason!r}")
-        self._news = trio.Event()
         await self._news.wait()
+
+    def _tell(self) -> None:
+        # Whoever waits has this event, and whoever comes later the next one.
+        self._news.set()
+        self._news = trio.Event()
 
     async def subscribe(self, *args: Any) -> None:
         """Subscribe to channels.
@@ -125,9 +133,30 @@ class MemoryTransport:
         reply = await self.request("subscribe", args=list(args))
         assert reply["ok"], reply
 
-    async def push(self) -> dict[str, Any]:
-        """Take the next message."""
-        return (await self.next())[0]
+    async def push(self, channel: str | None = None, *, timeout_s: float = 60) -> dict[str, Any]:
+        """Take the next message, or the next push of one channel; waits until there is one.
+
+        What came before it on other channels stays in `sent`, for whoever waits for that.
+        Cancelled, it has taken nothing. A checkpoint only if it has to wait.
+
+        Args:
+            channel: The channel; None takes whatever comes next. A push is a snapshot, an update or
+                a status.
+            timeout_s: How long it may take, by trio's clock: with `autojump_clock` no time at all.
+
+        Raises:
+            AssertionError: It has not come in time; the text says what has come instead. Or the
+                service has closed, so that it never comes.
+        """
+        with trio.move_on_after(timeout_s):
+            if channel is None:
+                return (await self.next())[0]
+            return await self._take_first(lambda message: message.get("channel") == channel)
+        others = sorted({str(each.get("channel", each.get("op"))) for each in self.sent})
+        raise AssertionError(
+            f"no push{'' if channel is None else f' of {channel}'} within {timeout_s:g} s; "
+            f"there are {', '.join(others) or 'none'}"
+        )
 
     def leave(self, code: int | None = None, reason: str = "") -> None:
         """Go; with a close frame where `code` is given."""
@@ -193,7 +222,7 @@ class MemoryTransport:
                 self.pings += 1
             else:
                 self.sent.append(json.loads(payload_of(frame)))
-        self._news.set()
+        self._tell()
 
     def shorten_deadline(self, grace_s: float) -> None:
         """Give a stuck send, and each later one, no longer than this."""
@@ -206,7 +235,7 @@ class MemoryTransport:
         assert self.closed_with is None, "closed twice"
         if not self._gone:
             self.closed_with = code, reason
-            self._news.set()
+            self._tell()
         await trio.lowlevel.checkpoint()
 
     def abort(self) -> None:
