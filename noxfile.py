@@ -77,7 +77,7 @@ def soak(session: nox.Session) -> None:
     counts["TESTS_FLASK"] = "100000"
     files = session.posargs or [
         *("hard/test_load.py", "hard/test_fuzz.py", "hard/test_soak.py"),
-        *("hard/test_random_client.py", "sources/test_flask.py"),
+        *("hard/test_random_client.py", "sources/test_flask.py", "test_flask_page.py"),
     ]
     session.run("pytest", "-s", "-m", "", *map(_from_root, files), env=counts)
 

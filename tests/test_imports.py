@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("upstream", "connections", "web", "client"),
     ("endpoints",),
     ("service", "statistics"),
-    ("factory", "testing", "reload"),
+    ("factory", "testing", "reload", "flask"),
     ("server",),
     ("", "asgi", "cli", "__main__"),
 )
@@ -154,6 +154,13 @@ def test_a_command_loads_no_server(arguments, monkeypatch, tmp_path):
     )
     assert not SERVER & {name.split(".")[0] for name in loaded}
     assert f"trading_push.cli.{arguments[0]}" in loaded or arguments == ["--help"]
+
+
+def test_publishing_and_handing_out_tokens_load_no_server():
+    loaded = loaded_by("from trading_push.flask import push_blueprint")
+    assert not {*SERVER, "httpx"} & {name.split(".")[0] for name in loaded}
+    loaded = loaded_by("from trading_push import Publisher, issue_token")
+    assert not {*SERVER, "httpx"} & {name.split(".")[0] for name in loaded}
 
 
 def test_the_package_alone_loads_nothing():

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import trio
 
+from harness.readme import block
 from harness.support import PATIENCE_S, SECRET, free_port, hypercorn_serving
 
 from trading_push import (
@@ -142,6 +143,12 @@ async def test_what_is_published_from_threads_arrives():
 
             await trio.to_thread.run_sync(refused)
         assert service.statistics().users_online == 1
+
+
+def test_publishes_as_printed(server):
+    program = block("publisher").replace("http://127.0.0.1:8000", server.url)
+    exec(compile(program, "publishing.md", "exec"), {})
+    assert server.asked[0][2] == [{"channel": "pnl", "data": {"total": "12.50"}, "user": "4"}]
 
 
 @pytest.mark.parametrize("first", [429, 500, 502, 503, 504, 408, "cut"])

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from harness.browser import BROWSER_FLAGS, BROWSERS, find_browser
 from harness.room import lines
 from harness.support import SECRET, free_port, hypercorn_serving, process, until
 
 from trading_push import JwtAuthenticator, PushService, open_push_service
 from trading_push.settings.schema import Auth, Server, Settings
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-    # It stays until the test ends it: the page itself tells what came of its attempt.
-    "--remote-debugging-port=0",
-)
 
 # It asks for an image by the name of what came of it, which a page of any origin may.
 PAGE = """\
@@ -38,9 +31,9 @@ FRAME = '<!doctype html><iframe sandbox="allow-scripts" src="/page"></iframe>'
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = find_browser()
     if found is None:
-        pytest.skip(f"no browser is installed: {', '.join(NAMES)}")
+        pytest.skip(f"no browser is installed: {', '.join(BROWSERS)}")
     return found
 
 
@@ -95,7 +88,7 @@ async def test_a_page_in_a_browser(browser, url, origins, refused, tmp_path, cap
     caplog.set_level("INFO", "trading_push")
     port = free_port()
     async with site(origins.format(port=port), port) as served:
-        with process(browser, *FLAGS, f"--user-data-dir={tmp_path}", url.format(port=port)):
+        with process(browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path}", url.format(port=port)):
             await until(lambda: served.told)
     said = [line for line in lines(caplog) if "拒绝来源" in line]
     if refused is None:
