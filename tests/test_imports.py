@@ -16,14 +16,14 @@ PACKAGE = Path(trading_push.__file__).parent
 
 # Each layer may import from those before it. Within one, no two packages import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "supervision", "lazy"),
+    ("errors", "histogram", "models", "supervision", "lazy"),
     ("topics", "user_ids", "logs", "transport"),
     ("settings",),
     ("auth", "broker", "sources"),
     ("protocol",),
     ("upstream", "connections", "web", "client"),
     ("endpoints",),
-    ("service", "statistics"),
+    ("service", "statistics", "metrics"),
     ("factory", "testing", "reload", "flask"),
     ("server",),
     ("", "asgi", "cli", "__main__"),

@@ -7,6 +7,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import trio
@@ -25,6 +26,7 @@ from trading_push.endpoints import native
 from trading_push.endpoints.asgi import AsgiEndpoint
 from trading_push.endpoints.hypercorn.server import guard
 from trading_push.errors import ServiceClosed, innermost
+from trading_push.metrics import render
 from trading_push.protocol import payloads
 from trading_push.settings.schema import Limits, Settings
 from trading_push.sources.base import Source, TickerFeed
@@ -40,9 +42,6 @@ from trading_push.user_ids import given_user_id
 from trading_push.web.routes import routes
 
 __all__ = ["PushService", "open_push_service"]
-
-_FORGET_EVERY_S = 10
-_LEAST_DRAIN_S = 0.5
 
 
 class PushService:
@@ -64,7 +63,6 @@ class PushService:
         on_leave: Callable[[Member], None],
     ) -> None:
         self._settings = settings
-        limits = settings.limits
         self._registry = Registry(channels, on_watched=self._watched, on_leave=on_leave)
         self._broker = MemoryBroker(channels, self._deliver)
         self._upstream = Upstream(
@@ -90,7 +88,7 @@ class PushService:
             trusted_proxies=networks(settings.server.trusted_proxies),
             leeway_s=settings.auth.leeway_s,
             channels=channels,
-            limits=limits,
+            limits=settings.limits,
             registry=self._registry,
             broker=self._broker,
             tokens=TokenCheck(authenticate, settings.auth.leeway_s),
@@ -100,7 +98,14 @@ class PushService:
             awaits_source=self._awaits_source,
         )
         guard.strangers = self.context.strangers  # one bound for both
-        http = routes(self.context, self, self._upstream.state, lambda: guard.workers)
+        http = routes(
+            self.context,
+            self,
+            self._upstream.state,
+            lambda: guard.workers,
+            partial(render, self.context, self._upstream),
+            settings.web.metrics,
+        )
         self.asgi_app = AsgiEndpoint(self.context, http)
         """The ASGI application: WebSocket at the configured path, and the routes of HTTP."""
 

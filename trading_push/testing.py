@@ -168,6 +168,8 @@ class MemoryTransport:
 
     # --- what the connection does: see `transport.base.Transport` -----------------------------
 
+    endpoint = "memory"
+
     @property
     def gone(self) -> bool:
         """Whether the test has left."""

@@ -26,6 +26,7 @@ __all__ = [
     "Channels",
     "Topic",
     "canonical_symbol",
+    "family_of",
     "market_name",
     "symbol_of",
     "ticker_topic",
@@ -132,6 +133,14 @@ def symbol_of(channel: str) -> str | None:
     if channel.startswith(TICKER_PREFIX) and channel != ALL_TICKERS.channel:
         return channel[len(TICKER_PREFIX) :]
     return None
+
+
+@lru_cache(4096)
+def family_of(channel: str) -> str:
+    """What counts call a channel: its name, but `ticker` for the ticker of any symbol."""
+    if channel.startswith(TICKER_PREFIX) and channel != ALL_TICKERS.channel:
+        return "ticker"
+    return channel
 
 
 def market_name(channel: str) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from trading_push.broker.base import Publication
 from trading_push.connections import fanout
 from trading_push.connections.subscription import Siblings, Subscription
+from trading_push.connections.tally import Tally
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Topic, ticker_topic
 
@@ -39,7 +40,7 @@ def subscribed(transport: MemoryTransport, *symbols: str, sent: int = 0) -> list
     """Subscriptions that have been sent the publication `sent`, as if their senders were idle."""
     made = []
     for symbol in symbols:
-        each = Subscription(ticker_topic(symbol), "state", transport, Siblings(1000))
+        each = Subscription(ticker_topic(symbol), "state", transport, Siblings(1000, Tally()))
         each.direct, each.epoch, each.sent = True, "e", sent
         made.append(each)
     return made
@@ -64,7 +65,7 @@ async def in_slices(
 ) -> None:
     """Deliver, with something else at each yield; every look at the clock is one."""
     monkeypatch.setattr(fanout, "SLICE_S", -1)
-    for _ in fanout.deliver(messages, where):
+    for _ in fanout.deliver(messages, where, Tally(), 0.0):
         between()
 
 
@@ -111,8 +112,8 @@ async def test_whose_pace_changes_meanwhile_is_left_to_its_sender_tasks(monkeypa
 async def test_of_what_is_not_taken_nothing_is_lost_and_nothing_doubled(monkeypatch):
     transport = Peer()
     transport.takes = False
-    events = Subscription(Topic("x"), "events", transport, Siblings(1000))
-    state = Subscription(Topic("y"), "state", transport, Siblings(1000))
+    events = Subscription(Topic("x"), "events", transport, Siblings(1000, Tally()))
+    state = Subscription(Topic("y"), "state", transport, Siblings(1000, Tally()))
     for each in (events, state):
         each.direct, each.epoch, each.sent = True, "e", 0
     messages = [

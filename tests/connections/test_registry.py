@@ -19,6 +19,7 @@ from trading_push.broker.base import Publication
 from trading_push.connections.members import Departure, Member
 from trading_push.connections.registry import Registry
 from trading_push.connections.subscription import Siblings, Subscription
+from trading_push.connections.tally import Tally
 from trading_push.errors import ServiceClosed
 from trading_push.testing import MemoryTransport
 from trading_push.topics import BUILTIN_CHANNELS, Channels, Topic, symbol_of
@@ -36,7 +37,7 @@ def info(caplog):
 def subscription(channel: str, user: str = "4") -> Subscription:
     everyone = symbol_of(channel) is not None or channel == "news"
     topic = Topic(channel, None if everyone else user)
-    return Subscription(topic, CHANNELS.kind_of(topic), MemoryTransport(), Siblings(1000))
+    return Subscription(topic, CHANNELS.kind_of(topic), MemoryTransport(), Siblings(1000, Tally()))
 
 
 def joined(registry: Registry, user: str, *channels: str) -> tuple[Member, list[Subscription]]:

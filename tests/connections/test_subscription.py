@@ -11,6 +11,7 @@ import trio.testing
 
 from trading_push.broker.base import Publication, Status, StatusChange
 from trading_push.connections.subscription import Siblings, Subscription
+from trading_push.connections.tally import Tally
 from trading_push.testing import MemoryTransport
 from trading_push.topics import Kind, Topic
 
@@ -38,7 +39,7 @@ class Owner:
 @asynccontextmanager
 async def subscription(kind: Kind) -> AsyncIterator[tuple[Subscription, MemoryTransport]]:
     transport = MemoryTransport()
-    made = Subscription(TOPIC, kind, transport, Siblings(1000))
+    made = Subscription(TOPIC, kind, transport, Siblings(1000, Tally()))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.run, Owner())
         yield made, transport
@@ -66,7 +67,7 @@ async def test_a_snapshot_that_the_fan_out_has_yet_to_hand_out_is_sent_once(auto
 @pytest.mark.parametrize("kind", ["state", "events"])
 async def test_what_is_not_newer_than_the_beginning_is_dropped_at_the_gate(autojump_clock, kind):
     transport = MemoryTransport()
-    made = Subscription(TOPIC, kind, transport, Siblings(1000))
+    made = Subscription(TOPIC, kind, transport, Siblings(1000, Tally()))
     made.offer(publication(4, kind))
     made.offer(publication(5, kind))
     made.frame_of(publication(5, kind))  # its frame goes with the reply

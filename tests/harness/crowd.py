@@ -24,6 +24,7 @@ RESET = struct.pack("ii", 1, 0)
 PUSH = re.compile(rb'"channel":"([^"]+)","type":"(snapshot|update)","epoch":"([^"]+)"')
 PREV = re.compile(rb'"prev":(\d+)')
 SEQ = re.compile(rb'"seq":(\d+)')
+MERGED = re.compile(rb'"merged":(\d+)')
 
 # So many at most come at the same time: the kernel's queue of a listener holds 4096.
 AT_ONCE = 1000
@@ -52,6 +53,10 @@ class Member:
         self.rude = False
         """Whether it has said what it must not: then it is no fault to be refused."""
         self.pushes = 0
+        self.merged = 0
+        """How many values came in a later one only."""
+        self.bytes = 0
+        """Of the frames of all pushes."""
         self.last: dict[str, tuple[str, int]] = {}
         """The epoch and the sequence number of the last value of each channel."""
         self.faults: list[str] = []
@@ -137,6 +142,7 @@ class Member:
         elif head != 0x81:
             self.faults.append(f"the frame {head!r} {payload[:50]!r}")
         elif (push := PUSH.search(payload)) is not None:
+            self.bytes += len(payload) + (2 if len(payload) < 126 else 4)
             self.push(push, payload)
         elif b'"op":' in payload[:10]:
             self.reply(json.loads(payload))
@@ -153,6 +159,8 @@ class Member:
                 self.faults.append(f"{payload[:150]!r} after {last}")
             elif seq != last[1] + 1 and b'"merged":' not in payload:
                 self.faults.append(f"{last[1]} to {seq} in {payload[:150]!r}")
+        if (merged := MERGED.search(payload)) is not None:
+            self.merged += int(merged[1]) - 1
         self.last[channel] = epoch, seq
         self.pushes += 1
 

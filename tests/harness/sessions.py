@@ -8,8 +8,9 @@ from typing import Any
 from trading_push import AuthenticationError, Channel, Principal
 from trading_push.errors import ErrorCode, RequestError
 from trading_push.protocol import messages
+from trading_push.protocol.actions import CheckToken, End, Reply, Subscribe, Unsubscribe
 from trading_push.protocol.rate_limit import MessageRate
-from trading_push.protocol.session import CheckToken, End, Reply, Session, Subscribe, Unsubscribe
+from trading_push.protocol.session import Session
 from trading_push.settings.schema import Limits
 from trading_push.topics import BUILTIN_CHANNELS, Channels
 

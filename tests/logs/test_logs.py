@@ -22,7 +22,7 @@ from harness.support import PATIENCE_S
 
 from trading_push import SourceError, logs
 from trading_push.logs.lines import FIELD_LENGTH
-from trading_push.logs.output import PROGRESS_S, Output
+from trading_push.logs.output import PROGRESS_S, Output, attached_outputs
 from trading_push.logs.output import chunks as chunks_of
 
 
@@ -128,6 +128,16 @@ def test_what_a_full_queue_drops_is_counted_in_a_line():
         output.end(10)
         rest = pipe.read().decode().splitlines()
     assert rest == ["⚠️ 日志输出过慢，已丢弃3行", "line 7", "line 8"]
+    assert output.lost == 3
+
+
+def test_what_was_dropped_counts_when_its_output_is_gone():
+    before = logs.lines_dropped()
+    with logs.attached():
+        assert logs.lines_dropped() == before
+        attached_outputs[0].lost = 5
+        assert logs.lines_dropped() == before + 5
+    assert logs.lines_dropped() == before + 5
 
 
 def test_the_last_lines_are_waited_for_as_long_as_somebody_reads_them():

@@ -13,7 +13,8 @@ from harness.sessions import NOW, answer, make
 
 from trading_push import ErrorCode, Principal
 from trading_push.errors import CloseCode
-from trading_push.protocol.session import Session, Subscribe
+from trading_push.protocol.actions import Subscribe
+from trading_push.protocol.session import Session
 from trading_push.settings.schema import Limits
 
 

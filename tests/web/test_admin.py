@@ -26,6 +26,8 @@ from harness.support import (
 
 from trading_push import SourceError, issue_token, open_push_service
 from trading_push.settings.schema import Intervals, Settings
+from trading_push.testing import peer
+from trading_push.web import slices
 
 ADMIN = issue_token(SECRET, "ops", 3600, {"admin": True})
 GETS = ("/online", "/stats", "/connections")
@@ -144,6 +146,41 @@ async def test_who_is_there():
         assert (await ask(port, "/connections?limit=x"))[0] == 400
         status, answer = await ask(port, "/stats")
         assert (status, answer["users_online"], answer["connections"]) == (200, 2, 3)
+
+
+async def test_connections_come_and_go_while_they_are_listed(monkeypatch):
+    monkeypatch.setattr(slices, "_SLICE_S", -1)
+    monkeypatch.setattr(slices, "_CHUNK", 1)
+    monkeypatch.setattr(slices, "_SORTED_AT_ONCE", 7)
+    async with (
+        serving() as service,
+        hypercorn_serving(service) as port,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def stay(user: int, task_status: trio.TaskStatus[None]) -> None:
+            async with peer(service, str(user)):
+                task_status.started()
+                await trio.sleep_forever()
+
+        async def come_and_go() -> None:
+            while True:
+                async with peer(service, "passing"):
+                    await trio.lowlevel.checkpoint()
+
+        for user in range(50):
+            await nursery.start(stay, user)
+        nursery.start_soon(come_and_go)
+        users = {str(user) for user in range(50)}
+        status, answer = await ask(port, "/connections")
+        assert status == 200
+        ids = [row["id"] for row in answer["connections"]]
+        assert ids == sorted(set(ids))
+        assert users <= {row["user"] for row in answer["connections"]}
+        status, answer = await ask(port, "/online")
+        assert status == 200
+        assert users <= answer["users"].keys()
+        nursery.cancel_scope.cancel()
 
 
 async def test_kick_says_who_did_it(caplog):

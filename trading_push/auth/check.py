@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from typing import Any, Final
 
 import trio
@@ -16,7 +17,11 @@ from trading_push.logs.strangers import StrangerLines
 from trading_push.settings.schema import Server
 from trading_push.supervision import exits_are_errors
 
-__all__ = ["TokenCheck", "check_origins"]
+__all__ = ["RESULTS", "TokenCheck", "check_origins"]
+
+RESULTS: Final = ("ok", "refused", "expired", "unavailable", "error", "abandoned")
+"""What a check of a token ends with, as it is counted; `abandoned`: its time was up, or the client
+has gone."""
 
 _REPEAT_S: Final = 60
 """How often at most the log says that tokens cannot be checked."""
@@ -36,6 +41,8 @@ class TokenCheck:
         self.revoked = RevokedTokens(leeway_s)
         self.strangers = StrangerLines()
         """Bounds the lines that tell of refused tokens, and others that anyone can cause."""
+        self.results: Counter[str] = Counter()
+        """How the checks have ended since the start, by `RESULTS`."""
         self.use(authenticate, leeway_s)
         # When the log last said that tokens cannot be checked, on trio's clock.
         self._told_unavailable_at = -math.inf
@@ -67,6 +74,7 @@ class TokenCheck:
         principal = await self.of_handshake(token, handshake or Handshake(address=address))
         if principal is None:
             error = AuthenticationError()
+            self.results["refused"] += 1
             self.refused(error, token, address)
             raise error
         return principal
@@ -76,13 +84,25 @@ class TokenCheck:
 
         As `principal`, but None where `authenticate` leaves it open.
         """
+        result = "abandoned"
         try:
             principal = await self._ask(token, handshake)
             if principal is not None:
                 self.revoked.check(principal)
+            result = "ok" if principal is not None else ""
         except AuthenticationError as error:
+            result = "expired" if error.expired else "refused"
             self.refused(error, token, handshake.address)
             raise
+        except SourceError:
+            result = "unavailable"
+            raise
+        except Exception:
+            result = "error"
+            raise
+        finally:
+            if result:  # else it is left open who it is
+                self.results[result] += 1
         return principal
 
     def check_again(self, principal: Principal, address: str) -> None:

@@ -80,6 +80,11 @@ class Broker(Protocol):
     `deliver` that the broker was made with, in the order of the calls.
     """
 
+    @property
+    def published(self) -> Mapping[str, int]:
+        """How often was published since the start, by channel; all symbols are `ticker`."""
+        ...
+
     def publish(self, values: Sequence[tuple[Topic, bytes]]) -> None:
         """Publish one batch of encoded values; their topics are live from then on."""
         ...

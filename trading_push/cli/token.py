@@ -29,8 +29,11 @@ _LONGEST_S = 10 * 366 * 24 * 3600
 )
 @click.option("--publish", is_flag=True, help="Allow it to publish: POST /publish.")
 @click.option("--admin", is_flag=True, help="Allow it to administer: kick, stats and the others.")
+@click.option("--metrics", is_flag=True, help="Allow it to read GET /metrics.")
 @config_option
-def token(user: str, ttl: int, publish: bool, admin: bool, config: Path | None) -> None:
+def token(
+    user: str, ttl: int, publish: bool, admin: bool, metrics: bool, config: Path | None
+) -> None:
     """Print a token, signed with the configured secret, or with the demo's if there is none."""
     settings = load_settings(config=config, flags={})
     secret, _ = secret_of(settings)
@@ -40,6 +43,6 @@ def token(user: str, ttl: int, publish: bool, admin: bool, config: Path | None) 
             "private key that makes tokens: ask whoever issues yours"
         )
     JwtAuthenticator(settings.auth, secret)  # make no token that the server would refuse
-    allowed = {"publish": publish, "admin": admin}
+    allowed = {"publish": publish, "admin": admin, "metrics": metrics}
     claims = {**required_claims(settings.auth), **{name: True for name in allowed if allowed[name]}}
     click.echo(issue_token(secret, user, ttl, claims))

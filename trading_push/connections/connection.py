@@ -30,16 +30,9 @@ from trading_push.errors import (
     innermost,
 )
 from trading_push.protocol import frames, messages
+from trading_push.protocol.actions import Action, CheckToken, End, Reply, Subscribe, Unsubscribe
 from trading_push.protocol.rate_limit import MessageRate
-from trading_push.protocol.session import (
-    Action,
-    CheckToken,
-    End,
-    Reply,
-    Session,
-    Subscribe,
-    Unsubscribe,
-)
+from trading_push.protocol.session import Session
 from trading_push.transport.base import ABNORMAL, Close, Transport, try_write
 
 __all__ = ["Connection"]
@@ -129,7 +122,7 @@ class Connection:
             ServiceClosed: The service runs no more; the peer has not been served.
         """
         context = self._context
-        self._member = context.registry.connect(self._transport.peer)
+        self._member = context.registry.connect(self._transport.peer, self._transport.endpoint)
         self._session = Session(
             context.channels,
             context.limits,
@@ -139,6 +132,7 @@ class Connection:
             clock=time.time,
             anonymous=context.anonymous,
             token_in_url=self._opening.token_in_url,
+            requests=context.registry.tally.requests,
         )
         context.connections.add(self)
         if not context.connections.accepting:  # its handshake was under way when the drain began
@@ -172,6 +166,7 @@ class Connection:
                 await self._close_transport(close)
             if scope.cancelled_caught:
                 self._transport.abort()
+            self._subscriber.close(keep=False)  # what a drain kept, and could not send
             context.heartbeat.remove(self)
             context.connections.remove(self)
 
@@ -276,7 +271,7 @@ class Connection:
     def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
         error = innermost(errors)
         logs.emit(logs.traced("internal_error", error, address=self._transport.peer))
-        self._final_frames.append(ending.internal_error(self._session.request_id))
+        self._final_frames.append(ending.internal_error(self._session))
         self._end(Close(CloseCode.INTERNAL_ERROR, "internal error", ours=True))
 
     async def _close_transport(self, close: Close) -> None:
@@ -339,11 +334,10 @@ class Connection:
                 principal = await self._context.tokens.principal(token, address, seen)
         except AuthenticationError as error:
             await self._refuse(request_id, error)
-        except trio.TooSlowError:
-            await self.send([ending.internal_error(self._session.request_id)])
-        except SourceError:  # no token is to blame; a session goes on as it was
-            await self.send([ending.internal_error(self._session.request_id)])
-            if self._session.principal is None:
+        except (trio.TooSlowError, SourceError) as error:
+            # No token is to blame; a session goes on as it was.
+            await self.send([ending.internal_error(self._session)])
+            if isinstance(error, SourceError) and self._session.principal is None:
                 self.stop(CloseCode.INTERNAL_ERROR, "internal error")
         else:
             if await self._authenticate(request_id, principal):

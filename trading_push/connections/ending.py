@@ -6,8 +6,9 @@ import random
 from typing import Final
 
 from trading_push.connections.opening import Opening
-from trading_push.errors import CloseCode, ErrorCode, RequestError, SendTimeout, TransportClosed
+from trading_push.errors import CloseCode, SendTimeout, TransportClosed
 from trading_push.protocol import frames, messages
+from trading_push.protocol.session import Session
 from trading_push.transport.base import ABNORMAL, Close
 
 __all__ = [
@@ -54,7 +55,6 @@ def shutdown_notice() -> bytes:
     return messages.encode(messages.Notice("shutdown", random.randint(*_RECONNECT_AFTER_MS)))
 
 
-def internal_error(request_id: messages.Id) -> bytes:
+def internal_error(session: Session) -> bytes:
     """The frame of the reply to a request that the server has failed at."""
-    error = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
-    return frames.frame(messages.encode(messages.error_reply(request_id, error)))
+    return frames.frame(messages.encode(session.failed()))

@@ -20,8 +20,9 @@ from contextlib import suppress
 from trading_push import logs
 from trading_push.broker.base import Message, Publication, StatusChange
 from trading_push.connections.subscription import Siblings, Subscription
+from trading_push.connections.tally import Tally
 from trading_push.protocol import frames
-from trading_push.topics import Topic
+from trading_push.topics import Topic, family_of
 from trading_push.transport.base import Transport, try_write
 
 __all__ = ["deliver"]
@@ -37,10 +38,12 @@ Table = Mapping[Topic, Collection[Subscription]]
 class _Shared:
     """A publication, with what it takes to send it as the same bytes to many."""
 
-    __slots__ = ("epoch", "frame", "message", "prev", "seq")
+    __slots__ = ("direct", "epoch", "frame", "message", "prev", "seq")
 
     def __init__(self, message: Publication, head: bytes) -> None:
         self.message = message
+        self.direct = 0
+        """How many were sent `frame`, as far as is decided."""
         self.epoch = message.epoch
         self.seq = message.seq
         self.prev = message.seq - 1
@@ -58,20 +61,37 @@ class _Shared:
         )
 
 
-def deliver(batch: Sequence[Message], table: Table) -> Iterator[None]:
+def deliver(
+    batch: Sequence[Message], table: Table, tally: Tally, published_at: float
+) -> Iterator[None]:
     """Hand a batch to its subscribers, each connection's frames in one write where it takes them.
 
     Yields whenever it has run for 2 ms: other tasks must be let run then. The table must not change
     meanwhile.
+
+    Args:
+        batch: What was published, or has changed.
+        table: Who subscribes to what.
+        tally: What is sent is counted in.
+        published_at: When it was published, by `time.perf_counter`.
     """
+    shared: list[_Shared] = []
     deadline = time.perf_counter() + SLICE_S
-    for _ in _deliveries(batch, table):
+    for _ in _deliveries(batch, table, shared):
         if time.perf_counter() > deadline:
             yield
             deadline = time.perf_counter() + SLICE_S
+    # Counted once a publication, not once a delivery.
+    if shared:
+        deliveries, size = tally.deliveries, 0
+        for each in shared:
+            deliveries[family_of(each.message.topic.channel)] += each.direct
+            size += each.direct * len(each.frame)
+        tally.delivered_bytes += size
+        tally.to_socket.observe(time.perf_counter() - published_at, len(shared))
 
 
-def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
+def _deliveries(batch: Sequence[Message], table: Table, made: list[_Shared]) -> Iterator[None]:
     channel = batch[0].topic.channel
     # No connection has two topics of one channel: there is nothing to join, and it costs less so.
     is_one_channel = all(message.topic.channel == channel for message in batch)
@@ -86,6 +106,7 @@ def _deliveries(batch: Sequence[Message], table: Table) -> Iterator[None]:
             yield
             continue
         shared = _Shared(message, next(iter(subscribers)).head)
+        made.append(shared)
         if is_one_channel:
             yield from _to_each(list(subscribers), shared)
         else:
@@ -106,6 +127,7 @@ def _to_each(subscribers: Sequence[Subscription], shared: _Shared) -> Iterator[N
     """Hand one publication to each of its subscribers."""
     frame, seq, epoch, prev = shared.frame, shared.seq, shared.epoch, shared.prev
     size = len(frame)
+    offered = 0
     for start in range(0, len(subscribers), _CHUNK):
         for subscription in subscribers[start : start + _CHUNK]:
             # `try_write` written out: every call counts here.
@@ -127,7 +149,9 @@ def _to_each(subscribers: Sequence[Subscription], shared: _Shared) -> Iterator[N
                 except Exception as error:
                     _drop(subscription.transport, error)
             subscription.offer(shared.message)
+            offered += 1
         yield
+    shared.direct = len(subscribers) - offered
 
 
 class _Group:
@@ -156,6 +180,7 @@ class _Group:
             deliveries = list(zip(self.subscriptions, self.publications, strict=True))
             for subscription, shared in reversed(deliveries):
                 subscription.sent = shared.prev
+                shared.direct -= 1
             for subscription, shared in deliveries:
                 subscription.offer(shared.message)
         for subscription, message in self.late:
@@ -167,6 +192,7 @@ def _decide(
 ) -> None:
     """Put one publication into the groups of those who can be sent the shared frame."""
     seq, epoch, prev = shared.seq, shared.epoch, shared.prev
+    offered = 0
     for subscription in subscribers:
         group = groups.get(subscription.transport)
         if subscription.direct and subscription.sent == prev and subscription.epoch == epoch:
@@ -176,10 +202,13 @@ def _decide(
             group.subscriptions.append(subscription)
             # Taken back if it is not written: nothing else is sent to this one meanwhile.
             subscription.sent = seq
-        elif group is None:
+            continue
+        offered += 1
+        if group is None:
             subscription.offer(shared.message)
         else:
             group.late.append((subscription, shared.message))
+    shared.direct = len(subscribers) - offered
 
 
 def _drop(transport: Transport, error: Exception) -> None:

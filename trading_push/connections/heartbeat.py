@@ -11,10 +11,13 @@ from typing import Final, Protocol
 
 import trio
 
+from trading_push.histogram import Histogram
+
 __all__ = ["Heartbeat", "Monitored"]
 
 _STEP_S: Final = 0.05
 """At most; a quarter of a heartbeat that is shorter. The pongs of a step come all at once."""
+_LAG_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _CHUNK: Final = 64
 """How many connections there are between two checkpoints."""
 
@@ -44,6 +47,8 @@ class Heartbeat:
 
     def __init__(self, heartbeat_s: float) -> None:
         self._step_s = min(_STEP_S, heartbeat_s / 4)
+        self.lag = Histogram(_LAG_S)
+        """How late the event loop was at each step, in seconds."""
         self._steps: dict[float, set[Monitored]] = {}  # none of them empty
         self._order: list[float] = []  # a heap of the steps; of some that are no more, too
 
@@ -74,8 +79,10 @@ class Heartbeat:
     async def run(self) -> None:
         """Look after each connection when it is its time, until cancelled."""
         while True:
-            await trio.sleep(self._step_s)
+            due = trio.current_time() + self._step_s
+            await trio.sleep_until(due)
             now = trio.current_time()
+            self.lag.observe(now - due)
             while self._order and self._order[0] * self._step_s <= now:
                 step = heapq.heappop(self._order)
                 for number, connection in enumerate(self._steps.pop(step, ())):

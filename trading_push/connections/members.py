@@ -38,6 +38,7 @@ class Member:
 
     id: str
     address: str
+    endpoint: str = ""
     user: str | None = None
     subscriptions: dict[Topic, Subscription] = attrs.field(factory=dict)
     present: bool = False

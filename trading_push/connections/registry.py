@@ -22,10 +22,11 @@ from trading_push.connections import fanout
 from trading_push.connections.lines import RegistryLines
 from trading_push.connections.members import Departure, Ledger, Member
 from trading_push.connections.subscription import Subscription
+from trading_push.connections.tally import Tally
 from trading_push.errors import ServiceClosed
 from trading_push.logs.lines import Line, line
 from trading_push.supervision import exits_are_errors
-from trading_push.topics import Channels, Topic
+from trading_push.topics import Channels, Topic, family_of
 
 __all__ = ["Registry"]
 
@@ -49,6 +50,7 @@ class Registry:
         on_leave: Callable[[Member], None] = lambda member: None,
     ) -> None:
         self.ledger = Ledger()
+        self.tally = Tally()
         self.cleanup_failures = 0
         """How many steps of a clean-up have raised since the start."""
         self._lines = RegistryLines(channels, self._watchers_of, self.watched)
@@ -100,13 +102,13 @@ class Registry:
         if self._closed:
             raise ServiceClosed("the registry runs no more")
 
-    def connect(self, address: str) -> Member:
-        """A connection has come.
+    def connect(self, address: str, endpoint: str = "") -> Member:
+        """A connection has come from an address to an endpoint.
 
         Raises:
             ServiceClosed: The registry runs no more.
         """
-        member = Member(secrets.token_hex(8), address)
+        member = Member(secrets.token_hex(8), address, endpoint)
         self._command(self._connected, member)
         return member
 
@@ -124,7 +126,7 @@ class Registry:
 
     def deliver(self, batch: Sequence[Message]) -> None:
         """Hand a batch to its subscribers. Raises ServiceClosed."""
-        self._command(self._deliver, batch)
+        self._command(self._deliver, batch, time.perf_counter())
 
     def settle(self, topics: Sequence[Topic]) -> None:
         """The source has answered for these topics for the first time. Raises ServiceClosed."""
@@ -189,6 +191,8 @@ class Registry:
         member.present = True
         self._connections += 1
         self.ledger.connections_opened += 1
+        self.tally.opened[member.endpoint] += 1
+        self.tally.open[member.endpoint] += 1
         logs.emit(
             line("connected", address=member.address),
             line("connection_count", connections=self._connections),
@@ -214,6 +218,7 @@ class Registry:
             topic = subscription.topic
             member.subscriptions[topic] = subscription
             self.ledger.subscriptions_opened += 1
+            self.tally.subscriptions[family_of(topic.channel)] += 1
             subscribers = self._table.setdefault(topic, {})
             subscribers[subscription] = None
             if len(subscribers) == 1:
@@ -235,6 +240,7 @@ class Registry:
         if member.subscriptions.get(topic) is subscription:
             del member.subscriptions[topic]
         self.ledger.subscriptions_closed += 1
+        self.tally.subscriptions[family_of(topic.channel)] -= 1
         if user is not None:
             watchers = self._watchers[topic.channel]
             watchers[user] -= 1
@@ -248,7 +254,7 @@ class Registry:
             del self._table[topic]
             self._on_watched(topic, False)
 
-    def _deliver(self, batch: Sequence[Message]) -> Any:
+    def _deliver(self, batch: Sequence[Message], published_at: float) -> Any:
         if logs.enabled("pushed"):
             pushed = [
                 (topic.channel, user)
@@ -259,7 +265,7 @@ class Registry:
             ]
             if pushed:
                 logs.emit_pushed(pushed)
-        return fanout.deliver(batch, self._table)
+        return fanout.deliver(batch, self._table, self.tally, published_at)
 
     def _settled(self, topics: Sequence[Topic]) -> None:
         for topic in topics:
@@ -288,6 +294,8 @@ class Registry:
         if member.present:
             self._connections -= 1
             self.ledger.connections_closed += 1
+            self.tally.open[member.endpoint] -= 1
+            self.tally.closed[departure.close.code] += 1
         logs.emit(
             *self._lines.left(member, departure, [each.topic for each in subscriptions], errors),
             line("connection_count", connections=self._connections),

@@ -14,7 +14,7 @@ from trading_push.connections.context import Context
 from trading_push.connections.members import Member
 from trading_push.connections.subscription import Owner, Siblings, Subscription
 from trading_push.protocol import frames, messages
-from trading_push.protocol.session import Subscribe, Unsubscribe, Wanted
+from trading_push.protocol.actions import Subscribe, Unsubscribe, Wanted
 from trading_push.topics import Topic
 from trading_push.transport.base import Transport
 
@@ -66,7 +66,7 @@ class Subscriber:
         # What cancels the generator of each subscription to a stream of its own; made with the
         # first one.
         self._streams: dict[Topic, trio.CancelScope] | None = None
-        self._siblings = Siblings(context.limits.pending_bytes)
+        self._siblings = Siblings(context.limits.pending_bytes, context.registry.tally)
 
     def start(self, nursery: trio.Nursery, member: Member) -> None:
         """Take the connection's nursery, and the registry's name for the connection."""
@@ -108,6 +108,9 @@ class Subscriber:
         room = context.limits.pending_bytes - self._siblings.bytes
         for subscription, wanted in zip(begun, action.wanted, strict=True):
             first = self._first(subscription, wanted, room)
+            recovered = wanted.result.recovered
+            if isinstance(recovered, bool):
+                context.registry.tally.resumes[recovered] += 1
             if first is None:
                 continue
             if subscription.kind == "events":

@@ -15,9 +15,10 @@ import trio
 
 from trading_push.broker.base import Message, Publication, Status, StatusChange
 from trading_push.broker.keyed import KeyedPublication
+from trading_push.connections.tally import Tally
 from trading_push.errors import TransportClosed
 from trading_push.protocol import frames
-from trading_push.topics import Kind, Topic
+from trading_push.topics import Kind, Topic, family_of
 
 if TYPE_CHECKING:
     from trading_push.transport.base import Transport, Writer
@@ -31,11 +32,13 @@ class Siblings:
 
     Args:
         limit: How many bytes of events may wait for the connection.
+        tally: What goes out is counted in.
         bytes: How many do.
         changes: How often one of them could be written to past its sender task, and no longer can.
     """
 
     limit: int
+    tally: Tally
     bytes: int = 0
     changes: int = 0
 
@@ -188,7 +191,7 @@ class Subscription(_AtEachDelivery):
 
     def resume_without(self, lost: int) -> None:
         """The peer comes back, and of what it has missed so many events do not go out to it."""
-        self._dropped = lost
+        self._drop(lost)
 
     def begin(self, snapshot: Publication | None, status: StatusChange) -> bool:
         """Open the gate to the value or the status that there is by now.
@@ -258,10 +261,19 @@ class Subscription(_AtEachDelivery):
 
     def _hold(self, pending: list[Publication]) -> None:
         self._pending = pending
+        self._weigh(sum(len(each.data) for each in pending) - self._bytes)
+
+    def _weigh(self, more: int) -> None:
+        """So many bytes more are pending."""
+        self._bytes += more
+        self.siblings.tally.pending_bytes += more
         if self.kind == "events":
-            size = sum(len(each.data) for each in pending)
-            self.siblings.bytes += size - self._bytes
-            self._bytes = size
+            self.siblings.bytes += more
+
+    def _drop(self, count: int) -> None:
+        """So many events do not go out."""
+        self._dropped += count
+        self.siblings.tally.dropped[family_of(self.topic.channel)] += count
 
     def offer(self, message: Message) -> None:
         """Keep a message for the sender task."""
@@ -272,17 +284,16 @@ class Subscription(_AtEachDelivery):
         elif not self._is_news(message):
             return
         elif self.kind != "events":
-            self._pending = [message]
+            self._hold([message])
         else:
             size = len(message.data)
             if self._pending and self.siblings.bytes + size > self.siblings.limit:
                 # The peer cannot follow: it gets the latest as a snapshot, and the number it lost.
-                self._dropped += len(self._pending)
+                self._drop(len(self._pending))
                 self._hold([message])
             elif self._pending:
                 self._pending.append(message)
-                self._bytes += size
-                self.siblings.bytes += size
+                self._weigh(size)
             else:
                 self._hold([message])
         self._wake()
@@ -305,6 +316,8 @@ class Subscription(_AtEachDelivery):
         if isinstance(publication, KeyedPublication):
             publication = publication.table.since(prev)
         merged = 0 if prev is None or publication.seq - prev < 2 else publication.seq - prev
+        if self.kind == "events":
+            merged = 0
         payload = frames.push(
             self.head,
             b"snapshot" if first else b"update",
@@ -313,13 +326,15 @@ class Subscription(_AtEachDelivery):
             publication.seq,
             publication.ts,
             publication.data,
-            merged=0 if self.kind == "events" else merged,
+            merged=merged,
             dropped=self._dropped,
         )
         self._dropped = 0
         self.epoch, self.sent = publication.epoch, publication.seq
         self._sent_at = trio.current_time()
-        return frames.frame(payload)
+        frame = frames.frame(payload)
+        self.siblings.tally.delivered(self.topic.channel, 1, len(frame), max(0, merged - 1))
+        return frame
 
     def status_frame(self, change: StatusChange) -> bytes | None:
         """The frame of a status for this peer; None where it was told that already."""

@@ -21,17 +21,36 @@ from trading_push.transport.origin import is_allowed, is_origin, is_own_or_named
 from trading_push.transport.proxies import client_address
 from trading_push.transport.push_stream import PushStream
 
-__all__ = ["Refused", "Request", "admit", "refuse_unread", "unserved"]
+__all__ = ["REASONS", "Refused", "Request", "admit", "refuse_unread", "unserved"]
+
+REASONS: Final = (
+    "path",
+    "origin",
+    "token",
+    "unavailable",
+    "connections",
+    "address",
+    "shutdown",
+    "error",
+)
+"""Why a handshake is refused, as it is counted; `unavailable` is a token that cannot be checked."""
 
 _REFUSAL_S: Final = 1.0
 
 
 class Refused(TradingPushError):
-    """The handshake is answered with an HTTP status and a reason instead of being accepted."""
+    """The handshake is answered with an HTTP status and a reason instead of being accepted.
 
-    def __init__(self, status: int, why: str) -> None:
+    Args:
+        status: The HTTP status.
+        why: The body of the answer.
+        reason: One of `REASONS`, for counts.
+    """
+
+    def __init__(self, status: int, why: str, reason: str) -> None:
         super().__init__(why)
         self.status = status
+        self.reason = reason
         self.body = why.encode() + b"\n"
         self.headers = [(b"content-type", b"text/plain; charset=utf-8")]
         if status == 401:
@@ -91,7 +110,7 @@ async def admit(context: Context, seat: Seat, request: Request) -> Opening:
         raise unserved(context, request.path, request.address)
     _check_origin(context, request)
     if not context.connections.accepting:
-        raise Refused(503, "shutting down")
+        raise Refused(503, "shutting down", "shutdown")
 
     # Who it is: by a token, or by what an `authenticate` of the application sees in the handshake.
     tokens = (bearer(value) for value in request.values(b"authorization"))
@@ -101,7 +120,7 @@ async def admit(context: Context, seat: Seat, request: Request) -> Opening:
     if token is not None or context.tokens.sees_handshake:
         principal = await _principal(context, token, handshake)
         if not context.connections.accepting:  # while it was being checked, the end has come
-            raise Refused(503, "shutting down")
+            raise Refused(503, "shutting down", "shutdown")
     if principal is not None and token is None:
         principal = _by_session(context, request, principal)
 
@@ -113,7 +132,7 @@ async def admit(context: Context, seat: Seat, request: Request) -> Opening:
         try:
             seat.hold_unauthenticated(request.address)
         except NoSeat as error:
-            raise Refused(503, str(error)) from None
+            raise Refused(503, str(error), "address") from None
     seen_again = handshake if context.tokens.sees_handshake else None
     return Opening(principal, seen_again, token_in_url)
 
@@ -121,7 +140,7 @@ async def admit(context: Context, seat: Seat, request: Request) -> Opening:
 def unserved(context: Context, path: str, address: str) -> Refused:
     """The answer to a request for a path that nobody serves; the log tells of it, too."""
     context.notices.unserved(path, address)
-    return Refused(404, f"nothing is served here: the WebSocket is at {context.path}")
+    return Refused(404, f"nothing is served here: the WebSocket is at {context.path}", "path")
 
 
 def _check_origin(context: Context, request: Request) -> None:
@@ -143,12 +162,13 @@ def _check_origin(context: Context, request: Request) -> None:
     origin, address = " ".join(origins), request.address
     if not origins:
         context.strangers.emit(logs.line("origin_missing", address=address))
-        raise Refused(403, "send an Origin: the server requires one (server.origin_required)")
+        why = "send an Origin: the server requires one (server.origin_required)"
+        raise Refused(403, why, "origin")
     if is_origin(origin) and origin != "null":  # which any page can have
         context.strangers.emit(logs.line("origin_unlisted", origin=origin, address=address))
     else:
         context.strangers.emit(logs.line("origin_refused", origin=origin, address=address))
-    raise Refused(403, "pages of this origin may not connect: see server.origins")
+    raise Refused(403, "pages of this origin may not connect: see server.origins", "origin")
 
 
 async def _principal(context: Context, token: str | None, handshake: Handshake) -> Principal | None:
@@ -156,12 +176,12 @@ async def _principal(context: Context, token: str | None, handshake: Handshake) 
         with trio.fail_after(context.limits.authentication_timeout_s):
             return await context.tokens.of_handshake(token, handshake)
     except AuthenticationError as error:
-        raise Refused(401, error.message) from None
+        raise Refused(401, error.message, "token") from None
     except (SourceError, trio.TooSlowError):
-        raise Refused(503, "the token cannot be checked now") from None
+        raise Refused(503, "the token cannot be checked now", "unavailable") from None
     except Exception as error:  # the application's own code: one trace, one answer
         logs.emit(logs.traced("internal_error", error, address=handshake.address))
-        raise Refused(500, "an error in the server; try again later") from None
+        raise Refused(500, "an error in the server; try again later", "error") from None
 
 
 def _by_session(context: Context, request: Request, principal: Principal) -> Principal | None:

@@ -67,6 +67,8 @@ class AsgiTransport:
         self._close_sent = False
         self._told: Close | None = None
 
+    endpoint = "asgi"
+
     @property
     def peer(self) -> str:
         """The peer's address."""
@@ -197,7 +199,8 @@ class AsgiEndpoint:
 
     def __init__(self, context: Context, http: Application | None = None) -> None:
         self._context = context
-        self._http = http
+        self.http = http
+        """What serves that; a Starlette application, where it is a service's."""
         self._said_plain = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,9 +209,9 @@ class AsgiEndpoint:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await lifespan(receive, send)
-        elif self._http is not None:
+        elif self.http is not None:
             try:
-                await self._http(scope, receive, send)
+                await self.http(scope, receive, send)
             except Exception as error:  # Starlette has answered 500; a server's own log is not ours
                 logs.emit(logs.traced("internal_error", error, address=_peer(scope)))
         else:
@@ -221,7 +224,7 @@ class AsgiEndpoint:
         try:
             seat = self._context.seats.take()
         except NoSeat as error:
-            await _refuse(scope, send, Refused(503, str(error)))
+            await _refuse(scope, send, Refused(503, str(error), "connections"))
             return
         try:
             query = bytes(scope.get("query_string") or b"").decode("latin-1")
@@ -229,6 +232,7 @@ class AsgiEndpoint:
             try:
                 opening = await admit(self._context, seat, request)
             except Refused as refused:
+                self._context.registry.tally.refused[refused.reason] += 1
                 await _refuse(scope, send, refused)
                 return
             link = find(send)

@@ -58,6 +58,8 @@ class NativeTransport:
         self._message_bytes = message_bytes
         self._our_close: Close | None = None
 
+    endpoint = "native"
+
     @property
     def peer(self) -> str:
         """The peer's address."""
@@ -260,6 +262,7 @@ async def _serve(
             asked = Request.of(context, path, query, _headers(request), stream.peer)
             opening = await admit(context, seat, asked)
         except Refused as refused:
+            context.registry.tally.refused[refused.reason] += 1
             await request.reject(refused.status, extra_headers=refused.headers, body=refused.body)
             return
         offered = request.proposed_subprotocols

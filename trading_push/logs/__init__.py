@@ -16,7 +16,13 @@ if TYPE_CHECKING:
         line,
         traced,
     )
-    from trading_push.logs.output import JsonFormatter, SafeFormatter, attached, set_level
+    from trading_push.logs.output import (
+        JsonFormatter,
+        SafeFormatter,
+        attached,
+        lines_dropped,
+        set_level,
+    )
     from trading_push.logs.process import adopt
 else:
     __getattr__ = lazy(
@@ -25,7 +31,7 @@ else:
             "catalogue": "CATALOGUE default_language set_language",
             "emitter": "emit emit_pushed enabled set_quiet",
             "lines": "ERROR_LENGTH Line close_line escape failure line traced",
-            "output": "JsonFormatter SafeFormatter attached set_level",
+            "output": "JsonFormatter SafeFormatter attached lines_dropped set_level",
             "process": "adopt",
         },
     )
@@ -46,6 +52,7 @@ __all__ = [
     "escape",
     "failure",
     "line",
+    "lines_dropped",
     "set_language",
     "set_level",
     "set_quiet",

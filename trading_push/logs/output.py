@@ -32,6 +32,7 @@ __all__ = [
     "attached",
     "attached_outputs",
     "chunks",
+    "lines_dropped",
     "set_level",
 ]
 
@@ -109,6 +110,7 @@ class Output(logging.Handler):
         self._path = path  # the file's, which is opened anew when it is another one
         self._bound = lines  # how many lines may wait
         self._dropped = 0  # lines that were dropped since the last one was queued
+        self.lost = 0  # lines that were dropped since the start
         self._queued = 0  # lines queued so far, counted by the threads that emit
         self._taken = 0  # lines taken from the queue so far, counted by the thread
         self._written = 0  # calls of write() so far
@@ -131,6 +133,7 @@ class Output(logging.Handler):
         # Each counter has one thread that writes it, so that no further lock is needed.
         if self._queued - self._taken + bool(self._dropped) >= self._bound:
             self._dropped += len(unit)
+            self.lost += len(unit)
             return
         if self._dropped:
             unit = [self._text(self._dropped_record()), *unit]
@@ -217,6 +220,15 @@ attached_outputs: Final[list[Output]] = []
 """The outputs of `attached`, while all of them write the bare text of a line."""
 
 
+_running: Final[list[Output]] = []
+_lost_before: Final = [0]  # lines that outputs had dropped which run no more
+
+
+def lines_dropped() -> int:
+    """How many lines the outputs of `attached` have dropped since the start of the process."""
+    return _lost_before[0] + sum(output.lost for output in _running)
+
+
 def chunks(units: Iterable[list[str]]) -> Iterator[bytes]:
     """Join whole units, or whole lines of a long one, to pieces that a pipe takes at once.
 
@@ -286,6 +298,8 @@ def attached(
         stamped = SafeFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
         outputs.append(Output(descriptor, plain if json else stamped, queue_lines, file))
 
+    _running.extend(outputs)
+
     # Take the loggers over, and remember how they were.
     loggers = [logging.getLogger("trading_push"), logging.getLogger("hypercorn.error")]
     kept = [(logger, logger.level, logger.propagate) for logger in loggers]
@@ -302,6 +316,9 @@ def attached(
             yield
     finally:
         attached_outputs.clear()
+        for output in outputs:
+            _running.remove(output)
+            _lost_before[0] += output.lost
         for logger, old_level, propagate in kept:
             for output in outputs:
                 logger.removeHandler(output)

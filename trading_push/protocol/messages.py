@@ -17,6 +17,7 @@ from trading_push.topics import Kind
 
 __all__ = [
     "MAX_ITEMS",
+    "OPS",
     "SUBPROTOCOL",
     "SYMBOLS",
     "AuthReply",
@@ -168,6 +169,9 @@ _decoders: Final[dict[str, Any]] = {
     "channels": msgspec.json.Decoder(ChannelsRequest).decode,
     "ping": msgspec.json.Decoder(PingRequest).decode,
 }
+
+OPS: Final = (*_decoders, "other")
+"""Each `op`, and what is counted for a message that has none of them."""
 
 # What decoding hostile JSON can raise: a RecursionError for deep nesting, a UnicodeEncodeError for
 # a lone surrogate in the text. DecodeError and ValidationError are MsgspecErrors.

@@ -12,7 +12,7 @@ from trading_push.protocol import messages
 from trading_push.protocol.messages import Id, ItemResult
 from trading_push.topics import ALL_TICKERS, ASCII_UPPER, Channels
 
-__all__ = ["channels", "failed", "items", "symbols"]
+__all__ = ["channels", "failed", "items", "result_of", "symbols"]
 
 
 def channels(request_id: Id, known: Channels) -> messages.ChannelsReply:
@@ -58,3 +58,14 @@ def items(op: str, request_id: Id, results: list[ItemResult]) -> messages.ItemsR
     """The reply to a request of several items; it is ok if each of them is."""
     ok = all(result.ok for result in results)
     return messages.ItemsReply(op, messages.reply_id(request_id), ok, results)
+
+
+def result_of(reply: messages.Reply) -> str:
+    """What a request has ended with, for counts: `ok`, or the code of the (first) error."""
+    match reply:
+        case messages.ErrorReply(error=messages.ErrorBody(code=code)):
+            return code
+        case messages.ItemsReply(ok=False, results=results):
+            errors = (each.error for each in results)
+            return next(error.code for error in errors if isinstance(error, messages.ErrorBody))
+    return "ok"

@@ -12,31 +12,30 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Final, Protocol
 
-import attrs
 from msgspec import UNSET, Raw
 
 from trading_push.auth.principal import Principal
 from trading_push.errors import AuthenticationError, CloseCode, ErrorCode, RequestError
 from trading_push.protocol import messages, replies
-from trading_push.protocol.messages import Id, ItemResult, Since
+from trading_push.protocol.actions import (
+    Action,
+    CheckToken,
+    End,
+    Reply,
+    Subscribe,
+    Unsubscribe,
+    Wanted,
+)
+from trading_push.protocol.messages import Id, ItemResult
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
 from trading_push.topics import Channels, Topic, symbol_of
 
-__all__ = [
-    "Action",
-    "CheckToken",
-    "End",
-    "Market",
-    "Reply",
-    "Session",
-    "Subscribe",
-    "Unsubscribe",
-    "Wanted",
-]
+__all__ = ["Market", "Session"]
 
 ITEMS_PER_MESSAGE: Final = 20
 """A request counts as one message more for each 20 items."""
@@ -46,62 +45,6 @@ ANONYMOUS_HZ: Final = 2.0
 """How often a second a subscription without a user is pushed to at most."""
 TOKENS: Final = 8
 """How many token ids a session keeps, of tokens that have not expired."""
-
-
-@attrs.frozen
-class Reply:
-    """Send this reply."""
-
-    message: messages.Reply
-
-
-@attrs.frozen
-class CheckToken:
-    """Check this token, then call `authenticated` or `refused`."""
-
-    id: Id
-    token: str = attrs.field(repr=False)
-
-
-@attrs.frozen
-class Wanted:
-    """One new subscription; `result` is its part of the reply."""
-
-    topic: Topic
-    max_hz: float | None
-    since: Since | None
-    result: ItemResult
-
-
-@attrs.frozen
-class Subscribe:
-    """Begin `wanted`, set the rate of each of `throttled` (times a second), then send `reply`.
-
-    A rate of None is as often as there is something to push.
-    """
-
-    reply: messages.ItemsReply
-    wanted: tuple[Wanted, ...]
-    throttled: tuple[tuple[Topic, float | None], ...]
-
-
-@attrs.frozen
-class Unsubscribe:
-    """End these subscriptions, then send `reply`."""
-
-    reply: messages.ItemsReply
-    topics: tuple[Topic, ...]
-
-
-@attrs.frozen
-class End:
-    """Close the connection."""
-
-    code: CloseCode
-    reason: str
-
-
-Action = Reply | CheckToken | Subscribe | Unsubscribe | End
 
 
 class Market(Protocol):
@@ -136,6 +79,7 @@ class Session:
         clock: The time in seconds since the epoch.
         anonymous: The market channels that are served without a user: `ticker`, `ticker.*`.
         token_in_url: The client has sent a token in the URL, where it is not read.
+        requests: What is answered is counted there, by `op` and by `ok` or the error's code.
 
     Attributes:
         principal: Who has authenticated, with the latest expiry; None before.
@@ -152,7 +96,9 @@ class Session:
         "_connection_id",
         "_limits",
         "_market",
+        "_op",
         "_rate",
+        "_requests",
         "_token_in_url",
         "_tokens",
         "principal",
@@ -171,6 +117,7 @@ class Session:
         clock: Callable[[], float],
         anonymous: Collection[str] = (),
         token_in_url: bool = False,
+        requests: Counter[tuple[str, str]] | None = None,
     ) -> None:
         self._channels = channels
         self._limits = limits
@@ -180,6 +127,9 @@ class Session:
         self._clock = clock
         self._anonymous = anonymous
         self._token_in_url = token_in_url
+        self._requests: Counter[tuple[str, str]] = Counter() if requests is None else requests
+        # The `op` of the request that is being served; None before the first.
+        self._op: str | None = None
         self._bad = 0  # bad messages in a row
         # The ids of the tokens that authenticated the session, the opening one first, and when
         # each expires.
@@ -195,6 +145,26 @@ class Session:
 
     def receive(self, message: str | bytes) -> list[Action]:
         """Take one message of the peer."""
+        self._op = "other"
+        return self._counted(self._receive(message))
+
+    def _counted(self, actions: list[Action]) -> list[Action]:
+        """Count the reply to the request that is being served, where it is among the actions."""
+        for action in actions:
+            match action:
+                case Reply(message=reply) | Subscribe(reply=reply) | Unsubscribe(reply=reply):
+                    if self._op is not None:
+                        self._requests[self._op, replies.result_of(reply)] += 1
+        return actions
+
+    def failed(self) -> messages.Reply:
+        """Make the reply to a request that the server itself has failed at."""
+        error = RequestError(ErrorCode.INTERNAL, "an error in the server; try again later")
+        [action] = self._counted([Reply(messages.error_reply(self.request_id, error))])
+        assert isinstance(action, Reply)
+        return action.message
+
+    def _receive(self, message: str | bytes) -> list[Action]:
         if not isinstance(message, str):
             return [End(CloseCode.UNSUPPORTED_DATA, "binary messages are not served")]
 
@@ -212,6 +182,7 @@ class Session:
             return actions
 
         # Charge it.
+        self._op = request.op
         if not self._rate.spend(_cost(request)):
             return self._over_rate(request_id)
         self._bad = 0
@@ -267,6 +238,9 @@ class Session:
 
     def authenticated(self, request_id: Id, principal: Principal) -> list[Action]:
         """Take the outcome of `CheckToken`: it is good, and opens or extends the session."""
+        return self._counted(self._authenticated(request_id, principal))
+
+    def _authenticated(self, request_id: Id, principal: Principal) -> list[Action]:
         expires_at = principal.expires_at
         if self.principal is not None:
             if principal.user != self.principal.user:
@@ -315,7 +289,7 @@ class Session:
 
     def refused(self, request_id: Id, error: AuthenticationError) -> list[Action]:
         """Take the outcome of `CheckToken`: it is refused, which ends an unopened session."""
-        actions = _refuse(request_id, error)
+        actions = self._counted(_refuse(request_id, error))
         if self.principal is None:
             if error.not_yet:
                 end = End(CloseCode.TOKEN_EXPIRED, "not valid yet")

@@ -53,6 +53,7 @@ __all__ = [
     "Query",
     "Server",
     "Settings",
+    "Web",
 ]
 
 
@@ -303,6 +304,19 @@ class Polling:
 
 
 @attrs.frozen
+class Web:
+    """The HTTP routes beside the WebSocket."""
+
+    metrics: Literal["local", "token", "off"] = setting(
+        "local",
+        one_of("local", "token", "off"),
+        "Who may read `/metrics`: `local` asks for no token on this machine itself, with no proxy "
+        "in between; `token` asks everyone for a token with the claim `metrics` or `admin`; `off` "
+        "serves it to nobody.",
+    )
+
+
+@attrs.frozen
 class Log:
     """The log lines, which go to standard error."""
 
@@ -386,6 +400,7 @@ class Settings:
         "An exchange that ccxt knows (pip install 'trading_push[ccxt]'): tickers, for "
         'market.feed = "ccxt", and the accounts of users who give their keys.',
     )
+    web: Web = section(Web)
     log: Log = section(Log)
 
     def __attrs_post_init__(self) -> None:

@@ -82,6 +82,11 @@ class Transport(Protocol):
     """
 
     @property
+    def endpoint(self) -> str:
+        """Which way in it has come, for counts: `asgi`, `native`."""
+        ...
+
+    @property
     def peer(self) -> str:
         """The peer's address, for the log and for limits; client-made text is not escaped yet."""
         ...

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -24,15 +25,20 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 from trading_push.errors import SourceError
+from trading_push.histogram import Histogram
 from trading_push.sources.base import Source
 from trading_push.supervision import ExitAsked, exits_are_errors
 
-__all__ = ["FetchContext", "Fetcher", "StillRunning"]
+__all__ = ["RESULTS", "FetchContext", "Fetcher", "StillRunning"]
+
+RESULTS: Final = ("ok", "error", "timeout")
+"""What a call ends with, as it is counted."""
+_DURATION_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 FetchContext = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 """Makes the context manager that is open around one call of the source."""
@@ -84,6 +90,12 @@ class Fetcher:
         """How many hung calls are replaced at most."""
         self.hung = 0
         """How many calls go on in worker threads after their deadline."""
+        self.results: Counter[str] = Counter()
+        """How many calls have ended since the start, by `RESULTS`."""
+        self.duration = Histogram(_DURATION_S)
+        """How long they took, in seconds; one that hangs, until it was given up."""
+        self.answered_at = -math.inf
+        """When a call last succeeded, on trio's clock."""
         # trio's own limit is lifted, because the slots bound the threads already.
         self._threads = trio.CapacityLimiter(math.inf)
         self.batch = batch if self._takes_many else 1
@@ -119,6 +131,24 @@ class Fetcher:
 
         Cancellation abandons a worker thread, which keeps the slot until it ends.
         """
+        began, result = trio.current_time(), ""
+        try:
+            answers = await self._fetch(users, slot, ended)
+            result = "ok"
+            self.answered_at = trio.current_time()
+        except Exception as error:
+            late = isinstance(error, trio.TooSlowError | StillRunning)
+            result = "timeout" if late else "error"
+            raise
+        finally:
+            if result:  # else it was cancelled
+                self.results[result] += 1
+                self.duration.observe(trio.current_time() - began)
+        return answers
+
+    async def _fetch(
+        self, users: Sequence[str], slot: object, ended: Callable[[], None]
+    ) -> Mapping[str, Any | None]:
         asked = users if self._takes_many else users[0]
         in_thread = False  # from then on the thread gives the slot back
         try:

@@ -129,7 +129,11 @@ class Upstream:
     @property
     def hung_fetches(self) -> int:
         """How many calls of the source go on in worker threads after their time-out."""
-        return sum(poller.hung for poller in self.pollers.values())
+        return sum(poller.fetcher.hung for poller in self.pollers.values())
+
+    def source_age_s(self) -> float:
+        """How long the source has not answered for a data type that is watched, at the longest."""
+        return max((poller.silent_s() for poller in self.pollers.values()), default=0.0)
 
     def state(self) -> dict[str, bool]:
         """Whether the source answers, and whether the feed runs; without one, it is not named."""

@@ -108,6 +108,11 @@ class MarketFeed:
         # Set when there is something to publish.
         self._wake = trio.Event()
 
+    @property
+    def name(self) -> str:
+        """What kind of feed it is."""
+        return type(self._feed).__name__
+
     def knows(self, symbol: str) -> bool:
         """Whether a symbol may exist."""
         return self._feed.knows(symbol)

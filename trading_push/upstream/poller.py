@@ -77,7 +77,7 @@ class Poller:
         self._broker = broker
         self._tell_settled = settled
         self._batcher = batcher or Batcher(broker)
-        self._fetcher = Fetcher(
+        self.fetcher = Fetcher(
             source,
             data_type,
             context=context,
@@ -122,10 +122,10 @@ class Poller:
         """For how many watched users the source fails."""
         return sum(user in self._schedule for user in self._failures)
 
-    @property
-    def hung(self) -> int:
-        """How many calls of the source go on in worker threads after their deadline."""
-        return self._fetcher.hung
+    def silent_s(self) -> float:
+        """How long the source has not answered for those who are watched; 0 if nobody is."""
+        asked_since = max(self.fetcher.answered_at, self._schedule.busy_since)
+        return max(0.0, trio.current_time() - asked_since)
 
     def answers(self) -> bool:
         """Whether the source answers for anybody, as far as is known."""
@@ -238,7 +238,7 @@ class Poller:
             outage.trying = True
         else:  # all calls that are under way hang
             outage.goes_on()
-        return free[: self._fetcher.batch]
+        return free[: self.fetcher.batch]
 
     async def _tell_of_outage(self, outage: Outage, users: Sequence[str]) -> None:
         await self._failed(users, outage.error)
@@ -269,21 +269,21 @@ class Poller:
                 nursery.start_soon(self._serve, (user,))
             users = [user for user in users if user not in alone]
         self._queue.update(dict.fromkeys(users))
-        while self._rounds_waiting * self._fetcher.batch < len(self._queue):
+        while self._rounds_waiting * self.fetcher.batch < len(self._queue):
             self._rounds_waiting += 1
             nursery.start_soon(self._round)
 
     async def _round(self) -> None:
         # Whom to ask for is decided when there is a free slot: in a rush of new users, those who
         # have come meanwhile go along.
-        slot = await self._fetcher.wait_for_slot()
+        slot = await self.fetcher.wait_for_slot()
         self._rounds_waiting -= 1
-        users = list(itertools.islice(self._queue, self._fetcher.batch))
+        users = list(itertools.islice(self._queue, self.fetcher.batch))
         for user in users:
             del self._queue[user]
         outage = self._failures.outage
         if outage is not None and not outage.trying:  # it began while they were waiting
-            self._fetcher.give_back(slot)
+            self.fetcher.give_back(slot)
             await self._tell_of_outage(outage, users)
             self._freed(users)
         else:
@@ -312,15 +312,15 @@ class Poller:
             self._freed(users)
 
         if slot is None:
-            slot = await self._fetcher.wait_for_slot()
+            slot = await self.fetcher.wait_for_slot()
         try:
             # Several users of a call that hangs are asked for in other ways; one is not.
             is_one = len(users) == 1
-            answers = await self._fetcher.fetch(users, slot, ended if is_one else lambda: None)
+            answers = await self.fetcher.fetch(users, slot, ended if is_one else lambda: None)
             await self._batcher.submit(self, users, answers)
         except Exception as error:  # a source may raise anything: it is logged, and asked again
             if isinstance(error, StillRunning):
-                self._log.hung(self._fetcher.hung, self._fetcher.most_hung)
+                self._log.hung(self.fetcher.hung, self.fetcher.most_hung)
                 if is_one and not over:
                     self._hung.update(users)
             return error

@@ -41,6 +41,8 @@ class Schedule:
         self._change_gap_s = change_gap_s
         # When watched users are due, the next one first.
         self._watched: dict[str, float] = {}
+        self.busy_since = math.inf
+        """When the first of those who are watched now came; infinite where nobody is."""
         # When the last subscriber of a user went, the first one first; for `KEPT_S`.
         self._left: dict[str, float] = {}
         # Who is to be asked for at once.
@@ -61,6 +63,8 @@ class Schedule:
 
     def watch(self, user: str) -> None:
         """Begin with a user, who is due an interval from now."""
+        if not self._watched:
+            self.busy_since = trio.current_time()
         self._watched[user] = trio.current_time() + self._interval_s
         self._left.pop(user, None)
 
@@ -68,6 +72,8 @@ class Schedule:
         """End with a user, whose times are over."""
         if self._watched.pop(user, None) is not None:
             self._left[user] = trio.current_time()
+        if not self._watched:
+            self.busy_since = math.inf
         for kept in (self._now, self._later, self._changes_until):
             kept.pop(user, None)
 

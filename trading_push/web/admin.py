@@ -6,9 +6,9 @@ thousand connections keeps nobody waiting.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -21,8 +21,10 @@ from trading_push import logs
 from trading_push.auth.principal import Principal
 from trading_push.connections.context import Context
 from trading_push.connections.members import Member
+from trading_push.connections.roster import Peer
 from trading_push.errors import ErrorCode
 from trading_push.web.access import Access, Refused, bad_request, json_response, read_body
+from trading_push.web.slices import each_in_slices, page_of
 
 __all__ = ["Admin", "Operations"]
 
@@ -31,8 +33,6 @@ _BODY_BYTES: Final = 4096
 _BODY_S: Final = 10.0
 _REASON_BYTES: Final = 123
 """How long the reason of a close frame may be (RFC 6455, section 5.5)."""
-_SLICE: Final = 500
-"""So many connections are looked at before other tasks have their turn."""
 
 
 class Operations(Protocol):
@@ -122,7 +122,12 @@ class Admin:
             raise Refused(403, ErrorCode.FORBIDDEN, "no page of another origin may do this")
 
     async def _online(self, request: Request, principal: Principal) -> object:
-        users = {user: len(own) for user, own in self._context.seats.by_user.items()}
+        users: dict[str, int] = {}
+
+        def count(item: tuple[str, Collection[object]]) -> None:
+            users[item[0]] = len(item[1])
+
+        await each_in_slices([*self._context.seats.by_user.items()], count)
         return {"users_online": len(users), "users": users}
 
     async def _stats(self, request: Request, principal: Principal) -> object:
@@ -132,15 +137,16 @@ class Admin:
         offset = _number(request, "offset", 0, math.inf)
         limit = _number(request, "limit", _PAGE, _PAGE)
         wanted = request.query_params.get("q", "")
-        found: list[tuple[str, Member]] = []
-        for number, each in enumerate(list(self._context.connections), 1):
-            if not number % _SLICE:
-                await trio.lowlevel.checkpoint()
+        found: list[Member] = []
+
+        def look_at(each: Peer) -> None:
             member = each.member
             if any(wanted in (text or "") for text in (member.user, member.address, member.id)):
-                found.append((member.id, member))
-        page = heapq.nsmallest(offset + limit, found)[offset:]
-        return {"total": len(found), "connections": [_row(member) for _, member in page]}
+                found.append(member)
+
+        await each_in_slices([*self._context.connections], look_at)
+        page = await page_of(found, attrgetter("id"), offset, limit)
+        return {"total": len(found), "connections": [_row(member) for member in page]}
 
     async def _kick(self, request: Request, principal: Principal) -> object:
         asked = await _body(request, _Kick)

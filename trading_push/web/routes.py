@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from trading_push.errors import ErrorCode
 from trading_push.web.access import Access, Refused
 from trading_push.web.admin import Admin, Operations
 from trading_push.web.health import Health
+from trading_push.web.metrics import Metrics
 from trading_push.web.not_found import NotFound
 from trading_push.web.publish import PublishEndpoint
 
@@ -34,6 +35,8 @@ def routes(
     service: Served,
     upstream: Callable[[], Mapping[str, bool]],
     processes: Callable[[], int],
+    metrics: Callable[[str], Awaitable[tuple[bytes, str]]],
+    who_reads_metrics: Literal["local", "token", "off"],
 ) -> Starlette:
     """Make the ASGI application of all routes; for scopes of type `http`.
 
@@ -42,6 +45,8 @@ def routes(
         service: What is published to, and administered.
         upstream: Whether the source answers, and the feed runs, by name.
         processes: How many processes serve, this one among them.
+        metrics: Writes the metrics; see `web.metrics.Metrics`.
+        who_reads_metrics: The setting `web.metrics`.
     """
     limits, tokens = context.limits, context.tokens
     publisher = PublishEndpoint(
@@ -66,8 +71,13 @@ def routes(
             return Refused(501, ErrorCode.INTERNAL, message).response()
         return await publisher.answer(request)
 
+    measured = []
+    if who_reads_metrics != "off":
+        answer = Metrics(context, access, metrics, who_reads_metrics).answer
+        measured.append(Route("/metrics", answer))
     return Starlette(
         routes=[
+            *measured,
             Route("/publish", publish, methods=["POST"]),
             Route("/healthz", health.healthz),
             Route("/readyz", health.readyz),

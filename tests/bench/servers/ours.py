@@ -3,7 +3,8 @@
 `ours.py hypercorn` under stock Hypercorn with the link, `native` at the native endpoint, `plain` in
 plain ASGI form. Beyond what `common` says it takes the commands `values` (publish what the users'
 snapshots will be), `gone` (wait until nobody is connected), `lag` (of the event loop, for some
-seconds), `trace` and `where` (what the memory since then was taken by).
+seconds), `slice` (the longest step of any task since the last time), `trace` and `where` (what the
+memory since then was taken by).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from common import SIZE, TOPICS, collect, each_command, say, ticker
 from trading_push import JwtAuthenticator, PushService, logs, open_push_service
 from trading_push.endpoints.hypercorn import link as hypercorn_link
 from trading_push.server import tune
-from trading_push.settings.schema import Auth, Limits, Settings
+from trading_push.settings.schema import Auth, Limits, Settings, Web
 
 BACKLOG = 4096
 # All clients come from one address, more of them than one address would send.
@@ -102,6 +103,24 @@ async def lag(seconds: float) -> dict[str, Any]:
 SHARES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
+class Slices(trio.abc.Instrument):
+    """The longest time for which one task has held the event loop."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._longest = 0.0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._longest = max(self._longest, time.perf_counter() - self._began)
+
+    def taken(self) -> dict[str, float]:
+        longest, self._longest = self._longest, 0.0
+        return {"ms": longest * 1000}
+
+
 def where() -> dict[str, Any]:
     """Bytes that are there now and were not at `trace`, by the innermost line of each package."""
     collect()
@@ -130,6 +149,7 @@ def short(path: str) -> str:
 
 
 async def obey(service: PushService, commands: trio.MemoryReceiveChannel[dict[str, Any]]) -> None:
+    slices: Slices | None = None
     async for command in commands:
         answer: dict[str, Any] = {}
         match command.pop("do"):
@@ -141,6 +161,11 @@ async def obey(service: PushService, commands: trio.MemoryReceiveChannel[dict[st
                 answer = await gone(service)
             case "lag":
                 answer = await lag(**command)
+            case "slice":
+                if slices is None:
+                    slices = Slices()
+                    trio.lowlevel.add_instrument(slices)
+                answer = slices.taken()
             case "trace":
                 collect()
                 tracemalloc.start()
@@ -193,7 +218,7 @@ async def main(options: argparse.Namespace) -> None:
     if form == "hypercorn":
         hypercorn_link.install(LIMITS)
     tune()  # as `serve` does
-    settings = Settings(jwt_secret=options.secret, limits=LIMITS)
+    settings = Settings(jwt_secret=options.secret, limits=LIMITS, web=Web(metrics=options.metrics))
     authenticate = JwtAuthenticator(Auth(), options.secret)
     source = source_of(options)
     send, commands = trio.open_memory_channel[dict[str, Any]](10)
@@ -213,6 +238,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("form", choices=["hypercorn", "native", "plain"])
 parser.add_argument("--secret", required=True)
 parser.add_argument("--source", choices=["none", "memory", "sqlite", "postgres"], default="none")
+parser.add_argument("--metrics", choices=["local", "off"], default="local")
 parser.add_argument("--users", type=int, default=0)
 parser.add_argument("--file", type=Path)
 with logs.attached():
