@@ -130,3 +130,44 @@ def test_ids_of_another_kind_are_refused() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="give one of text, integer"):
         UserIds("number")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("user", "answered"),
+    [
+        ("BOB", "bob"),
+        ("bob ", "bob"),
+        ("jose", "José"),
+        ("straße", "STRASSE"),
+        ("strase", "straße"),
+        ("Søren", "soren"),
+        ("ｂｏｂ", "bob"),
+        ("b\N{SOFT HYPHEN}ob", "bob"),
+        ("かな", "カナ"),
+        ("\N{ARABIC-INDIC DIGIT FOUR}", "4"),
+        ("\N{MATHEMATICAL BOLD SMALL A}", "a"),
+        ("\N{GRINNING FACE}", "\N{CAT FACE}"),
+        ("04", 4),
+        (" 4", 4),
+        ("4.0", "4"),
+        ("4e0", 4),
+        ("4abc", 4),
+        ("0x10", Decimal(16)),
+        ("1_000", 1000),
+    ],
+)
+def test_who_has_no_answer_beside_a_like_id_is_doubtful(user: str, answered: Any) -> None:
+    assert UserIds().doubtful([user, "someone"], [answered, "5"])[0] == user
+
+
+@pytest.mark.parametrize(
+    ("user", "answered"),
+    [
+        *(("4", 40), ("40", 4), ("11", 1), ("9007199254740993", 9007199254740992)),
+        *(("bob", "rob"), ("张三", "张四"), ("иван", "ивана"), (ONE_UUID, ONE_UUID[:-1] + "0")),
+        *(("4-abc", "4-abd"), ("5", "")),
+    ],
+)
+def test_who_has_another_id_is_not(user: str, answered: Any) -> None:
+    assert UserIds().doubtful([user], [answered]) == []
+    assert UserIds().doubtful([user], []) == UserIds().doubtful([], [user]) == []

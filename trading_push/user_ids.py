@@ -12,6 +12,10 @@ The rules by which an id in an answer is the one that was asked for, the first t
 An id that fits nowhere is a *stray*: the source compares ids in another way. To give its data to
 anyone could be a leak, and to leave them out would show an account that exists as empty. So it is
 an error of each asked user that it may stand for.
+
+Of two asked ids that the source takes for the same one gets the answer, and the other seems to have
+none. So who has none, and an id like an answered one, is *doubtful*: only a question without the
+other ids tells. What is like each other is the loosest of what databases in use take for equal.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Literal, get_args
 from uuid import UUID
 
@@ -36,9 +42,20 @@ _INTEGRAL = re.compile(r"(0|[1-9][0-9]*)(?:\.0*)?")
 _UUID = re.compile(
     r"\{?[0-9a-fA-F]{8}(-?)[0-9a-fA-F]{4}(?:\1[0-9a-fA-F]{4}){2}\1[0-9a-fA-F]{12}\}?"
 )
-_LEADING_INTEGER = re.compile(r"\s*\+?0*([0-9]+)")
+_LEADING_NUMBER = re.compile(r"\s*[+-]?((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)")
 _DIGITS = 40
 """A number with more digits than this is compared as text only."""
+
+# Characters of which it is known what the collations of databases take for equal; any other may
+# count as any character, or as none.
+_USUAL = re.compile(
+    "[\0-\u017f\u0300-\u0315\u0386-\u03ce\u0401-\u045f"  # Latin, accents, Greek, Cyrillic
+    "\u3041-\u30fe\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e]*"  # kana, Han, Hangul, full width
+)
+# What is a letter with an accent to some collations, and no such thing to Unicode.
+_ALIKE = str.maketrans(dict(zip("æœøđðłħŧıς", ("ae", "oe", *"oddlhtiσ"), strict=True)))
+_KANA = re.compile("[\u3041-\u30fe]+")
+_DOUBLED = re.compile(r"([^\W\d])\1+")  # `ß` is `ss` to one collation, and `s` to another
 
 
 def user_id_text(user: object) -> str:
@@ -154,6 +171,33 @@ class UserIds:
         waiting = [user for user in dict.fromkeys(asked) if user not in answered_for]
         return Matches(users, {each: _candidates(each, waiting) for each in strays})
 
+    def doubtful(self, waiting: Iterable[str], answered: Iterable[Any]) -> list[str]:
+        """Find asked users whose ids the source may have taken for an answered one.
+
+        Args:
+            waiting: The asked users for whom there was no answer.
+            answered: The ids in the answer, as for `match`.
+        """
+        waiting = list(waiting)
+        if not waiting or self.kind == "integer":  # of which no two are the same
+            return []
+        likes: set[str | None] = set()
+        numbers: set[float] = set()
+        for each in answered:
+            likes.add(_like(text := _text(each)))
+            if _INTEGRAL.fullmatch(text):
+                numbers.add(float(text))
+        if not likes:
+            return []
+        return [
+            user
+            for user in waiting
+            if None in likes
+            or (like := _like(user)) is None
+            or like in likes
+            or not (_INTEGER.fullmatch(user) or numbers.isdisjoint(_numbers(user)))
+        ]
+
     def _asked_keys(self, user: str) -> Iterable[object]:
         if _INTEGER.fullmatch(user):
             yield "integer", user
@@ -199,21 +243,29 @@ def _folded(text: str) -> str:
 
 def _candidates(stray: object, waiting: Iterable[str]) -> Sequence[str]:
     """Return whom a stray may stand for, by the loosest comparison that a database has."""
-    loose, number = _loose(_text(stray)), _leading_integer(_text(stray))
+    like, numbers = _like(_text(stray)), _numbers(_text(stray))
     return [
-        user
-        for user in waiting
-        if _loose(user) == loose or (number is not None and _leading_integer(user) == number)
+        user for user in waiting if _like(user) == like or not numbers.isdisjoint(_numbers(user))
     ]
 
 
-def _loose(text: str) -> str:
-    """Reduce a text to its letters and digits, less case, accents and leading zeros."""
-    parts = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(filter(str.isalnum, parts)).lstrip("0")
+@lru_cache(maxsize=32_768)
+def _like(text: str) -> str | None:
+    """Reduce an id to what is left by every collation; None if that is not known.
+
+    Its letters and digits are left, without case, accents and leading zeros.
+    """
+    if not _USUAL.fullmatch(text):
+        return None
+    parts = unicodedata.normalize("NFKD", text.casefold()).translate(_ALIKE)
+    letters = _KANA.sub("\u3042", "".join(filter(str.isalnum, parts)))
+    return _DOUBLED.sub(r"\1", letters).lstrip("0")
 
 
-def _leading_integer(text: str) -> str | None:
-    """Return the number that MySQL takes a text for: its leading digits."""
-    found = _LEADING_INTEGER.match(text)
-    return None if found is None else found[1].lstrip("0")
+def _numbers(text: str) -> set[float]:
+    """Return what a database may read a text as: the number that it begins with, or `0x10`."""
+    found = _LEADING_NUMBER.match(text)
+    numbers = set() if found is None else {float(found[1])}
+    with suppress(ValueError, OverflowError):
+        numbers.add(float(int(text, 0)))
+    return numbers

@@ -12,11 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from sqlalchemy import event
 
 from harness.postgres_server import PostgresServer
 
 from trading_push import ConfigurationError, SourceError, SqlSource
 from trading_push.settings.sources import Query
+from trading_push.sources.base import NewEvents
 
 UUID = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 SQL = f"""
@@ -183,6 +185,89 @@ async def test_a_file_compares_in_its_own_way_too(file: Any, options: str) -> No
     found = await fetched(file(script, read("t"), url=options), "BOB", "carol")
     assert "user_id 'bob' when 'BOB'" in found["BOB"]
     assert found["carol"] == [{"n": 2}]
+
+
+TOGETHER = [
+    # How the column compares; who has rows; who are asked for together.
+    ("sqlite", "text COLLATE NOCASE", "bob", ["bob", "BOB", "Bob", "carol"]),
+    ("sqlite", "text COLLATE RTRIM", "bob", ["bob", "bob ", "bob  ", "carol"]),
+    ("sqlite", "integer", "4", ["4", "04", " 4", "4.0", "4e0", "5"]),
+    ("postgres", "citext", "bob", ["BOB", "bob", "carol"]),
+    ("postgres", "char(10)", "bob", ["bob", "bob ", "carol"]),
+    ("postgres", "bigint", "4", ["4", "04", " 4", "+4", "5"]),
+    ("postgres", "numeric", "4", ["4", "4.0", "40e-1", "5"]),
+    ("postgres", "text", "bob", ["bob", "BOB", "bob ", "carol"]),
+    ("mariadb", "varchar(20)", "bob", ["bob", "BOB", "bob ", "b\u00f3b", "B\u00d3B ", "carol"]),
+    ("mariadb", "varchar(20)", "stra\u00dfe", ["stra\u00dfe", "strase", "STRASE", "carol"]),
+    ("mariadb", "varchar(20)", "\U0001f600", ["\U0001f600", "\U0001f408", "carol"]),
+    ("mariadb", "int", "4", ["4", "4abc", "04", "4.0", "4e0", "5"]),
+    ("mariadb", "bigint", "9007199254740992", ["9007199254740992", "9007199254740993"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "column", "owner", "users"), TOGETHER)
+async def test_ids_that_a_column_takes_for_the_same_are_as_if_asked_for_alone(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    column: str,
+    owner: str,
+    users: list[str],
+) -> None:
+    tables = [
+        f"CREATE TABLE t (user_id {column}, fill_id int)",
+        f"INSERT INTO t VALUES ('{owner}', 1)",
+    ]
+    if kind == "sqlite":
+        with closing(sqlite3.connect(tmp_path / "t.db")) as connection:
+            connection.executescript(";".join(tables))
+        url = f"sqlite:///{tmp_path / 't.db'}"
+    elif kind == "postgres":
+        postgres = request.getfixturevalue("postgres")
+        postgres.create_database("t", ";".join(("CREATE EXTENSION citext", *tables)))
+        url = postgres.url("t")
+    else:
+        mariadb = request.getfixturevalue("mariadb")
+        tables[0] += " CHARSET utf8mb4 COLLATE utf8mb4_general_ci"
+        mariadb.create_database("t", *tables)
+        url = mariadb.url("t")
+    events = "SELECT * FROM t WHERE user_id IN :user_ids AND fill_id > :after ORDER BY fill_id"
+    queries = {"orders": read("t", "fill_id"), "fills": Query(events, cursor="fill_id", history=1)}
+    source = SqlSource(url, queries)
+
+    async def answers(data_type: str, *users: str) -> dict[str, Any]:
+        return {
+            user: told({0: each.events[0] if each.events else None})[0]
+            if isinstance(each, NewEvents)
+            else told({0: each})[0]
+            for user, each in (await source.fetch_many(users, data_type)).items()
+        }
+
+    try:
+        for data_type in queries:
+            alone: dict[str, Any] = {}
+            for user in users:
+                alone |= await answers(data_type, user)
+            for order in (users, users[::-1]):
+                assert await answers(data_type, *order) == alone, data_type
+            assert alone[owner]
+            assert not alone[users[-1]]
+    finally:
+        source.close()
+        if kind == "postgres":
+            postgres.admin("DROP DATABASE t WITH (FORCE)")
+        elif kind == "mariadb":
+            mariadb.admin("DROP DATABASE t")
+
+
+async def test_users_without_rows_are_not_read_twice(make: Any) -> None:
+    source = make("numbers")
+    statements: list[str] = []
+    event.listen(source._engine, "before_cursor_execute", lambda *its: statements.append(its[2]))
+    for users, selects in ((["4", "5", "10", "44"], 1), (["4", "04", "10"], 2)):
+        statements.clear()
+        await source.fetch_many(users, "balance")
+        assert sum("SELECT" in each for each in statements) == selects
 
 
 # --- one user's trouble -------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 A database may compare ids in a way of its own: MySQL gives `4abc` the rows of an integer 4, and
 `citext` gives `BOB` those of `bob`. So the `user_id` of each row is compared again (see
 `user_ids`). A row of a user who was not asked for may belong to any asked one without rows. To show
-their accounts as empty would hide an account that exists, so it is an error of theirs.
+their accounts as empty would hide an account that exists, so it is an error of theirs. Who has no
+rows beside a user of a like id is read once more without that user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import msgspec
 
 from trading_push.errors import SourceError
@@ -19,7 +21,7 @@ from trading_push.sources.sql.plan import Plan
 from trading_push.sources.sql.rows import Found
 from trading_push.user_ids import UserIds
 
-__all__ = ["Answer", "answers", "refused", "whose"]
+__all__ = ["Answer", "Rows", "answers", "refused", "told_apart"]
 
 Answer = msgspec.Raw | SourceError | NoValue
 """A user's value as encoded JSON, the error in its place, or None for nothing to say."""
@@ -38,33 +40,59 @@ def refused(ids: UserIds, users: Sequence[str]) -> dict[str, SourceError]:
     }
 
 
-def answers(
-    plan: Plan, ids: UserIds, asked: Sequence[str], found: Found, value_bytes: int
-) -> dict[str, Answer]:
-    """Give each asked user their rows, encoded.
+@attrs.frozen
+class Rows:
+    """Whose the rows of one query are.
+
+    Args:
+        asked: Whom it was run for.
+        records: The rows of each of them who has any.
+        errors: What is wrong with a user's rows.
+    """
+
+    asked: Sequence[str]
+    records: Mapping[str, Sequence[Any]]
+    errors: Mapping[str, SourceError]
+
+
+def told_apart(
+    plan: Plan, ids: UserIds, asked: Sequence[str], read: Callable[[Sequence[str]], Found]
+) -> Iterator[Rows]:
+    """Read the rows of users, and once more those of users whose ids are like another's.
+
+    The database may take two asked ids for the same, and its rows have one of them only.
 
     Args:
         plan: The query.
         ids: How ids are compared.
-        asked: Whom the query was run for.
-        found: The rows that it gave.
-        value_bytes: How long a value may be.
+        asked: Whom to read.
+        read: Runs the query for some users.
     """
-    # Mostly each row has an id as it was asked for, and there is nothing to compare.
-    is_exact = ids.kind in ("text", "integer") and set(asked).issuperset(found.records)
-    if is_exact and not found.errors:
-        found_for = found.records.get
-        return {user: _encoded(plan, found_for(user), value_bytes) for user in asked}
-    records, errors = whose(plan, ids, asked, found)
+    while asked:
+        found = read(asked)
+        rows = _whose(plan, ids, asked, found)
+        yield rows
+        # Each time there are fewer of them: a row is somebody's, or an error of somebody.
+        asked = ids.doubtful(
+            (user for user in asked if user not in rows.records and user not in rows.errors),
+            (*found.records, *found.errors),
+        )
+
+
+def answers(plan: Plan, rows: Rows, value_bytes: int) -> dict[str, Answer]:
+    """Give each asked user their rows, encoded; no value may be longer than `value_bytes`."""
+    found_for, errors = rows.records.get, rows.errors
     return {
-        user: errors.get(user) or _encoded(plan, records.get(user), value_bytes) for user in asked
+        user: errors.get(user) or _encoded(plan, found_for(user), value_bytes)
+        for user in rows.asked
     }
 
 
-def whose(
-    plan: Plan, ids: UserIds, asked: Sequence[str], found: Found
-) -> tuple[dict[str, list[Any]], dict[str, SourceError]]:
-    """Return the rows, and the errors, of asked users; one who has neither is in none of them."""
+def _whose(plan: Plan, ids: UserIds, asked: Sequence[str], found: Found) -> Rows:
+    # Mostly each row has an id as it was asked for, and there is nothing to compare.
+    is_exact = ids.kind in ("text", "integer") and set(asked).issuperset(found.records)
+    if is_exact and not found.errors:
+        return Rows(asked, found.records, {})
     matches = ids.match(asked, (*found.records, *(found.errors.keys() - found.records.keys())))
     # The errors of users, of their rows first.
     errors: dict[str, SourceError] = {}
@@ -79,7 +107,7 @@ def whose(
         for user in users or asked:
             if user not in records and user not in errors:
                 errors[user] = _stray(plan, stray, user)
-    return records, errors
+    return Rows(asked, records, errors)
 
 
 def _stray(plan: Plan, stray: object, user: str) -> SourceError:

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, text
 from trading_push.errors import SourceError
 from trading_push.models import plain_decimal
 from trading_push.sources.base import NewEvents
-from trading_push.sources.sql.answers import whose
+from trading_push.sources.sql.answers import Rows, told_apart
 from trading_push.sources.sql.plan import Plan
 from trading_push.sources.sql.rows import IDS_PER_QUERY, RowReader
 from trading_push.user_ids import UserIds
@@ -87,28 +87,35 @@ class EventReader:
         """
         answers: dict[str, NewEvents | SourceError] = {}
         for plan, part in self._parts(connection, users):
-            found = self._rows.read(connection, plan, part)
-            records, errors = whose(plan, self._ids, part, found)
+            read = partial(self._rows.read, connection, plan)
             dropped = 0
-            for user in part:
-                since = self._cursors.get(user)
-                try:
-                    if user in errors:
-                        raise errors[user]
-                    new = self._new(records.get(user, ()), since)
-                    dropped += len(records.get(user, ())) - len(new)
-                    newest = new[-1][0] if new else since or _START
-                    is_first = since is None and not self._plan.history
-                    events = [] if is_first else [event for _, event in new]
-                except SourceError as error:
-                    answers[user] = error
-                    continue
-                answers[user] = NewEvents(events, partial(self._taken, user, since, newest))
+            for rows in told_apart(plan, self._ids, part, read):
+                dropped += self._answer(rows, answers)
             if dropped > _MANY_DROPPED:
                 self._width = max(1, len(part) // 2)
             elif len(part) == self._width:
                 self._width = min(IDS_PER_QUERY, self._width + 1)
         return answers
+
+    def _answer(self, rows: Rows, answers: dict[str, NewEvents | SourceError]) -> int:
+        """Put down what is new for each user; return how many rows were not."""
+        dropped = 0
+        for user in rows.asked:
+            since = self._cursors.get(user)
+            records = rows.records.get(user, ())
+            try:
+                if user in rows.errors:
+                    raise rows.errors[user]
+                new = self._new(records, since)
+                dropped += len(records) - len(new)
+                newest = new[-1][0] if new else since or _START
+                is_first = since is None and not self._plan.history
+                events = [] if is_first else [event for _, event in new]
+            except SourceError as error:
+                answers[user] = error
+                continue
+            answers[user] = NewEvents(events, partial(self._taken, user, since, newest))
+        return dropped
 
     def _parts(
         self, connection: Connection, users: Sequence[str]

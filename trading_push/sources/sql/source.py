@@ -21,6 +21,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, tzinfo
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -37,7 +38,7 @@ from trading_push.settings.sources import Query
 from trading_push.settings.validators import is_time_zone
 from trading_push.sources.base import NewEvents, NoValue
 from trading_push.sources.sql import sqlite_json
-from trading_push.sources.sql.answers import Answer, answers, refused
+from trading_push.sources.sql.answers import Answer, Rows, answers, refused, told_apart
 from trading_push.sources.sql.engine import (
     beginning,
     is_sqlite_file,
@@ -196,22 +197,24 @@ class SqlSource:
         parts = [user_ids] if plan.many else [[user] for user in user_ids]
         events = self._events.get(plan.data_type)
         values: dict[str, Answer | NewEvents] = {}
-        read: list[tuple[Sequence[str], Found]] = []
+        read: list[Rows] = []
         try:
             with self._engine.connect() as connection:
                 with transaction(connection, self._begin):
                     if events is not None:
                         values |= events.read(connection, user_ids)
                         parts = []
-                    read = [(users, self._rows(connection, plan, users)) for users in parts]
+                    rows = partial(self._rows, connection, plan)
+                    for users in parts:
+                        read += told_apart(plan, self._ids, users, rows)
                 if self._closed:
                     connection.detach()
         except Exception as error:  # a driver raises more than its own errors
             raise SourceError(
                 self._first_line(error), retryable=not isinstance(error, DataError | ValueError)
             ) from None
-        for users, found in read:
-            values |= answers(plan, self._ids, users, found, self._value_bytes)
+        for each in read:
+            values |= answers(plan, each, self._value_bytes)
         return values
 
     def _rows(self, connection: Connection, plan: Plan, user_ids: Sequence[str]) -> Found:
