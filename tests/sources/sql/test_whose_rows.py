@@ -171,6 +171,19 @@ async def test_an_id_that_is_refused_reaches_no_database() -> None:
         source.close()
 
 
+@pytest.mark.parametrize("kind", ["text", "caseless"])
+async def test_an_id_that_no_driver_can_send_is_refused_alone(make: Any, kind: str) -> None:
+    source = make("caseless", user_id=kind)
+    bad = ["a\0", "\0", "\ud800", "bob\0"]
+    found = await source.fetch_many(["bob", *bad, "nobody"], "balance")
+    assert told(found) == {
+        **dict.fromkeys(bad, "the user's id holds a NUL, or half a surrogate pair"),
+        **{"bob": [{"n": 1}], "nobody": []},
+    }
+    assert {found[user].reason for user in bad} == {"refused"}
+    assert list(await source.fetch_many(bad, "balance")) == bad  # without a query
+
+
 def test_a_kind_of_ids_that_there_is_not() -> None:
     with pytest.raises(ConfigurationError, match="'number' is not a kind of user ids"):
         SqlSource("sqlite:////x.db", {}, user_id="number")  # type: ignore[arg-type]

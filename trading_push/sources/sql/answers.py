@@ -31,13 +31,24 @@ _encode = msgspec.json.Encoder().encode
 
 def refused(ids: UserIds, users: Sequence[str]) -> dict[str, SourceError]:
     """Return the errors of those users whose ids cannot be asked for."""
-    if ids.kind in ("text", "caseless"):  # which take any
-        return {}
+    # One that a driver cannot send would fail the call for all of them.
+    unsendable = [user for user in users if not _is_text(user)] if not _is_text(*users) else ()
+    refusals = dict.fromkeys(unsendable, "the user's id holds a NUL, or half a surrogate pair")
+    if ids.kind not in ("text", "caseless"):  # which take any
+        refusals |= {user: why for user in users if (why := ids.refusal(user)) is not None}
     return {
-        user: SourceError(why, retryable=False, reason="refused")
-        for user in users
-        if (why := ids.refusal(user)) is not None
+        user: SourceError(why, retryable=False, reason="refused") for user, why in refusals.items()
     }
+
+
+def _is_text(*ids: str) -> bool:
+    """Whether databases have a form for each of some ids."""
+    joined = "".join(ids)
+    try:
+        joined.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in joined
 
 
 @attrs.frozen
