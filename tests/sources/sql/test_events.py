@@ -173,6 +173,57 @@ async def test_rows_out_of_order_are_an_error(make: Any) -> None:
     assert "end the query with ORDER BY fill_id" in (await read(source, "a"))["a"]
 
 
+COLLATIONS = {
+    "sqlite": ("text COLLATE NOCASE", "text COLLATE BINARY"),
+    "postgresql": ('text COLLATE "en-x-icu"', 'text COLLATE "C"'),
+    "mysql": ("varchar(40)", "varchar(40) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"),
+}
+
+
+async def test_texts_that_the_database_sorts_otherwise_are_an_error(
+    make: Any, database: tuple[str, Execute]
+) -> None:
+    otherwise, _ = COLLATIONS[database[0].partition(":")[0].partition("+")[0]]
+    source, execute = make(otherwise)
+    await read(source, "a", "b", "c")
+    execute("INSERT INTO fills VALUES ('a', 'a', 1), ('b', 'x', 1)")
+    assert await read(source, "a", "b") == {"a": ["a"], "b": ["x"]}
+    execute("INSERT INTO fills VALUES ('a', 'B', 1), ('b', 'xx', 1)")
+    for _ in range(2):  # none of them is taken as had
+        assert "by its characters (COLLATE" in (await read(source, "a"))["a"]
+    assert await read(source, "b") == {"b": ["xx"]}
+    execute("INSERT INTO fills VALUES ('c', 'a', 1), ('c', 'B', 1)")
+    assert "a text that sorts by its characters" in (await read(source, "c"))["c"]
+
+
+async def test_texts_that_it_sorts_by_characters_are_right(
+    make: Any, database: tuple[str, Execute]
+) -> None:
+    _, by_characters = COLLATIONS[database[0].partition(":")[0].partition("+")[0]]
+    source, execute = make(by_characters)
+    await read(source, "a")
+    for cursor in ("B", "a", "a-b", "ab", "\u00e9", "\u4e00", "\uffee", "\U0001f600"):
+        execute(f"INSERT INTO fills VALUES ('a', '{cursor}', 1)")
+        assert await read(source, "a") == {"a": [cursor]}
+
+
+async def test_a_number_that_is_compared_as_a_text_is_an_error(tmp_path: Path) -> None:
+    sql = SQL.replace("fill_id,", "CAST(fill_id AS integer) AS fill_id,")
+    sql = sql.replace("BY fill_id", "BY fills.fill_id")
+    with sqlite3.connect(tmp_path / "fills.db", isolation_level=None) as connection:
+        connection.execute(TABLE.format(user="text", cursor="text"))
+        source = SqlSource(
+            f"sqlite:///{tmp_path / 'fills.db'}", {"fills": Query(sql, cursor="fill_id")}
+        )
+        await read(source, "a")
+        connection.execute("INSERT INTO fills VALUES ('a', '100', 1)")
+        assert await read(source, "a") == {"a": [100]}
+        connection.execute("INSERT INTO fills VALUES ('a', '95', 1)")
+        assert "cast it to an integer" in (await read(source, "a"))["a"]
+        source.close()
+    connection.close()
+
+
 @pytest.mark.parametrize(
     ("query", "advice"),
     [

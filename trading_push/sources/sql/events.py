@@ -9,6 +9,8 @@
    dropped. Users of near cursors are read together, in fewer at a time if much is dropped.
 4. A cursor is a whole number above 0, or a text that sorts after "0" as its characters do. Rows of
    equal cursors are all given if one read finds them all; one that is written later is not.
+5. A database that compares cursors otherwise would hide new rows. It shows by rows that are not in
+   order, or not after the cursor that was asked for: these are errors.
 """
 
 from __future__ import annotations
@@ -90,14 +92,14 @@ class EventReader:
             read = partial(self._rows.read, connection, plan)
             dropped = 0
             for rows in told_apart(plan, self._ids, part, read):
-                dropped += self._answer(rows, answers)
+                dropped += self._answer(plan, rows, answers)
             if dropped > _MANY_DROPPED:
                 self._width = max(1, len(part) // 2)
             elif len(part) == self._width:
                 self._width = min(IDS_PER_QUERY, self._width + 1)
         return answers
 
-    def _answer(self, rows: Rows, answers: dict[str, NewEvents | SourceError]) -> int:
+    def _answer(self, plan: Plan, rows: Rows, answers: dict[str, NewEvents | SourceError]) -> int:
         """Put down what is new for each user; return how many rows were not."""
         dropped = 0
         for user in rows.asked:
@@ -106,7 +108,7 @@ class EventReader:
             try:
                 if user in rows.errors:
                     raise rows.errors[user]
-                new = self._new(records, since)
+                new = self._new(records, since, plan.after)
                 dropped += len(records) - len(new)
                 newest = new[-1][0] if new else since or _START
                 is_first = since is None and not self._plan.history
@@ -144,9 +146,15 @@ class EventReader:
                 yield plan, part
 
     def _new(
-        self, records: Sequence[dict[str, Any]], since: int | str | None
+        self, records: Sequence[dict[str, Any]], since: int | str | None, after: int | str | None
     ) -> list[tuple[int | str, msgspec.Raw]]:
-        """Return the rows that a user has not had, with their cursors."""
+        """Return the rows that a user has not had, with their cursors.
+
+        Args:
+            records: The user's rows.
+            since: The user's cursor.
+            after: The cursor that the query was run with: of another user maybe, who is behind.
+        """
         new: list[tuple[int | str, msgspec.Raw]] = []
         last: int | str | None = None
         for record in records:
@@ -168,6 +176,13 @@ class EventReader:
                     f"does not grow from row to row: end the query with ORDER BY {self._name}, and "
                     "cast it to an integer if it is a number, or to a text that sorts by its "
                     "characters"
+                )
+            if type(after) is type(cursor) and cursor < after:  # type: ignore[operator]
+                raise self._error(
+                    "is not compared as it sorts, which would lose events: cast it to an integer "
+                    f"if it is a number (CAST({self._name} AS ...) > :after), or compare the text "
+                    'by its characters (COLLATE "C" in PostgreSQL, utf8mb4_bin in MySQL, BINARY '
+                    "in SQLite)"
                 )
             last = cursor
             if since is None or since == _START or cursor > since:
