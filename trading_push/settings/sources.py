@@ -171,7 +171,7 @@ class Database:
     statement_timeout_s: float = setting(
         30,
         number(0.1),
-        "How long one query may take, in PostgreSQL and SQLite.",
+        "How long one query may take, in PostgreSQL, SQLite, MySQL and MariaDB.",
         unit="s",
     )
     value_bytes: int = setting(

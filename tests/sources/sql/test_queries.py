@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
 
 from harness.mariadb_server import MariaDbServer
 from harness.postgres_server import PostgresServer
 from harness.readme import PAGES
+from harness.support import PATIENCE_S
 
 from trading_push import ConfigurationError, SourceError, SqlSource
 from trading_push.settings import load_settings
@@ -237,6 +239,28 @@ async def test_mariadb_compares_in_its_own_way_and_is_only_read(
     with pytest.raises(SourceError, match="READ ONLY transaction"):
         await delete.fetch("4", "balance")
     assert mariadb.admin("SELECT count(*) FROM t", "ids") == ((2,),)
+
+
+@pytest.mark.parametrize("where", ["user_id = :user_id", "user_id IN :user_ids"])
+async def test_mariadb_ends_a_statement_that_takes_too_long(
+    make: Any, mariadb: MariaDbServer, where: str
+) -> None:
+    mariadb.create_database("slow", "CREATE TABLE t (user_id int)", "INSERT INTO t VALUES (4), (5)")
+    sql = f"SELECT user_id, IF(user_id = 4, SLEEP(600), 0) AS n FROM t WHERE {where}"
+    source = make(mariadb.url("slow"), sql, statement_timeout_s=0.25, threads=1)
+    processes = "SELECT id, info FROM information_schema.processlist WHERE db = 'slow'"
+    try:
+        with trio.fail_after(PATIENCE_S):
+            assert await fetched(source, "5") == {"5": [{"n": 0}]}
+            ((session, _),) = mariadb.admin(processes)
+            with pytest.raises(SourceError, match="max_statement_time exceeded") as caught:
+                await source.fetch_many(["4"], "balance")
+        assert caught.value.retryable
+        assert mariadb.admin(processes) == ((session, None),)  # idle, and the same as before
+        assert await fetched(source, "5") == {"5": [{"n": 0}]}
+    finally:
+        source.close()
+        mariadb.admin("DROP DATABASE slow")
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
     Args:
         url: The database.
         threads: How many connections there are at most.
-        statement_timeout_s: How long SQLite may take for one query.
+        statement_timeout_s: How long SQLite, MySQL and MariaDB may take for one query.
 
     Raises:
         ConfigurationError: There is no such driver, or it cannot do with the URL.
@@ -138,8 +138,7 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
         event.listen(engine, "connect", _on_connect("PRAGMA query_only = ON"))
         event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
     elif backend in MYSQL:
-        # These sessions are ours alone. A TIMESTAMP is given in the session's time zone.
-        event.listen(engine, "connect", _on_connect("SET time_zone = '+00:00'"))
+        event.listen(engine, "connect", _on_connect(_mysql_session(statement_timeout_s)))
     return engine
 
 
@@ -167,6 +166,17 @@ def _on_connect(statement: str) -> Callable[..., None]:
             cursor.execute(statement)
 
     return on_connect
+
+
+def _mysql_session(statement_timeout_s: float) -> str:
+    """Return what is set on a session of MySQL or MariaDB, which is ours alone."""
+    # A TIMESTAMP is given in the session's time zone. Of the two deadlines each server takes its
+    # own: what stands in `/*!50708` is a comment to MariaDB, and what stands in `/*M!` to MySQL.
+    return (
+        "SET time_zone = '+00:00'"
+        f" /*!50708 , max_execution_time = {max(1, round(statement_timeout_s * 1000))} */"
+        f" /*M!100101 , max_statement_time = {statement_timeout_s:f} */"
+    )
 
 
 def _sqlite_deadline(seconds: float) -> Callable[..., None]:

@@ -9,8 +9,8 @@
    read-only: a reader can neither make nor change it. (A URL with options of its own, after a `?`,
    says itself how it is opened.)
 5. A thread cannot be cancelled, so a statement has a deadline that the database itself holds:
-   PostgreSQL and SQLite have `statement_timeout_s`. For another database the driver's own time-out
-   belongs into the URL (`?read_timeout=30` for PyMySQL), or to the role that reads.
+   PostgreSQL, SQLite, MySQL and MariaDB have `statement_timeout_s`. For another database the
+   driver's own time-out belongs into the URL, or to the role that reads.
 6. User ids are bound as untyped strings, so that the database compares them with a column of its
    own type. Whose a row is, is compared again (see `answers`).
 """
@@ -65,7 +65,7 @@ class SqlSource:
         queries: A query for each data type. A type without one has nothing to say.
         threads: How many fetches may run at the same time, each with a connection; of one type,
             where there are several, at most one less.
-        statement_timeout_s: How long PostgreSQL or SQLite may take for one query.
+        statement_timeout_s: How long one query may take, in PostgreSQL, SQLite, MySQL or MariaDB.
         user_id: How the database compares user ids; see `UserIds`.
         time_zone: The time zone, by its IANA name, of times that have none.
         value_bytes: How long a user's value may be as JSON; a longer one is an error.
