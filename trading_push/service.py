@@ -333,7 +333,7 @@ class PushService:
         if shared is not None:
             shared.watched(watched)
         else:
-            self._upstream.interest.watched(topic, watched)
+            self._upstream.watched(topic, watched)
 
     def _awaits_source(self, topic: Topic) -> bool:
         streams = self.context.streams

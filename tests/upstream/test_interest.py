@@ -21,7 +21,7 @@ from trading_push.settings.schema import Intervals, Polling, Settings
 from trading_push.settings.sources import Market
 from trading_push.sources.base import ChangeSink, MarketSink
 from trading_push.testing import MemoryTransport
-from trading_push.topics import Topic
+from trading_push.topics import Channel, Topic
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,76 @@ async def test_a_session_that_fails_is_entered_again(autojump_clock, caplog):
         "❌ 用户4的上游会话出错: OSError: no upstream - 1秒后重试",
         "❌ 用户4的上游会话出错: OSError: no upstream - 2秒后重试",
     ]
+
+
+async def test_events_are_not_live_while_the_session_that_tells_them_fails(autojump_clock):
+    upstream, channels = Upstream(), [Channel("alerts", "events"), Channel("notes")]
+    upstream.failures = 3
+    async with serving(Table(), user_session=upstream.session, channels=channels) as (
+        service,
+        join,
+    ):
+        peer = await join("4", "fills", "notes")
+        told = [await peer.next() for _ in range(3)]
+        assert [(push["channel"], push["state"], push.get("reason")) for [push] in told] == [
+            ("fills", "live", "quiet"),
+            ("notes", "down", "no_data"),
+            ("fills", "down", "source_error"),
+        ]
+        late = await join("4", "fills", "alerts")  # between two tries
+        state = {}
+        for _ in range(3):  # that of alerts is marked when its first watcher is there
+            [push] = await late.next()
+            state[push["channel"]] = push["state"], push["reason"]
+        assert state == dict.fromkeys(("fills", "alerts"), ("down", "source_error"))
+        [push] = await peer.next()
+        assert (push["channel"], push["state"], push["reason"]) == ("fills", "live", "quiet")
+        assert [(await late.next())[0]["reason"] for _ in range(2)] == ["quiet"] * 2
+        await service.publish("notes", 1, "4")
+        assert [(await peer.next())[0].get("data") for _ in range(2)] == [None, 1]  # live, and 1
+
+
+async def test_events_of_before_are_stale_until_the_session_is_open_again(autojump_clock):
+    cuts = [trio.Event(), trio.Event()]
+
+    @asynccontextmanager
+    async def session(user: str) -> AsyncIterator[None]:
+        cut = cuts.pop(0)
+
+        async def read() -> None:
+            await cut.wait()
+            raise ConnectionResetError("cut")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            yield
+            nursery.cancel_scope.cancel()
+
+    first = cuts[0]
+    async with serving(Table(), user_session=session) as (service, join):
+        peer = await join("4", "fills")
+        assert (await peer.next())[0]["reason"] == "quiet"
+        await service.publish("fills", {"fill_id": 1}, "4")
+        assert (await peer.next())[0]["data"] == {"fill_id": 1}
+        first.set()
+        [status] = await peer.next()
+        assert (status["state"], status["reason"]) == ("stale", "source_error")
+        [status] = await peer.next()
+        assert status["state"] == "live"
+        await service.publish("fills", {"fill_id": 2}, "4")
+        assert (await peer.next())[0]["data"] == {"fill_id": 2}
+
+
+async def test_who_comes_after_a_failed_session_finds_events_live(autojump_clock):
+    upstream = Upstream()
+    upstream.failures = 1000
+    async with serving(Table(), user_session=upstream.session) as (_, join):
+        peer = await join("4", "fills")
+        assert [(await peer.next())[0]["reason"] for _ in range(2)] == ["quiet", "source_error"]
+        peer.leave()
+        await trio.sleep(120)
+        upstream.failures = 0
+        assert (await (await join("4", "fills")).next())[0]["reason"] == "quiet"
 
 
 async def test_a_session_that_breaks_stops_the_asking(autojump_clock):

@@ -44,6 +44,8 @@ class _UserSession:
 
     def __init__(self) -> None:
         self.is_open = False
+        self.has_failed = False
+        """Whether it could not be opened, or broke, and has not been opened since."""
         self.waits_for: _UserSession | None = None
         """The user's session before this one, which has not ended yet."""
         self.released = trio.Event()
@@ -108,6 +110,15 @@ class Interest:
     def holds(self, topic: Topic) -> bool:
         """Whether a topic is watched, or was until a moment ago."""
         return topic in self._held
+
+    def topics_of(self, user: str) -> Iterable[Topic]:
+        """Return the topics of a user that are held."""
+        return () if user not in self._users else tuple(self._users[user].topics)
+
+    def session_failed(self, user: str) -> bool:
+        """Whether a user's session is not open because it has failed."""
+        held = self._users.get(user)
+        return held is not None and held.session is not None and held.session.has_failed
 
     def watched(self, topic: Topic, watched: bool) -> None:
         """Note that a topic's first watcher has arrived, or its last one has left; synchronous."""
@@ -195,7 +206,7 @@ class Interest:
                     session.waits_for = session.waits_for.waits_for
                 await keep_running(
                     partial(self._open, user, session, topics),
-                    partial(self._failed, user),
+                    partial(self._session_failed, user, session),
                     jitter_s=_JITTER_S,
                 )
         finally:
@@ -206,13 +217,19 @@ class Interest:
                 else:
                     self._sessions[user] = session.waits_for
 
+    def _session_failed(
+        self, user: str, session: _UserSession, error: Exception, delay: float
+    ) -> None:
+        session.has_failed = True
+        self._failed(user, error, delay)
+
     async def _open(self, user: str, session: _UserSession, topics: Iterable[Topic]) -> None:
         assert self._session is not None
         if session.released.is_set():
             return
         try:
             async with self._session(user):
-                session.is_open = True
+                session.is_open, session.has_failed = True, False
                 for topic in topics:
                     self._begin(topic)
                 await session.released.wait()

@@ -38,6 +38,7 @@ Publish = Callable[[Iterable[tuple[str, Any, str | int | None]]], None]
 """Publishes some values at once: channel, data and user of each."""
 
 _FORGET_EVERY_S: Final = 10
+_SESSION_FAILED: Final = "source_error"
 
 
 class Upstream:
@@ -76,6 +77,7 @@ class Upstream:
         self.pollers: dict[str, Poller] = {}
         """The poller of each data type."""
         self._broker = broker
+        self._channels = channels
         self._linger_s = polling.topic_linger_s
         # Since when the topics that nobody watches are idle, on trio's clock.
         self._idle_since: dict[Topic, float] = {}
@@ -152,6 +154,12 @@ class Upstream:
         poller = self.pollers.get(topic.channel)
         return poller is not None and topic.user is not None and poller.awaits(topic.user)
 
+    def watched(self, topic: Topic, watched: bool) -> None:
+        """Note that a topic's first watcher has arrived, or its last one has left; synchronous."""
+        self.interest.watched(topic, watched)
+        if watched and topic.user is not None and self.interest.session_failed(topic.user):
+            self._mark_failed([topic])
+
     def published(self, topic: Topic) -> None:
         """Somebody has published to a topic: forget it in time if the source can give it again."""
         if (symbol := symbol_of(topic.channel)) is not None:
@@ -184,6 +192,8 @@ class Upstream:
                 self.feed.watch(symbol)
         elif topic.user is not None and (poller := self.pollers.get(topic.channel)) is not None:
             poller.watch(topic.user)
+        else:
+            self._session_is_over(topic)
 
     def _end(self, topic: Topic) -> None:
         symbol = symbol_of(topic.channel)
@@ -197,6 +207,8 @@ class Upstream:
             self._idle_since[topic] = trio.current_time()
             if self._broker.snapshot(topic) is not None:
                 self._broker.mark([topic], Status("stale", "not_watched"))
+        elif not self.interest.holds(topic):
+            self._session_is_over(topic)
 
     def _failed(self, user: str | None, error: Exception, delay: float) -> None:
         inner = innermost(error)
@@ -206,10 +218,19 @@ class Upstream:
             return
         self.failures["user sessions"] += 1
         logs.emit(logs.line("session_failed", user=user, error=inner, delay=delay))
-        for topic in (Topic(channel, user) for channel in self.pollers):
-            if self.interest.holds(topic):
+        self._mark_failed(self.interest.topics_of(user))
+
+    def _mark_failed(self, topics: Iterable[Topic]) -> None:
+        """Mark what comes by a user's session: what is polled, and events that are told."""
+        for topic in topics:
+            if topic.channel in self.pollers or self._channels.kind_of(topic) == "events":
                 state: State = "down" if self._broker.snapshot(topic) is None else "stale"
-                self._broker.mark([topic], Status(state, "source_error"))
+                self._broker.mark([topic], Status(state, _SESSION_FAILED))
+
+    def _session_is_over(self, topic: Topic) -> None:
+        """Take back what was marked of events that are told: no answer comes that would do it."""
+        if topic.user is not None and self._broker.status(topic).reason == _SESSION_FAILED:
+            self._broker.mark([topic], Status("live"))
 
     async def _forget_idle_topics(self) -> None:
         while True:
