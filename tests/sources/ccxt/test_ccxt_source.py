@@ -321,6 +321,57 @@ async def test_keys_are_added_without_a_restart(
         assert source._open == {}
 
 
+class Told:
+    """A sink that keeps whose data have changed."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, str]] = []
+
+    def changed(self, changes: Any) -> None:
+        self.changes += changes
+
+
+async def test_keys_that_have_changed_count_while_their_user_is_watched(
+    exchange: LoopbackExchange, mock_clock: trio.testing.MockClock
+) -> None:
+    keys: dict[str, dict[str, str]] = {"4": {"apiKey": "revoked", "secret": "x"}}
+    sink = Told()
+
+    async def later(changed: int) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(5.1)
+        with trio.fail_after(PATIENCE_S):
+            while len(sink.changes) < changed:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+    with closing(CcxtSource(options(exchange), keys)) as source:
+        types = len(source.data_types)
+        async with trio.open_nursery() as nursery, source.session("4"):
+            nursery.start_soon(source.watch, sink)
+            with pytest.raises(SourceError, match="AuthenticationError"):
+                await source.fetch("4", "balance")
+            keys["4"] = CREDENTIALS["4"]
+            await later(types)
+            assert len(await source.fetch("4", "balance")) == 2
+            # Others, which cannot be used: those of before go on.
+            keys["4"] = {"apiKey": "no secret"}
+            await later(types)
+            assert len(await source.fetch("4", "balance")) == 2
+            keys["4"] = CREDENTIALS["5"]
+            await later(2 * types)
+            assert [row["asset"] for row in await source.fetch("4", "balance")] == ["ETH"]
+            del keys["4"]
+            await later(3 * types)
+            assert source._open == {}
+            assert await source.fetch("4", "balance") == []
+            keys["4"] = CREDENTIALS["4"]
+            await later(4 * types)
+            assert len(await source.fetch("4", "balance")) == 2
+            nursery.cancel_scope.cancel()
+        assert source._open == source._keys == {}
+    assert set(sink.changes) == {("4", data_type) for data_type in source.data_types}
+
+
 def test_ccxts_own_options() -> None:
     given = {"recvWindow": 12_345, "defaultType": "spot"}
     api = CcxtExchange(ExchangeOptions("binance", options=given, market_type="swap")).api

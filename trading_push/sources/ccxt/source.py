@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
@@ -22,7 +22,7 @@ from trading_push.sources.ccxt.fills import ALL_SYMBOLS, FillPoller
 __all__ = ["CcxtSource"]
 
 KEYS_S: Final = 5.0
-"""How often it is looked whether a user who is watched has keys by now."""
+"""How often it is looked whether a user who is watched has other keys by now."""
 
 # How ccxt is asked for each data type ...
 _METHODS = {
@@ -78,8 +78,11 @@ class CcxtSource:
         # Without keys: the markets are loaded with it, once for all users.
         self._public = CcxtExchange(options)
         self._loading = trio.Lock()
-        # The exchange objects of the users whose sessions are open.
+        # The exchange objects of the users whose sessions are open, and the keys of each.
         self._open: dict[str, CcxtExchange] = {}
+        self._keys: dict[str, Mapping[str, str]] = {}
+        # Told whose keys have changed; None while the source is not watched.
+        self._sink: ChangeSink | None = None
         api = self._public.api
         if fill_symbols and not api.has.get("fetchMyTrades"):
             raise ConfigurationError(
@@ -102,39 +105,49 @@ class CcxtSource:
         Raises:
             SourceError: The exchange's markets cannot be loaded.
         """
-        has_keys = user_id in self._credentials
         try:
-            if has_keys:  # not in the nursery, which would put its error into a group
+            if user_id in self._credentials:  # not in the nursery: its error would be in a group
                 await self._open_exchange(user_id)
             async with trio.open_nursery() as nursery:
-                if has_keys:
-                    self._follow(user_id, nursery)
-                else:
-                    nursery.start_soon(self._begin_later, user_id, nursery)
+                nursery.start_soon(self._follow, user_id)
                 yield
                 nursery.cancel_scope.cancel()
         finally:
-            if user_id in self._open:
-                self._open.pop(user_id).close()
+            self._close_exchange(user_id)
 
     async def _open_exchange(self, user_id: str) -> None:
         async with self._loading:
             await self._call(self._public, "load_markets")
-        self._open[user_id] = await trio.to_thread.run_sync(self._make, user_id)
+        keys = self._credentials[user_id]
+        exchange = await trio.to_thread.run_sync(self._make, user_id, keys)
+        self._close_exchange(user_id)
+        self._open[user_id], self._keys[user_id] = exchange, keys
 
-    def _follow(self, user_id: str, nursery: trio.Nursery) -> None:
-        if self._fills is not None:
-            nursery.start_soon(self._fills.follow, user_id, self._open[user_id])
+    def _close_exchange(self, user_id: str) -> None:
+        self._keys.pop(user_id, None)
+        if user_id in self._open:
+            self._open.pop(user_id).close()
 
-    async def _begin_later(self, user_id: str, nursery: trio.Nursery) -> None:
-        """Begin once the keys of a user who is watched have been added to the file."""
-        while user_id not in self._open:
-            await trio.sleep(KEYS_S)
-            if user_id in self._credentials:
-                # A fetch says meanwhile what is wrong.
-                with suppress(SourceError):
+    async def _follow(self, user_id: str) -> None:
+        """Tell of a user's fills, from now on with the keys that are in the file by then."""
+        while True:
+            async with trio.open_nursery() as nursery:
+                if self._fills is not None and user_id in self._open:
+                    nursery.start_soon(self._fills.follow, user_id, self._open[user_id])
+                are_same = True
+                while are_same:
+                    await trio.sleep(KEYS_S)
+                    are_same = self._credentials.get(user_id) == self._keys.get(user_id)
+                nursery.cancel_scope.cancel()
+            if user_id not in self._credentials:
+                self._close_exchange(user_id)
+            else:
+                try:
                     await self._open_exchange(user_id)
-                    self._follow(user_id, nursery)
+                except SourceError:  # a fetch with the keys of before says what is wrong
+                    continue
+            if self._sink is not None:
+                self._sink.changed((user_id, data_type) for data_type in self.data_types)
 
     def _check_credentials(self, user: str, given: Mapping[str, str]) -> None:
         for name, required in self._public.api.requiredCredentials.items():
@@ -145,18 +158,20 @@ class CcxtSource:
                 )
 
     async def watch(self, sink: ChangeSink) -> None:
-        """Publish the fills of the users whose sessions are open, until cancelled.
+        """Publish the fills of the users whose sessions are open, and tell of new keys.
 
         The first time a user is watched it begins with the fills to come; after that, with those
         since the last one, as far as they are in the newest page of each market.
         """
-        if self._fills is None:
-            await trio.sleep_forever()
-        self._fills.sink = sink
+        self._sink = sink
+        if self._fills is not None:
+            self._fills.sink = sink
         try:
             await trio.sleep_forever()
         finally:
-            self._fills.sink = None
+            self._sink = None
+            if self._fills is not None:
+                self._fills.sink = None
 
     async def _call(self, exchange: CcxtExchange, method: str, *args: Any) -> Any:
         # ccxt's own time-out is that of each read, and its rate limiter may pause before.
@@ -166,8 +181,7 @@ class CcxtSource:
         except trio.TooSlowError:
             raise SourceError(f"{exchange.name} did not answer in time") from None
 
-    def _make(self, user_id: str) -> CcxtExchange:
-        given = self._credentials[user_id]
+    def _make(self, user_id: str, given: Mapping[str, str]) -> CcxtExchange:
         try:
             self._check_credentials(user_id, given)  # it may have been added since the start
         except ConfigurationError as error:
