@@ -273,6 +273,19 @@ def key_set(**keys: Any) -> bytes:
     return json.dumps({"keys": entries}).encode()
 
 
+async def test_a_byte_order_mark_is_passed_over(jwks: Any, tmp_path: Path) -> None:
+    url, body, _ = jwks
+    path = tmp_path / "key.pem"
+    token = jwt.encode(claims(), RSA, "RS256", {"kid": "one"})
+    body[0] = b"\xef\xbb\xbf" + key_set(one=RSA)
+    path.write_bytes(b"\xef\xbb\xbf" + pem(RSA))
+    for settings in (
+        Auth(algorithm="RS256", jwks_url=url),
+        Auth(algorithm="RS256", public_key_file=path),
+    ):
+        assert (await JwtAuthenticator(settings, None)(token)).user == "4"
+
+
 async def test_keys_behind_a_url(jwks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, body, asked = jwks
     authenticate = JwtAuthenticator(Auth(algorithm="RS256", jwks_url=url), None)

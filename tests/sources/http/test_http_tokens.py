@@ -153,6 +153,19 @@ async def test_a_command_is_run_once_and_again_before_its_token_is_too_old(
     assert capfd.readouterr() == ("", "")
 
 
+async def test_a_byte_order_mark_before_a_token_is_passed_over(
+    service: Service, command: Command, tmp_path: Path
+) -> None:
+    command.say("\ufefft1\r")
+    path = tmp_path / "token"
+    path.write_bytes(b"\xef\xbb\xbft1\r\n")
+    path.chmod(0o600)
+    for options in ({"token_command": command.line}, {"token_file": path}):
+        async with reading(service.url(), **options) as source:
+            await source.fetch("4", "balance")
+    assert sent(service) == ["t1", "t1"]
+
+
 async def test_a_command_is_run_again_when_its_token_is_refused(
     service: Service, command: Command, mock_clock: trio.testing.MockClock
 ) -> None:

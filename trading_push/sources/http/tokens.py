@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import shlex
@@ -175,7 +176,7 @@ class _CommandToken:
             raise SourceError(f"http.token_command took longer than {COMMAND_S:g} s")
         if ended.returncode:
             raise SourceError(f"http.token_command ended with status {ended.returncode}")
-        token = ended.stdout.strip().decode("latin-1")
+        token = ended.stdout.removeprefix(codecs.BOM_UTF8).strip().decode("latin-1")
         if not is_token(token):
             raise SourceError("http.token_command wrote something else than a token")
         self._token = token
