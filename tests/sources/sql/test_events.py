@@ -21,6 +21,7 @@ from trading_push import PostgresSource, Principal, open_push_service
 from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.sources.base import NewEvents
+from trading_push.sources.sql import events
 from trading_push.sources.sql.source import SqlSource
 from trading_push.testing import MemoryTransport, peer
 from trading_push.topics import Channel
@@ -104,6 +105,18 @@ async def test_each_new_row_is_one_event_of_its_user(make: Any) -> None:
     execute("INSERT INTO fills VALUES ('b', 701, 1), ('a', 702, 1), ('a', 710, 1), ('new', 703, 1)")
     assert await read(source, "b", "a", "new") == {"b": [701], "a": [702, 710], "new": [703]}
     assert await read(source, "b", "a", "new") == {"b": [], "a": [], "new": []}
+
+
+async def test_cursors_are_kept_of_those_who_were_read_last(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "CURSORS", 2)
+    source, execute = make()
+    for user in "abac":
+        await read(source, user)
+    execute("INSERT INTO fills VALUES ('a', 1, 1), ('b', 2, 1), ('c', 3, 1)")
+    assert await read(source, "a", "c") == {"a": [1], "c": [3]}
+    assert await read(source, "b") == {"b": []}  # begins anew
 
 
 async def test_history_comes_first(make: Any) -> None:

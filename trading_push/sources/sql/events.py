@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import partial
@@ -36,6 +37,8 @@ __all__ = ["EventReader"]
 
 _START: Final = "0"
 """What the first read compares with: a text that has no type yet, below every cursor."""
+CURSORS: Final = 100_000
+"""Of so many users the cursors are kept: more than one process can have watched."""
 _MANY_DROPPED: Final = 1000
 _RANK: Final = "trading_push_rank"
 
@@ -62,8 +65,9 @@ class EventReader:
         self._rows = rows
         self._ids = ids
         self._value_bytes = value_bytes
-        # The last cursor of each user who was read, `_START` if there was no row; kept for good.
-        self._cursors: dict[str, int | str] = {}
+        # The last cursor of each user who was read, `_START` if there was no row. Kept for those
+        # who have gone, so that they get what they have missed; who was read last is the last.
+        self._cursors: OrderedDict[str, int | str] = OrderedDict()
         # How many users one query names.
         self._width = IDS_PER_QUERY
 
@@ -216,4 +220,7 @@ class EventReader:
         if self._cursors.get(user) != since:
             return False
         self._cursors[user] = newest
+        self._cursors.move_to_end(user)  # no other way: a thread that reads must not miss it
+        if len(self._cursors) > CURSORS:
+            self._cursors.popitem(last=False)
         return True
