@@ -225,11 +225,19 @@ def test_init_writes_a_sample_once(
     path = directory / "trading-push.toml"
     assert str(path) in out
     assert "# port = 8000" in path.read_text()
+    others = {"trading-push.service", "nginx.conf", "Caddyfile"}
+    assert {each.name for each in directory.iterdir()} == {path.name, *others}
+    assert "reverse_proxy" in (directory / "Caddyfile").read_text()
+    for name in others - {"Caddyfile"}:
+        (directory / name).unlink()
     path.write_text("mine")
     status, out, err = call("init", str(directory))
     assert (status, out) == (2, "")
     assert "is there already" in err
     assert path.read_text() == "mine"
+    path.unlink()
+    assert call("init", str(directory))[0] == 2  # for the Caddyfile's sake
+    assert [each.name for each in directory.iterdir()] == ["Caddyfile"]
 
 
 def test_which_hosts_are_this_machine_alone() -> None:
