@@ -7,6 +7,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 import urllib.parse
@@ -169,6 +170,20 @@ def test_the_page_in_a_browser(shop, tmp_path):
     with process(chromium, *BROWSER_FLAGS, profile, url) as running:
         asyncio.run(use(running))
     assert server.stop() == 0
+
+
+def test_a_shop_s_own_test_is_run_as_printed(tmp_path):
+    (tmp_path / "shop.py").write_text(block("shop"))
+    (tmp_path / "test_shop.py").write_text(block("shop_test"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, **environment()},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert "1 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.soak

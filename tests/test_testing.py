@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from decimal import Decimal
 from typing import Any
 
 import attrs
 import pytest
 import trio
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
-from trading_push import Channel, Principal, open_push_service
-from trading_push.testing import peer
+from trading_push import (
+    Channel,
+    ConfigurationError,
+    Principal,
+    PublishError,
+    open_push_service,
+)
+from trading_push.testing import peer, sync_peer
 
 MARGIN = Channel("margin", interval_s=2)
 
@@ -111,3 +120,39 @@ async def test_a_peer_without_a_token_and_one_that_is_closed(autojump_clock):
         with pytest.raises(AssertionError, match="closed with 1003"):
             await nobody.request("list")
         assert nobody.closed_with[0] == 1003
+
+
+def test_a_synchronous_test_sees_what_is_published_and_fetched():
+    source = Source()
+    channels = [MARGIN, Channel("alerts", kind="events")]
+    with sync_peer("4", source, channels=channels) as four:
+        four.subscribe("margin", "alerts")
+        assert four.push("margin")["data"] == {"ratio": "0.5"}
+        assert four.push("alerts")["reason"] == "quiet"
+        for key in ("a", "a", "b", None, None):
+            four.publisher.publish("alerts", Decimal("1.50"), user=4, key=key)
+        assert [four.push("alerts")["data"] for _ in range(4)] == ["1.50"] * 4
+        with Session(create_engine("sqlite://")) as session:
+            four.publisher.after_commit(session, "alerts", "rolled back", user=4)
+            session.rollback()
+            four.publisher.after_commit(session, "alerts", "committed", user="4")
+            session.commit()
+            session.get_bind().dispose()
+        assert four.push("alerts")["data"] == "committed"
+        assert four.request("list")["channels"] == ["alerts", "margin"]
+        with pytest.raises(AssertionError, match="no push of margin within"):
+            four.push("margin", timeout_s=0.01)
+        with pytest.raises(AssertionError, match="unknown_channel"):
+            four.subscribe("nope")
+        with pytest.raises(PublishError, match="nope") as error:
+            four.publisher.publish("nope", 1)
+        assert (error.value.status, error.value.retryable) == (400, False)
+    assert not [each for each in threading.enumerate() if each.name == "sync_peer"]
+
+
+def test_what_fails_in_a_synchronous_test_s_service_is_raised_in_the_test():
+    with pytest.raises(ConfigurationError, match="twice"), sync_peer("4", channels=[MARGIN] * 2):
+        pass
+    with pytest.raises(ZeroDivisionError), sync_peer("4"):
+        raise ZeroDivisionError
+    assert not [each for each in threading.enumerate() if each.name == "sync_peer"]

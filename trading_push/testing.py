@@ -12,28 +12,34 @@
 
 Everything between the peer and the source is the real thing: the connection's nursery, the
 registry, the push loops; only the bytes on the wire are not. With pytest-trio's `autojump_clock`
-no test waits.
+no test waits. For an application that is synchronous, as Flask's are, `sync_peer` does the same
+from a thread.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import trio
 
 from trading_push.auth.principal import Principal
+from trading_push.client.after_commit import Value
+from trading_push.client.publisher import Publisher
 from trading_push.connections.connection import Connection
 from trading_push.connections.opening import Opening
-from trading_push.errors import SendTimeout, TransportClosed
+from trading_push.errors import PublishError, SendTimeout, TransportClosed, innermost
 from trading_push.protocol.frames import PING, payload_of, split
-from trading_push.service import PushService
+from trading_push.service import PushService, open_push_service
+from trading_push.sources.base import Source
 from trading_push.transport.base import Close
 
-__all__ = ["MemoryTransport", "peer"]
+__all__ = ["MemoryTransport", "SyncPeer", "peer", "sync_peer"]
 
 
 class MemoryTransport:
@@ -277,3 +283,119 @@ async def peer(
             yield transport
         finally:
             transport.leave()
+
+
+class _PublishesHere(Publisher):
+    """A `Publisher` to a service of this process, for the application under test."""
+
+    def __init__(self, service: PushService, trio_token: trio.lowlevel.TrioToken) -> None:
+        super().__init__("http://localhost", "no token is needed here")
+        self._service = service
+        self._trio_token = trio_token
+        self._keys: set[str] = set()  # of the publications so far
+
+    def _publish(self, values: list[Value], timeout_s: float, key: str | None) -> None:
+        if key in self._keys:
+            return
+        given = [(each["channel"], each["data"], each.get("user")) for each in values]
+        try:
+            trio.from_thread.run(self._service.publish_many, given, trio_token=self._trio_token)
+        except ValueError as error:
+            raise PublishError(str(error), status=400, retryable=False) from None
+        if key is not None:
+            self._keys.add(key)
+
+
+class SyncPeer:
+    """A peer for synchronous tests; see `sync_peer`.
+
+    Its methods block. They are those of `MemoryTransport`, and raise what those raise.
+    """
+
+    def __init__(
+        self,
+        service: PushService,
+        transport: MemoryTransport,
+        trio_token: trio.lowlevel.TrioToken,
+    ) -> None:
+        self._transport = transport
+        self._trio_token = trio_token
+        self.publisher: Publisher = _PublishesHere(service, trio_token)
+        """Publishes to the service, in place of the application's own; `after_commit` too."""
+
+    def subscribe(self, *args: Any) -> None:
+        """Subscribe to channels; AssertionError if one of them is refused."""
+        trio.from_thread.run(self._transport.subscribe, *args, trio_token=self._trio_token)
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send a request and take its reply."""
+
+        async def request() -> dict[str, Any]:
+            return await self._transport.request(op, **fields)
+
+        return trio.from_thread.run(request, trio_token=self._trio_token)
+
+    def push(self, channel: str | None = None, *, timeout_s: float = 10) -> dict[str, Any]:
+        """Take the next message, or the next push of one channel; waits until there is one.
+
+        AssertionError if it has not come in time, by a real clock.
+        """
+
+        async def push() -> dict[str, Any]:
+            return await self._transport.push(channel, timeout_s=timeout_s)
+
+        return trio.from_thread.run(push, trio_token=self._trio_token)
+
+
+@contextmanager
+def sync_peer(user: str, source: Source | None = None, **options: Any) -> Iterator[SyncPeer]:
+    """A peer for tests of synchronous code, with a service of its own that runs in a thread.
+
+    ::
+
+        def test_deposit():
+            with sync_peer("4", FlaskSource(app, fetch)) as four:
+                four.subscribe("balance")
+                ...  # the application commits, and publishes by `four.publisher`
+                assert four.push("balance")["data"] == ...
+
+    Args:
+        user: The user that the peer is authenticated as.
+        source: As for `open_push_service`.
+        options: For `open_push_service`. Without `authenticate`, a token is the user's id.
+
+    Raises:
+        What `open_push_service` raises.
+    """
+    opened: queue.SimpleQueue[SyncPeer | None] = queue.SimpleQueue()
+    end = trio.Event()
+    failures: list[BaseException] = []
+
+    async def run() -> None:
+        async with (
+            open_push_service(source, **{"authenticate": Principal, **options}) as service,
+            peer(service, user) as transport,
+        ):
+            opened.put(SyncPeer(service, transport, trio.lowlevel.current_trio_token()))
+            await end.wait()
+
+    def run_in_thread() -> None:
+        try:
+            trio.run(run)
+        except BaseException as error:  # noqa: ASYNC103 - raised in the test's own thread
+            failures.append(innermost(error, first=True))
+        finally:
+            opened.put(None)
+
+    thread = threading.Thread(target=run_in_thread, name="sync_peer", daemon=True)
+    thread.start()
+    found = opened.get()
+    if found is not None:
+        try:
+            yield found
+        finally:
+            with suppress(trio.RunFinishedError):  # the service has failed: raised below
+                trio.from_thread.run_sync(end.set, trio_token=found._trio_token)
+            thread.join()
+    if failures:
+        raise failures[0]

@@ -104,12 +104,20 @@ def test_nothing_goes_out_after_whatever_else_ends_it(publisher, session, end):
 
 def test_what_is_given_before_the_first_statement_counts(publisher, session):
     publisher.after_commit(session, "alerts", 1)
-    with session.begin():
-        trade(session)
-    assert publisher.sent == [["1"]]
+    trade(session)
+    session.commit()
     publisher.after_commit(session, "alerts", 2)
     session.commit()  # with nothing to commit
     assert publisher.sent == [["1"], ["2"]]
+
+
+@pytest.mark.parametrize("end", ["rollback", "close", "reset", "invalidate"])
+def test_what_is_given_before_the_first_statement_is_rolled_back(publisher, session, end):
+    publisher.after_commit(session, "alerts", 1)
+    getattr(session, end)()
+    trade(session)
+    session.commit()
+    assert publisher.sent == []
 
 
 def test_a_savepoint_takes_its_own_values_along(publisher, session):

@@ -1,6 +1,7 @@
 """Keep what is to be published until an SQLAlchemy session has committed.
 
 1. What is given belongs to the innermost savepoint that is open, or else to the whole transaction.
+   It begins one if there is none, as `session.add` does: a rollback must find it.
 2. A savepoint that is released hands on what it has to the one around it. Whatever else ends it, or
    the transaction, drops what it has: a rollback, `close`, a failed flush.
 3. What the transaction has when it is committed goes out when it has ended: its connection is back
@@ -45,6 +46,8 @@ class _Queue:
 
     def add(self, session: Session, publish: Publish, value: Value) -> None:
         """Keep a value for the end of the transaction."""
+        if not session.in_transaction():
+            session.begin()
         self._waiting.append(_Waiting(publish, value, session.get_nested_transaction()))
 
     def after_commit(self, session: Session) -> None:
