@@ -106,11 +106,15 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy on the source, and on a program that uses the installed package."""
+    """Mypy on the source, on a program that uses the installed package, and on examples."""
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(*nox.project.dependency_groups(project, "test"))
     session.install(".[postgres,http,proxy,flask]", "mypy == 2.*")
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
     session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")
+    session.chdir(ROOT / "tests")
+    session.run("pytest", "-q", "test_printed_types.py")
 
 
 @nox.session

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import signal
 import sqlite3
 import sys
-import textwrap
 import tomllib
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from decimal import Decimal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -36,13 +33,10 @@ from harness.support import (
 )
 
 from trading_push import (
-    Channel,
     PostgresSource,
     Principal,
     SqlSource,
-    Ticker,
     load_settings,
-    open_push_service,
 )
 from trading_push.factory import open_configured_service
 from trading_push.settings.schema import Settings
@@ -250,28 +244,21 @@ def create_app():
         db.engine.dispose()
     return app
 """
-# The library's lines, after what they need, and before a look at what they serve.
+# In place of what the library's program is served by, a look at what it serves.
 SHOP_LIBRARY = """
 import trio
 
-from shop.app import create_app
-from shop.push import fetch
-from trading_push import FlaskSource, Principal, open_push_service
+from trading_push import Principal
 from trading_push.testing import peer
 
 
 async def serve(service, config):
     async with peer(service, "4") as four:
         await four.subscribe("balance")
-        print((await four.push())["data"], flush=True)
+        print((await four.push("balance"))["data"], flush=True)
 
 
-async def main():
-    config = None
-    authenticate = Principal
-PRINTED
-
-trio.run(main)
+trio.run(main, Principal, Config())
 """
 
 
@@ -295,8 +282,7 @@ def test_a_flask_application_is_served_as_printed(tmp_path):
         assert server.stop() == 0
         assert server.traces() == []
     (tmp_path / "shop.db").unlink()
-    program = SHOP_LIBRARY.replace("PRINTED", textwrap.indent(block("flask_library"), "    "))
-    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "program.py").write_text(block("flask_library") + SHOP_LIBRARY)
     with process(sys.executable, "program.py", cwd=tmp_path) as running:
         running.wait_for_line(str(expected), running.out)
 
@@ -326,61 +312,27 @@ class Silent:
         return None
 
 
+def names_of(program: str) -> dict[str, Any]:
+    """What a printed program defines."""
+    names: dict[str, Any] = {"__name__": "__main__"}  # where dataclasses look
+    exec(compile(program, "printed.py", "exec"), names)
+    return names
+
+
 async def test_channels_are_published_as_printed(capsys):
-    program = "async def run():\n" + textwrap.indent(block("channels"), "    ")
-    names = {
-        "Channel": Channel,
-        "Ticker": Ticker,
-        "Decimal": Decimal,
-        "open_push_service": open_push_service,
-        "source": Silent(),
-        "authenticate": lambda token: Principal(token),
-    }
-    exec(compile(program, "README.md", "exec"), names)
-    await names["run"]()
+    await names_of(block("channels"))["main"](Silent(), Principal)
     assert capsys.readouterr().out == "0\n"
 
 
-async def test_streams_are_sent_as_printed(autojump_clock):
-    program = block("streams") + "    await use(service)\n"
-    arrived = []
-
-    async def use(service):
-        async with peer(service, "4") as four:
-            await four.subscribe("spread")
-            arrived.extend([await four.push() for _ in range(4)])
-
-    names = {
-        "dataclass": dataclasses.dataclass,
-        "datetime": datetime,
-        "Decimal": Decimal,
-        "trio": trio,
-        "UTC": UTC,
-        "open_push_service": open_push_service,
-        "authenticate": lambda token: Principal("4"),
-        "use": use,
-    }
-    head, _, body = program.partition("async with")
-    program = head + "async def run():\n" + textwrap.indent(f"async with{body}", "    ")
-    exec(compile(program, "README.md", "exec"), names)
-    await names["run"]()
-    prices = [push["data"]["price"] for push in arrived[:3]]
-    assert prices == ["61500.10", "61501.10", "61502.10"]
-    assert arrived[3]["reason"] == "ended"
-
-
-async def test_native_is_served_as_printed():
+@asynccontextmanager
+async def native(program: str, *arguments: Any) -> AsyncIterator[int]:
+    """Run the `main` of a printed program that serves without ASGI; its port."""
     port = free_port()
-    program = "async def run():\n" + textwrap.indent(block("native"), "    ")
-    names = {
-        "open_push_service": open_push_service,
-        "source": Silent(),
-        "authenticate": lambda token: Principal("4"),
-    }
-    exec(compile(program.replace("8000", str(port)), "README.md", "exec"), names)
+    assert program.count("8000") == 1
+    names = names_of(program.replace("8000", str(port)))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(names["run"])
-        with trio.fail_after(10):
+        nursery.start_soon(names["main"], *arguments)
+        with trio.fail_after(PATIENCE_S):
             while True:
                 try:
                     stream = await trio.open_tcp_stream("127.0.0.1", port)
@@ -388,9 +340,28 @@ async def test_native_is_served_as_printed():
                 except OSError:
                     await trio.sleep(0.05)
         await stream.aclose()
-        async with trio_client(port, 4) as peer:
-            assert (await peer.request("list"))["ok"]
+        yield port
         nursery.cancel_scope.cancel()
+
+
+def as_four(token: str) -> Principal:
+    return Principal("4")
+
+
+async def test_streams_are_sent_as_printed():
+    async with (
+        native(block("streams"), as_four) as port,
+        trio_client(port, 4, "spread") as four,
+    ):
+        arrived = [await four.push() for _ in range(4)]
+    prices = [push["data"]["price"] for push in arrived[:3]]
+    assert prices == ["61500.10", "61501.10", "61502.10"]
+    assert arrived[3]["reason"] == "ended"
+
+
+async def test_native_is_served_as_printed():
+    async with native(block("native"), Silent(), as_four) as port, trio_client(port, 4) as four:
+        assert (await four.request("list"))["ok"]
 
 
 def test_disconnect_is_logged_as_printed(tmp_path):
