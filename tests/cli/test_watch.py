@@ -21,10 +21,18 @@ from hypothesis import strategies as st
 
 from harness.pseudo_terminal import PseudoTerminal, on_terminal
 
-from trading_push import FunctionSource, Principal, PushService, SourceError, open_push_service
+from trading_push import (
+    Channel,
+    FunctionSource,
+    Principal,
+    PushService,
+    SourceError,
+    open_push_service,
+)
 from trading_push.cli.keys import KeyReader
 from trading_push.cli.numbers import Decimals, grouped
 from trading_push.settings.schema import Intervals, Limits, Settings
+from trading_push.topics import Topic
 
 WATCH = [sys.executable, "-m", "trading_push", "watch"]
 SYMBOLS = ("BTCUSDT", "ETHUSDT")
@@ -86,7 +94,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(heartbeat_s: float = 15) -> AsyncIterator[Served]:
+async def serving(heartbeat_s: float = 15, *channels: Channel) -> AsyncIterator[Served]:
     served: Served | None = None
 
     def fetch(user: str, data_type: str) -> Any:
@@ -111,6 +119,7 @@ async def serving(heartbeat_s: float = 15) -> AsyncIterator[Served]:
                 intervals=Intervals(0.2, 0.2, 0.2, 0.2), limits=Limits(heartbeat_s=heartbeat_s)
             ),
             authenticate=lambda token: Principal(token),
+            channels=channels,
         ) as service,
     ):
         [listener] = await nursery.start(service.serve_native, "127.0.0.1", 0)
@@ -175,8 +184,6 @@ async def test_what_does_not_fit_is_told_and_can_be_reached(columns: int, lines:
                 terminal.type(b"\x1b[C")
                 await terminal.until(lambda was=was: terminal.shown[-1] != was, "more columns")
             terminal.type(b"G")
-            if columns == 40:
-                terminal.type(b"kkkk")
             await terminal.until(lambda: "order-11" in terminal.text, "the last column")
             terminal.type(b"q")
             assert await terminal.ended() == 0
@@ -236,6 +243,47 @@ async def test_fills_are_a_list() -> None:
             assert terminal.shown[-2].split()[3] == "10"
             terminal.type(b"\x1b[H")
             await terminal.until(lambda: "↑" not in terminal.shown[-1], "the beginning")
+
+
+async def test_a_fill_that_comes_again_is_shown_once() -> None:
+    async with serving() as served:
+        await served.fill(1)
+        await served.fill(2)
+        with watching(served, "--data", "fills") as terminal:
+            await terminal.until(lambda: "the last 1," in terminal.text, "the last one")
+            # The server is another one, and begins with what it knows.
+            context = served.service.context
+            [connection] = context.connections
+            context.broker.forget(Topic("fills", "4"))
+            connection.abort()
+            await served.fill(2)
+            await terminal.until(
+                lambda: (
+                    served.service.statistics().subscribers_by_data_type.get("fills")
+                    and connection not in [*context.connections]
+                ),
+                "the return",
+            )
+            await served.fill(3)
+            await terminal.until(lambda: "the last 2," in terminal.text, "the next one")
+            assert [line.split()[3] for line in terminal.shown if "sell" in line] == ["3", "2"]
+
+
+async def test_events_of_an_application_are_a_list_and_all_tickers_a_table() -> None:
+    async with serving(15, Channel("alerts", "events")) as served:
+        with watching(served, "--ticker", "*", lines=60) as terminal:
+            await terminal.until(lambda: "alerts" in terminal.text, "the channels")
+            for number in range(3):
+                await served.service.publish("alerts", {"number": number}, "4")
+            await terminal.until(lambda: "the last 3," in terminal.text, "the alerts")
+            at = next(i for i, line in enumerate(terminal.shown) if line.startswith("alerts"))
+            assert terminal.shown[at + 2 : at + 5] == ["2", "1", "0"]
+            await served.service.publish("ticker.BTCUSDT", {"symbol": "BTCUSDT", "last": "0.5"})
+            await served.service.publish("ticker.NEWUSDT", {"symbol": "NEWUSDT", "last": "0.25"})
+            await terminal.until(lambda: "NEWUSDT" in terminal.text, "another symbol")
+            at = next(i for i, line in enumerate(terminal.shown) if line.startswith("ticker.*"))
+            rows = {line.split()[0] for line in terminal.shown[at + 2 : at + 5]}
+            assert rows == {*SYMBOLS, "NEWUSDT"}
 
 
 async def test_the_age_is_that_of_the_last_confirmation() -> None:
@@ -391,6 +439,20 @@ async def test_a_terminal_that_can_do_nothing_gets_lines() -> None:
             assert await terminal.ended() == 0
             lines = terminal.raw.decode().splitlines()
             assert len([json.loads(line)["channel"] for line in lines]) == 2
+
+
+async def test_a_terminal_without_unicode_is_told_what_it_can_show() -> None:
+    async with serving() as served:
+        env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        with watching(served, env=env) as terminal:
+            await terminal.until(lambda: re.search(r"^v \d+ lines", terminal.shown[-1]), "the foot")
+            await terminal.until(lambda: "????USDT" in terminal.text, "the symbol")
+            terminal.feed(b"\x1b[1;1Ha message to all")
+            terminal.type(b"\x0c")
+            await terminal.until(lambda: "ws://" in terminal.shown[0], "the head again")
+            terminal.type(b"q")
+            assert await terminal.ended() == 0
+            assert terminal.raw.isascii()
 
 
 # --- numbers and keys -------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import Final, Literal
 
 __all__ = ["Key", "KeyReader"]
 
-Key = Literal["up", "down", "left", "right", "page up", "page down", "home", "end", "quit"]
+Key = Literal[
+    "up", "down", "left", "right", "page up", "page down", "home", "end", "redraw", "quit"
+]
 
 # A sequence of a special key, or any other byte.
 _TOKEN: Final = re.compile(rb"\x1b\[[0-9;]*[@-~]|\x1bO[@-~]|[^\x1b]|\x1b(?=[^\[O])")
@@ -23,6 +25,7 @@ _KEYS: Final[dict[bytes, Key]] = {
     **dict.fromkeys((b" ", b"f", b"\x1b[6~"), "page down"),
     **dict.fromkeys((b"g", b"\x1b[H", b"\x1bOH", b"\x1b[1~", b"\x1b[7~"), "home"),
     **dict.fromkeys((b"G", b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"\x1b[8~"), "end"),
+    b"\x0c": "redraw",  # Ctrl-L
     **dict.fromkeys((b"q", b"Q"), "quit"),
 }
 

@@ -31,7 +31,7 @@ _OURS: Final = b"\x1b[?1049h\x1b[?25l\x1b[?7l"
 """The alternate screen, no cursor, no wrapping of long lines."""
 _THEIRS: Final = b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
 _PATIENCE_S: Final = 1.0
-"""How long to wait, at the end, for a terminal that takes no output."""
+"""How long to wait for a terminal that takes no output."""
 
 
 class Screen:
@@ -52,7 +52,7 @@ class Screen:
         # Held by the thread that writes, which may have been abandoned.
         self._writing = threading.Lock()
         # What is on the screen; None where that is not known.
-        self._shown: Sequence[str] | None = None
+        self._shown: Sequence[str | None] | None = None
 
     @property
     def has_keys(self) -> bool:
@@ -93,16 +93,21 @@ class Screen:
         Raises:
             BrokenPipeError: The terminal has gone.
         """
-        if lines == self._shown:
+        shown = self._shown
+        if shown is None or len(shown) != len(lines):
+            shown = [None] * len(lines)
+        # A line is erased before it is written: behind a full one, that would take its end away.
+        drawn = [
+            f"\x1b[{row};1H\x1b[0m\x1b[2K{line}"
+            for row, (line, before) in enumerate(zip(lines, shown, strict=True), 1)
+            if line != before
+        ]
+        if not drawn:
             await trio.lowlevel.checkpoint()
             return
-        # Each line is erased before it is written: behind a full one, that would take its end away.
-        drawn = [f"\x1b[{row};1H\x1b[0m\x1b[2K{line}" for row, line in enumerate(lines, 1)]
-        data = ("".join(drawn) + "\x1b[0m\x1b[J").encode(_encoding(), "replace")
-        if len(lines) >= self.size()[1]:
-            data = data.removesuffix(b"\x1b[J")  # there is nothing below
+        data = ("".join(drawn) + "\x1b[0m").encode(_encoding(), "replace")
+        self._shown = lines  # before the write, during which it may be forgotten
         await trio.to_thread.run_sync(self._write, data, abandon_on_cancel=True)
-        self._shown = lines
 
     async def keys(self) -> bytes:
         """Wait for keys, and return the bytes that stand for them; empty where no more come."""
@@ -116,6 +121,11 @@ class Screen:
             except OSError:  # how a terminal says that the other end has gone
                 return b""
 
+    def leave(self, text: str) -> None:
+        """Write what stays on the terminal, once it has been given back; synchronous."""
+        if self.takes_output:
+            self._write_in_time(text.encode(_encoding(), "replace"))
+
     def suspend(self) -> None:
         """Stop this process, as Ctrl-Z does, until it is told to go on; synchronous."""
         self._give_back()
@@ -126,7 +136,7 @@ class Screen:
         """Take the terminal again after a stop that could not be seen coming; synchronous."""
         if self._is_ours:
             self._set_modes()
-            self._write(_OURS)
+            self._write_in_time(_OURS)
             self.forget()
 
     def _take(self) -> None:
@@ -134,7 +144,7 @@ class Screen:
             self._modes = termios.tcgetattr(self._keyboard)
             self._set_modes()
         self._is_ours = True
-        self._write(_OURS)
+        self._write_in_time(_OURS)
         self.forget()
 
     def _set_modes(self) -> None:
@@ -157,16 +167,20 @@ class Screen:
                 termios.tcflush(self._keyboard, termios.TCIFLUSH)  # keys that were meant for us
                 termios.tcsetattr(self._keyboard, termios.TCSANOW, self._modes)
             self._modes = None
-        # A thread that was abandoned must not write into what comes after.
-        self.takes_output = self._writing.acquire(timeout=_PATIENCE_S)
-        if self.takes_output:
-            self._writing.release()
-            writable = select.poll()
-            writable.register(self._descriptor, select.POLLOUT)
-            self.takes_output = bool(writable.poll(_PATIENCE_S * 1000))
-        if self.takes_output:
-            with suppress(OSError):
-                self._write(_THEIRS)
+        # Behind what a thread still writes that was abandoned.
+        self.takes_output = self._write_in_time(_THEIRS)
+
+    def _write_in_time(self, data: bytes) -> bool:
+        """Write, and wait for it a moment; whether the terminal has taken it."""
+
+        def write() -> None:
+            with suppress(OSError):  # the terminal has gone
+                self._write(data)
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(_PATIENCE_S)
+        return not thread.is_alive()
 
     def _write(self, data: bytes) -> None:
         with self._writing:

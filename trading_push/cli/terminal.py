@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 import trio
@@ -45,13 +45,14 @@ class Terminal:
     def __init__(self, client: Client, url: str, channels: Sequence[str], descriptor: int) -> None:
         self._client = client
         self._url = url
-        self._console = Console(file=sys.stdout, highlight=False)
-        self.tables = Tables(channels, self._console)
+        # Only writes codes: it would flush the terminal itself, and wait for it.
+        self._console = Console(file=io.StringIO(), force_terminal=True, highlight=False)
+        self.tables = Tables(channels)
         """What is shown; it takes the pushes."""
         self._screen = Screen(descriptor)
         self._viewport = Viewport(
             has_keys=self._screen.has_keys,
-            is_unicode=self._console.encoding.startswith("utf"),
+            is_unicode=(sys.stdout.encoding or "utf-8").lower().startswith("utf"),
         )
         # Set when the tables are to be drawn at once.
         self._wake = trio.Event()
@@ -79,8 +80,7 @@ class Terminal:
                     await self._until(nursery, take)
                     nursery.cancel_scope.cancel()
         finally:
-            if self._screen.takes_output and not isinstance(self._failure, BrokenPipeError):
-                self._print_all()
+            self._leave_all()
         if self._failure is not None:
             raise self._failure
 
@@ -98,16 +98,15 @@ class Terminal:
             width, height = self._screen.size()
             head = self.tables.head(self._client, self._url)
             lines = self._viewport.frame(head, self.tables.sections(), width, height)
-            await self._screen.draw(self._coded(lines, width, height))
+            await self._screen.draw(self._coded(lines).split("\n")[: len(lines)])
             with trio.move_on_after(REFRESH_S):
                 await self._wake.wait()
 
-    def _coded(self, lines: Sequence[SegmentLine], width: int, height: int) -> list[str]:
+    def _coded(self, lines: Sequence[SegmentLine]) -> str:
         """Write lines with the terminal's codes for colours, as far as it has any."""
-        self._console.size = (width, height)
         with self._console.capture() as captured:
             self._console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
-        return captured.get().split("\n")[: len(lines)]
+        return captured.get()
 
     async def _read_keys(self, nursery: trio.Nursery) -> None:
         reader = KeyReader()
@@ -115,7 +114,10 @@ class Terminal:
             for key in reader.feed(data):
                 if key == "quit":
                     nursery.cancel_scope.cancel()
-                self._viewport.move(key)
+                elif key == "redraw":
+                    self._screen.forget()
+                else:
+                    self._viewport.move(key)
             self._wake.set()
 
     async def _heed(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
@@ -126,11 +128,12 @@ class Terminal:
                 self._screen.suspend()
             elif each == signal.SIGCONT:
                 self._screen.resume()
+            else:  # a terminal of another size may have moved what it shows
+                self._screen.forget()
             self._wake.set()
 
-    def _print_all(self) -> None:
+    def _leave_all(self) -> None:
         """Leave the tables on the terminal, nothing cut: it wraps what is too wide."""
         lines = [self.tables.head(self._client, self._url)]
         lines += [line for section in self.tables.sections() for line in section.lines]
-        with suppress(OSError):  # the terminal has gone
-            self._console.print(SegmentLines(lines, new_lines=True), end="", crop=False)
+        self._screen.leave(self._coded(lines))

@@ -101,14 +101,11 @@ class Viewport:
         parts = ["  ".join(counts)]
         if below:
             parts.append("below: " + ", ".join(below))
-        if self._has_keys:
-            if any(lines.values()):
-                parts.append("j k PgUp PgDn Home End")
-            if any(columns.values()):
-                parts.append("h l")
-            parts.append("q quits")
-        else:
-            parts.append("Ctrl-C quits")
+        parts.append("q quits" if self._has_keys else "Ctrl-C quits")
+        if self._has_keys and counts:
+            vertical, sideways = any(lines.values()), any(columns.values())
+            parts.append(("j k PgUp PgDn Home End" * vertical + " h l" * sideways).strip())
+        # What is most missed stands first: the rest may be cut.
         text = " | ".join(filter(None, parts))
         if cell_len(text) > width:
             text = set_cell_size(text, max(0, width - 1)) + self._cut * (width > 0)
