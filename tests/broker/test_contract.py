@@ -417,3 +417,16 @@ def test_after_the_end_marking_raises_nothing(broker, delivered):
     delivered.closed = True
     broker.mark([STATE], DOWN)
     assert broker.status(STATE) == DOWN
+
+
+def test_the_tickers_are_those_with_a_value(broker):
+    a, b, c = (ticker_topic(symbol) for symbol in "ABC")
+    broker.publish([(a, b"1"), (b, b"1"), (STATE, b"1"), (a, b"2")])
+    broker.mark([b, c], Status("stale", "source_timeout"))
+    assert {last.topic: (last.data, status.state) for last, status in broker.tickers()} == {
+        a: (b"2", "live"),
+        b: (b"1", "stale"),
+    }
+    broker.forget(a)
+    assert [last.topic for last, _ in broker.tickers()] == [b]
+    assert broker.published == {"ticker": 3, STATE.channel: 1}

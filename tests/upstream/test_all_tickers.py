@@ -13,12 +13,13 @@ from harness.room import lines
 from harness.support import token
 
 from trading_push import ConfigurationError, Principal, open_push_service
+from trading_push.broker.base import Status
 from trading_push.broker.memory import MemoryBroker
 from trading_push.client import Table, open_client
 from trading_push.settings.schema import Settings
 from trading_push.settings.sources import Market
 from trading_push.testing import peer
-from trading_push.topics import ALL_TICKERS, Channel, Channels, Topic
+from trading_push.topics import ALL_TICKERS, Channel, Channels, Topic, ticker_topic
 
 at_each_endpoint = pytest.mark.parametrize("kind", ["linked", "native", "memory"])
 
@@ -164,6 +165,46 @@ async def test_nobody_watches_for_a_while(autojump_clock):
                 assert tickers(await four.push()) == {"A": value}
                 await trio.testing.wait_all_tasks_blocked()
                 assert four.sent == []
+
+
+async def test_while_nobody_watches_no_delivery_is_looked_at(autojump_clock):
+    async with opened() as service:
+        every = service._upstream.all_tickers
+        await tick(service, A="0", B="0")
+        assert every._changed == {}
+        async with peer(service, "4") as four:
+            await four.subscribe("ticker.*")
+            assert tickers(await four.push()) == {"A": "0", "B": "0"}
+            await tick(service, A="1")
+            assert tickers(await four.push()) == {"A": "1"}
+        await trio.sleep(10)
+        await tick(service, A="2")
+        assert every._changed == {}
+
+
+async def test_what_went_stale_or_was_forgotten_while_nobody_watched(autojump_clock):
+    async with opened() as service:
+        broker, every = service._broker, service._upstream.all_tickers
+        await tick(service, A="0", B="0", C="0")
+        async with peer(service, "4") as four:
+            await four.subscribe("ticker.*")
+            first = await four.push()
+            assert tickers(first) == {"A": "0", "B": "0", "C": "0"}
+        await trio.sleep(10)
+        broker.forget(ticker_topic("B"))
+        every.forget(ticker_topic("B"))
+        broker.forget(ticker_topic("C"))
+        await tick(service, A="1", D="0")
+        broker.mark([ticker_topic("A"), ticker_topic("D")], Status("stale", "source_timeout"))
+        async with peer(service, "4") as four:
+            since = {"epoch": first["epoch"], "seq": first["seq"]}
+            await four.subscribe({"channel": "ticker.*", "since": since})
+            update, status = await four.next(2)
+            assert (update["type"], tickers(update)) == ("update", {"A": "1", "D": "0"})
+            assert (status["type"], status["state"]) == ("status", "stale")
+        async with peer(service, "5") as five:
+            await five.subscribe("ticker.*")
+            assert tickers(await five.push()) == {"A": "1", "D": "0"}
 
 
 async def test_it_is_offered_and_no_one_publishes_to_it(autojump_clock):

@@ -124,6 +124,10 @@ class Broker(Protocol):
         """
         ...
 
+    def tickers(self) -> Sequence[tuple[Publication, Status]]:
+        """Return the last value and the status of every symbol that has a value."""
+        ...
+
     def states(self) -> dict[str, dict[State, int]]:
         """Count the topics that had a value or a status, by channel and state.
 

@@ -178,6 +178,14 @@ class MemoryBroker:
         state = self._topics.get(topic)
         return _initial(self._channels.kind_of(topic)) if state is None else state.status
 
+    def tickers(self) -> Sequence[tuple[Publication, Status]]:
+        """Return the last value and the status of every symbol that has a value."""
+        return [
+            (state.last, state.status)
+            for state in self._topics.values()
+            if state.family == "ticker" and state.last is not None
+        ]
+
     def states(self) -> dict[str, dict[State, int]]:
         """Count the topics that had a value or a status, by channel and state."""
         return {channel: {**counts} for channel, counts in self._states.items()}

@@ -196,6 +196,8 @@ class Upstream:
             self._session_is_over(topic)
 
     def _end(self, topic: Topic) -> None:
+        if topic == ALL_TICKERS:
+            self.all_tickers.end()
         symbol = symbol_of(topic.channel)
         if symbol is not None:
             if self.feed is not None and self.feed.unwatch(symbol):
