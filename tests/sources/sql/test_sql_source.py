@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -183,7 +184,7 @@ async def test_json_that_sqlite_makes_is_what_python_would_make(
     whole, rows = forms(make, Query(sql))
     users = ["2", "1", "3"]
     assert await whole.fetch_many(users, "kept") == await rows.fetch_many(users, "kept")
-    assert whole._whole["kept"] is not None
+    assert whole._whole._queries["kept"][1] is not None
 
 
 async def test_a_column_that_is_added_later_is_there(make: Any, kept: sqlite3.Connection) -> None:
@@ -192,6 +193,54 @@ async def test_a_column_that_is_added_later_is_there(make: Any, kept: sqlite3.Co
     kept.execute("ALTER TABLE kept ADD COLUMN later DEFAULT 'new'")
     after = await whole.fetch_many(["1"], "kept")
     assert after == await rows.fetch_many(["1"], "kept") != before
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ALTER TABLE kept RENAME COLUMN text TO renamed",
+        "ALTER TABLE kept DROP COLUMN more",
+        "CREATE TABLE new AS SELECT text AS more, user_id, more AS text, empty, number FROM kept; "
+        "DROP TABLE kept; ALTER TABLE new RENAME TO kept",
+        "ALTER TABLE kept RENAME TO other; CREATE VIEW kept AS SELECT more, user_id FROM other",
+    ],
+)
+async def test_columns_that_change_have_their_own_names(
+    make: Any, kept: sqlite3.Connection, script: str
+) -> None:
+    whole, rows = forms(make, Query("SELECT * FROM kept WHERE user_id IN :user_ids"))
+    before = await whole.fetch_many(["1", "2"], "kept")
+    kept.executescript(script)
+    after = await whole.fetch_many(["1", "2"], "kept")
+    assert after == await rows.fetch_many(["1", "2"], "kept") != before
+    assert whole._whole._queries["kept"][1] is not None
+
+
+async def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    path, new = tmp_path / "accounts.db", tmp_path / "new.db"
+
+    def write(at: Path, number: int) -> None:
+        with closing(sqlite3.connect(at)) as connection:
+            connection.execute("CREATE TABLE t (user_id TEXT, n INTEGER)")
+            connection.execute(f"INSERT INTO t VALUES ('4', {number})")
+            connection.commit()
+
+    write(path, 1)
+    source = SqlSource(
+        f"sqlite:///{path}", {"n": Query("SELECT * FROM t WHERE user_id IN :user_ids")}
+    )
+    try:
+        assert await source.fetch("4", "n") == msgspec.Raw(b'[{"n":1}]')
+        write(new, 2)
+        new.replace(path)
+        assert await source.fetch("4", "n") == msgspec.Raw(b'[{"n":2}]')
+        path.unlink()
+        with pytest.raises(SourceError, match="unable to open"):
+            await source.fetch("4", "n")
+        write(path, 3)
+        assert await source.fetch("4", "n") == msgspec.Raw(b'[{"n":3}]')
+    finally:
+        source.close()
 
 
 @pytest.mark.parametrize("value", ["NULL", "5", "'[1]'", "x'5b315d'", "1.5", "'{a:1}'", "'NaN'"])
@@ -237,7 +286,7 @@ async def test_a_query_that_is_no_part_of_another_is_read_row_by_row(
     whole, rows = forms(make, Query("SELECT user_id, text FROM kept WHERE user_id IN :user_ids;"))
     for _ in range(2):
         assert await whole.fetch_many(["1"], "kept") == await rows.fetch_many(["1"], "kept")
-    assert whole._whole["kept"] is None
+    assert whole._whole._queries["kept"][1] is None
 
 
 async def test_more_users_than_one_statement_names(make: Any, database: sqlite3.Connection) -> None:

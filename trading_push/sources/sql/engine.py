@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -18,7 +19,7 @@ import msgspec
 import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
 
 from trading_push.errors import ConfigurationError
 from trading_push.sources.sqlite import open_sqlite
@@ -134,6 +135,8 @@ def open_engine(url: URL, threads: int, statement_timeout_s: float) -> Engine:
         raise ConfigurationError(
             f"the database's url is not one for {url.drivername!r}: correct it"
         ) from None
+    if is_sqlite_file(url):
+        _leave_a_replaced_file(engine, str(url.database))
     if _is_python_sqlite(url):
         event.listen(engine, "connect", _on_connect("PRAGMA query_only = ON"))
         event.listen(engine, "before_cursor_execute", _sqlite_deadline(statement_timeout_s))
@@ -166,6 +169,27 @@ def _on_connect(statement: str) -> Callable[..., None]:
             cursor.execute(statement)
 
     return on_connect
+
+
+def _leave_a_replaced_file(engine: Engine, path: str) -> None:
+    """Open a file again that was replaced by another: a connection would go on with the old one."""
+
+    def look() -> tuple[int, int] | None:
+        try:
+            state = os.stat(path)
+        except OSError:
+            return None
+        return state.st_dev, state.st_ino
+
+    def on_connect(_connection: object, record: Any) -> None:
+        record.info["file"] = look()
+
+    def on_checkout(_connection: object, record: Any, _proxy: object) -> None:
+        if record.info["file"] != look():
+            raise DisconnectionError  # the pool opens another one
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "checkout", on_checkout)
 
 
 def _mysql_session(statement_timeout_s: float) -> str:

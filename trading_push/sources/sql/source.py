@@ -28,7 +28,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 import trio
-from sqlalchemy import Connection, TextClause
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
@@ -37,7 +37,6 @@ from trading_push.errors import ConfigurationError, SourceError
 from trading_push.settings.sources import Query
 from trading_push.settings.validators import is_time_zone
 from trading_push.sources.base import NewEvents, NoValue
-from trading_push.sources.sql import sqlite_json
 from trading_push.sources.sql.answers import Answer, Rows, answers, refused, told_apart
 from trading_push.sources.sql.engine import (
     beginning,
@@ -50,6 +49,7 @@ from trading_push.sources.sql.events import EventReader
 from trading_push.sources.sql.plan import Plan, check_columns, make_plan
 from trading_push.sources.sql.rows import Found, RowReader, in_parts
 from trading_push.sources.sql.slots import TypeSlots
+from trading_push.sources.sql.sqlite_json import WholeReader
 from trading_push.sources.sqlite import is_in_wal_mode
 from trading_push.user_ids import IdKind, UserIds
 
@@ -110,9 +110,8 @@ class SqlSource:
         self._begin = beginning(self._url, statement_timeout_s)
         # From then on a connection that comes back is closed.
         self._closed = False
-        # By data type, the query that gives all rows as one text (see `sqlite_json`); None where
-        # its rows have to be read one by one. A type that was never read is not in it.
-        self._whole: dict[str, TextClause | None] = {}
+        # Reads an SQLite file, as far as it can.
+        self._whole = WholeReader()
 
     @property
     def data_types(self) -> Sequence[str]:
@@ -221,14 +220,9 @@ class SqlSource:
         """Read some users' rows in a form that can be encoded."""
         # At best SQLite makes one text of them all.
         if plan.many and self._is_sqlite_file:
-            if plan.data_type not in self._whole:
-                result = connection.execute(plan.statement, plan.parameters([None]))
-                self._whole[plan.data_type] = sqlite_json.whole(plan, list(result.keys()))
-            if (statement := self._whole[plan.data_type]) is not None:
-                found = sqlite_json.read_whole(connection, statement, in_parts(user_ids))
-                if found is not None:
-                    return Found(dict(found))
-                self._whole[plan.data_type] = None  # it would fail in the same way the next time
+            found = self._whole.read(connection, plan, in_parts(user_ids))
+            if found is not None:
+                return Found(dict(found))
         return self._reader.read(connection, plan, user_ids)
 
     def _check(self) -> list[str]:

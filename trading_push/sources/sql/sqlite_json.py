@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, TextClause, text
@@ -19,14 +20,43 @@ from sqlalchemy.exc import DBAPIError
 
 from trading_push.sources.sql.plan import Plan
 
-__all__ = ["read_whole", "whole"]
+__all__ = ["WholeReader"]
 
 # A number with a point. Where it matches inside a text, that costs time and nothing else.
 _REAL = re.compile(r'":-?\d+\.')
 _decode = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]]).decode
 
 
-def whole(plan: Plan, columns: Sequence[str]) -> TextClause:
+class WholeReader:
+    """Reads rows of an SQLite file as one text, where that is possible."""
+
+    def __init__(self) -> None:
+        # By data type, the version of the file's schema that the query was made for, and the query;
+        # None where the rows have to be read one by one.
+        self._queries: dict[str, tuple[int, TextClause | None]] = {}
+
+    def read(
+        self, connection: Connection, plan: Plan, parts: Iterable[Sequence[str]]
+    ) -> dict[str, list[msgspec.Raw]] | None:
+        """Read the rows of some users; see `_read_whole`."""
+        version, query = self._queries.get(plan.data_type, (None, None))
+        # The names stand in the query: a column may have been renamed, or moved, since it was made.
+        if version != (version := _schema_version(connection)):
+            result = connection.execute(plan.statement, plan.parameters([None]))
+            query = _whole(plan, list(result.keys()))
+        found = None if query is None else _read_whole(connection, query, parts)
+        # Where it fails, it would fail in the same way the next time.
+        self._queries[plan.data_type] = version, None if found is None else query
+        return found
+
+
+def _schema_version(connection: Connection) -> int:
+    driver: Any = connection.connection.driver_connection
+    ((version,),) = driver.execute("PRAGMA schema_version").fetchall()
+    return int(version)
+
+
+def _whole(plan: Plan, columns: Sequence[str]) -> TextClause:
     """Make the query that gives all rows of another as one text, with `user_id` apart."""
     # Columns are named by position, because SQLite takes `b` and `B` for one name. The rows are
     # materialized: otherwise SQLite would know which text its own JSON functions have made, and
@@ -62,7 +92,7 @@ def _json(name: str) -> str:
     return f"json(CASE WHEN {fits} THEN {name} ELSE '?' END)"
 
 
-def read_whole(
+def _read_whole(
     connection: Connection, statement: TextClause, parts: Iterable[Sequence[str]]
 ) -> dict[str, list[msgspec.Raw]] | None:
     """Read the rows of some users, by user and in order, with a query for each part of them.
