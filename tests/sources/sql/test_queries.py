@@ -131,7 +131,7 @@ async def test_numbers_as_texts(make: Any, database: str, file: str) -> None:
             await make(url, Query(sql, as_text=("price",))).check()
     whole = make(file, Query(sql.replace(" x,", ""), as_text=("n",)))
     assert await fetched(whole, "4") == {"4": [{"n": str(BIG), "t": "a"}]}
-    assert whole._whole["balance"] is not None
+    assert whole._whole._queries["balance"][1] is not None
 
 
 async def test_a_value_that_is_too_long_is_that_user_s_error(make: Any, file: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from harness.mariadb_server import MariaDbServer
 from harness.postgres_server import PostgresServer
 
-from trading_push import ConfigurationError, SqlSource
+from trading_push import ConfigurationError, SourceError, SqlSource
 from trading_push.protocol.payloads import encode_data
 from trading_push.settings.sources import Database, Query
 
@@ -91,6 +91,48 @@ async def test_times_of_mariadb(mariadb: MariaDbServer) -> None:
             "day": "2025-11-20",
             "hour": "PT30600S",
         }
+
+
+async def test_a_date_of_mysql_that_there_is_not_is_an_error_of_its_user(
+    mariadb: MariaDbServer,
+) -> None:
+    mariadb.create_database("zero", "CREATE TABLE moments (user_id int, at datetime, day date)")
+    mariadb.admin(
+        "SET STATEMENT sql_mode = '' FOR INSERT INTO moments VALUES (4, 0, '2025-11-20'), "
+        "(5, '2025-11-20', '2025-00-20'), (6, '9999-12-31 23:59:59', '1000-01-01')",
+        "zero",
+    )
+    url = mariadb.url("zero")
+    for columns, bad in (("at, day", ["4", "5"]), ("NULLIF(at, 0) AS at, NULL AS day", [])):
+        sql = f"SELECT user_id, {columns} FROM moments WHERE user_id IN :user_ids"
+        source = SqlSource(url, {"moments": Query(sql)})
+        found = await source.fetch_many(["4", "5", "6"], "moments")
+        source.close()
+        errors = {user: str(each) for user, each in found.items() if isinstance(each, SourceError)}
+        assert list(errors) == bad
+        assert all("a date that there is not" in each for each in errors.values())
+        (last,) = msgspec.json.decode(found["6"])
+        assert last["at"] == 253_402_300_799_000
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+async def test_the_last_moment_of_the_last_year(
+    postgres: PostgresServer, driver: str, postgresql: str
+) -> None:
+    if driver == "psycopg2":
+        pytest.importorskip("psycopg2")
+    url = postgresql.replace("+psycopg:", f"+{driver}:")
+    last = "timestamp '9999-12-31 23:59:59.999999'"
+    sql = f"SELECT user_id, {last} AS at FROM moments WHERE user_id IN :user_ids"
+    source = SqlSource(url, {"moments": Query(sql)})
+    try:
+        found = (await source.fetch_many(["4"], "moments"))["4"]
+    finally:
+        source.close()
+    if driver == "psycopg2":  # which has the same for infinity
+        assert "infinity" in str(found)
+    else:
+        assert msgspec.json.decode(found)[0] == {"at": 253_402_300_799_999}
 
 
 @pytest.mark.parametrize("name", ["Shanghai", "../UTC", "", "Asia", "/etc/localtime", "x\0"])

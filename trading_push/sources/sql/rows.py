@@ -59,8 +59,9 @@ _ENCODABLE = (
 # What psycopg2 makes of 'infinity'; psycopg refuses it.
 _INFINITE = (datetime.max, datetime.min)
 
-# The type of a column as MySQL's protocol numbers it, whatever the driver.
+# The types of columns as MySQL's protocol numbers them, whatever the driver.
 _MYSQL_TIMESTAMP = 7
+_MYSQL_DATES = (_MYSQL_TIMESTAMP, 10, 12)  # and DATE, DATETIME
 
 _validate = msgspec.json.Decoder(msgspec.Raw).decode
 
@@ -110,6 +111,8 @@ class RowReader:
             result = connection.execute(plan.statement, plan.parameters(ids))
             columns = list(result.keys())
             zones = self._zones(result, columns)
+            infinite = _INFINITE if result.dialect.driver == "psycopg2" else ()
+            dates = _date_columns(result, columns)
             answer = PsycopgAnswer.of(result)
             try:
                 with self.turn:
@@ -124,7 +127,9 @@ class RowReader:
                     found.errors[user] = SourceError(
                         f"{plan.data_type}: a row cannot be read: {error}", retryable=False
                     )
-            _sort(plan, columns, zones, rows, alone, found)
+            if dates:
+                rows = _without_texts(plan, columns, dates, rows, alone, found)
+            _sort(plan, columns, zones, infinite, rows, alone, found)
         return found
 
     def _zones(self, result: CursorResult[Any], columns: Sequence[str]) -> Sequence[tzinfo]:
@@ -137,10 +142,44 @@ class RowReader:
         return zones
 
 
+def _date_columns(result: CursorResult[Any], columns: Sequence[str]) -> Sequence[int]:
+    """Return the places of MySQL's dates and times; none in another database."""
+    if result.dialect.name not in MYSQL:
+        return ()
+    kinds = [kind for _, kind, *_ in result.cursor.description]
+    return [place for place in range(len(columns)) if kinds[place] in _MYSQL_DATES]
+
+
+def _without_texts(
+    plan: Plan,
+    columns: Sequence[str],
+    dates: Sequence[int],
+    rows: Sequence[Sequence[Any]],
+    alone: str | None,
+    found: Found,
+) -> Sequence[Sequence[Any]]:
+    """Leave out rows with a date that is none (0000-00-00), which PyMySQL gives as a text."""
+    good = []
+    user_at = columns.index("user_id") if "user_id" in columns else None
+    for row in rows:
+        wrong = next((place for place in dates if isinstance(row[place], str)), None)
+        if wrong is None:
+            good.append(row)
+            continue
+        user = alone if user_at is None else _hashable(row[user_at])
+        found.errors[user] = SourceError(
+            f"{plan.data_type}: column {columns[wrong]} holds a date that there is not (as "
+            f"0000-00-00): write NULLIF({columns[wrong]}, 0) in the query",
+            retryable=False,
+        )
+    return good
+
+
 def _sort(
     plan: Plan,
     columns: Sequence[str],
     zones: Sequence[tzinfo],
+    infinite: Sequence[datetime],
     rows: Sequence[Sequence[Any]],
     alone: str | None,
     found: Found,
@@ -156,7 +195,7 @@ def _sort(
                 for column, zone in zip(columns, zones, strict=True):
                     value = record.get(column)
                     if type(value) not in _PLAIN and column != plan.cursor:
-                        record[column] = _convert(plan, column, zone, value)
+                        record[column] = _convert(plan, column, zone, infinite, value)
             for column in plan.json_columns:
                 if isinstance(value := record.get(column), str):
                     record[column] = _splice(plan, column, value)
@@ -180,7 +219,9 @@ def _hashable(user_id: Any) -> Any:
     return user_id
 
 
-def _convert(plan: Plan, column: str, zone: tzinfo, value: Any) -> Any:
+def _convert(
+    plan: Plan, column: str, zone: tzinfo, infinite: Sequence[datetime], value: Any
+) -> Any:
     if isinstance(value, Decimal | float) and not math.isfinite(value):
         raise SourceError(
             f"{plan.data_type}: column {column} holds {value}, which is no amount",
@@ -189,14 +230,14 @@ def _convert(plan: Plan, column: str, zone: tzinfo, value: Any) -> Any:
     if isinstance(value, Decimal):
         return plain_decimal(value)
     if isinstance(value, datetime):
-        if value.replace(tzinfo=None) in _INFINITE:
+        if infinite and value.replace(tzinfo=None) in infinite:
             raise SourceError(
                 f"{plan.data_type}: column {column} holds an infinity, which is no time",
                 retryable=False,
             )
         return milliseconds(value if value.tzinfo is not None else value.replace(tzinfo=zone))
     if isinstance(value, list):  # an array
-        return [_convert(plan, column, zone, each) for each in value]
+        return [_convert(plan, column, zone, infinite, each) for each in value]
     if isinstance(value, _ADDRESSES):
         return str(value)
     if not isinstance(value, _ENCODABLE):
