@@ -241,6 +241,15 @@ async def test_mariadb_compares_in_its_own_way_and_is_only_read(
     assert mariadb.admin("SELECT count(*) FROM t", "ids") == ((2,),)
 
 
+@pytest.mark.parametrize("before", ["", " ", "\ufeff"])
+async def test_a_url_as_others_give_it(make: Any, database: str, before: str) -> None:
+    url = before + database.replace("postgresql+psycopg://", "postgres://") + "\n"
+    found = await fetched(make(url, "SELECT * FROM texts WHERE user_id IN :user_ids"), "NULL")
+    assert found == {"NULL": [{"n": 2}]}
+    with pytest.raises(ConfigurationError, match="begin the url with mysql\\+pymysql://"):
+        make("mysql+nope://h/d", "SELECT * FROM texts WHERE user_id IN :user_ids")
+
+
 @pytest.mark.parametrize("where", ["user_id = :user_id", "user_id IN :user_ids"])
 async def test_mariadb_ends_a_statement_that_takes_too_long(
     make: Any, mariadb: MariaDbServer, where: str

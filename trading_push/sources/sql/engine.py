@@ -54,13 +54,15 @@ def parse(url: str | URL) -> URL:
         ConfigurationError: It cannot be read, or names no SQLite file.
     """
     try:
-        parsed = make_url(url)
+        parsed = make_url(url.strip("\ufeff \t\r\n") if isinstance(url, str) else url)
     except (ArgumentError, ValueError):
         # The text itself may hold a password.
         raise ConfigurationError(
             "the database's url cannot be read: give one like "
             "postgresql+psycopg://user:password@host/name or sqlite:////path/to/file"
         ) from None
+    if parsed.drivername == "postgres":  # which libpq takes, and many a host gives
+        parsed = parsed.set(drivername="postgresql+psycopg")
     if "@" in (parsed.host or ""):
         # What follows the first @ would be taken for the host, and shown in messages.
         raise ConfigurationError(
@@ -160,6 +162,8 @@ def _prepare_threshold(url: URL) -> int | None:
 def _advice(backend: str) -> str:
     if backend == "postgresql":
         return "pip install 'trading_push[postgres]', and begin the url with postgresql+psycopg://"
+    if backend in MYSQL:
+        return "pip install pymysql, and begin the url with mysql+pymysql://"
     return "install it, or name another (as in postgresql+psycopg://)"
 
 
