@@ -125,6 +125,16 @@ class ChangeSink(Protocol):
         """
         ...
 
+    def mark(self, channel: str, user_id: str, reason: str | None) -> None:
+        """Say whether what is published here can be told at the moment, of a user who is watched.
+
+        Args:
+            channel: A channel that is not polled, such as `fills`.
+            user_id: Whose.
+            reason: A word for programs, such as `source_error`; None if it can be told.
+        """
+        ...
+
 
 @runtime_checkable
 class WatchingSource(Source, Protocol):

@@ -112,7 +112,7 @@ class Upstream:
             failed=self._failed,
             session=_sessions(source, user_session),
             watch=(
-                partial(source.watch, _Changes(publish, self.pollers))
+                partial(source.watch, _Changes(publish, self.pollers, self._mark_told))
                 if isinstance(source, WatchingSource)
                 else None
             ),
@@ -222,12 +222,23 @@ class Upstream:
         logs.emit(logs.line("session_failed", user=user, error=inner, delay=delay))
         self._mark_failed(self.interest.topics_of(user))
 
+    def _mark_told(self, topic: Topic, reason: str | None) -> None:
+        """Mark what a source tells by itself, as the source says."""
+        if topic.channel in self.pollers or not self.interest.holds(topic):
+            return
+        if reason is None:
+            self._broker.mark([topic], Status("live"))
+        else:
+            self._broker.mark([topic], Status(self._failed_state(topic), reason))
+
+    def _failed_state(self, topic: Topic) -> State:
+        return "down" if self._broker.snapshot(topic) is None else "stale"
+
     def _mark_failed(self, topics: Iterable[Topic]) -> None:
         """Mark what comes by a user's session: what is polled, and events that are told."""
         for topic in topics:
             if topic.channel in self.pollers or self._channels.kind_of(topic) == "events":
-                state: State = "down" if self._broker.snapshot(topic) is None else "stale"
-                self._broker.mark([topic], Status(state, _SESSION_FAILED))
+                self._broker.mark([topic], Status(self._failed_state(topic), _SESSION_FAILED))
 
     def _session_is_over(self, topic: Topic) -> None:
         """Take back what was marked of events that are told: no answer comes that would do it."""
@@ -251,9 +262,15 @@ class Upstream:
 class _Changes:
     """What a source that watches its own upstream tells; see `sources.base.ChangeSink`."""
 
-    def __init__(self, publish: Publish, pollers: Mapping[str, Poller]) -> None:
+    def __init__(
+        self,
+        publish: Publish,
+        pollers: Mapping[str, Poller],
+        mark: Callable[[Topic, str | None], None],
+    ) -> None:
         self._publish = publish
         self._pollers = pollers
+        self._mark = mark
 
     def changed(self, changes: Iterable[tuple[str, str]]) -> None:
         users: dict[str, list[str]] = {}
@@ -266,6 +283,9 @@ class _Changes:
     def missed(self) -> None:
         for poller in self._pollers.values():
             poller.missed()
+
+    def mark(self, channel: str, user_id: str, reason: str | None) -> None:
+        self._mark(Topic(channel, user_id), reason)
 
     def publish(self, values: Iterable[tuple[str, Any, str]]) -> None:
         for value in values:

@@ -330,6 +330,9 @@ class Told:
     def changed(self, changes: Any) -> None:
         self.changes += changes
 
+    def mark(self, channel: str, user: str, reason: str | None) -> None:
+        assert (channel, user, reason) == ("fills", "4", None)
+
 
 async def test_keys_that_have_changed_count_while_their_user_is_watched(
     exchange: LoopbackExchange, mock_clock: trio.testing.MockClock
@@ -734,8 +737,15 @@ async def test_an_exchange_that_does_not_tell_of_fills_is_logged_and_asked_again
     with closing(follow(exchange, "BTC/USDT")) as source:
         async with serving(source) as (_, join):
             peer = await join("4", "fills")
+            with trio.fail_after(PATIENCE_S):
+                while (push := (await peer.next())[0])["state"] != "down":
+                    assert push["reason"] == "quiet"
+            assert push["reason"] == "source_error"
             await until(lambda: exchange.calls["/api/v3/myTrades"] >= 3)
             exchange.misbehaves.clear()
+            with trio.fail_after(PATIENCE_S):
+                [push] = await peer.next()
+            assert (push["state"], push["reason"]) == ("live", "quiet")
             asked = exchange.calls["/api/v3/myTrades"]
             await until(lambda: exchange.calls["/api/v3/myTrades"] >= asked + 3)
             exchange.trade("key-of-4", 1, time.time_ns() // 1_000_000 + 1000)

@@ -66,6 +66,10 @@ class FillPoller:
                     if symbol in failing:
                         logs.emit(logs.line("fetch_recovered", user=user, data_type="fills"))
                     failing.discard(symbol)
+            if self.sink is not None:
+                # Those of one market go on where another's cannot be told.
+                all_fail = len(failing) == len(self._symbols)
+                self.sink.mark("fills", user, "source_error" if all_fail else None)
             # A client that is refused has to ask less, or the exchange refuses its whole address.
             failures = failures + 1 if failing else 0
             longest_s = max(_LONGEST_PAUSE_S, self._interval_s)

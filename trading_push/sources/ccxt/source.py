@@ -141,6 +141,8 @@ class CcxtSource:
                 nursery.cancel_scope.cancel()
             if user_id not in self._credentials:
                 self._close_exchange(user_id)
+                if self._sink is not None:
+                    self._sink.mark("fills", user_id, None)  # as of everyone without keys
             else:
                 try:
                     await self._open_exchange(user_id)
