@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service", "statistics", "metrics"),
     ("factory", "testing", "reload", "flask"),
     ("server",),
+    ("check",),
     ("", "asgi", "cli", "__main__"),
 )
 

@@ -39,9 +39,18 @@ from trading_push.sources.sql.postgres import PostgresSource
 from trading_push.sources.sql.source import SqlSource
 from trading_push.transport.outbound_proxies import OutboundProxies
 
-__all__ = ["authenticator", "open_configured_service"]
+__all__ = [
+    "PAPER_FILE",
+    "authenticator",
+    "exchange_of",
+    "open_accounts",
+    "open_configured_service",
+    "open_market",
+    "paper_accounts",
+]
 
 PAPER_FILE = "paper.sqlite3"
+"""The paper exchange's file, in the user's data directory, where no other is set."""
 
 
 def authenticator(settings: Settings) -> Authenticate:
@@ -69,9 +78,11 @@ async def open_configured_service(
     """
     async with AsyncExitStack() as opened:
         # Made once: accounts and tickers share the pauses that the exchange asks for.
-        exchange = functools.cache(partial(_exchange, settings))
-        feed = await _market(settings, exchange, opened)
-        source = await _accounts(settings, exchange, opened)
+        exchange = exchange_of(settings)
+        feed = await open_market(settings, exchange, opened)
+        source = open_accounts(settings, exchange, opened)
+        if isinstance(source, SqlSource):
+            await source.check()
         if source is None and isinstance(feed, Tape) and feed.accounts is not None:
             source = feed.accounts
         if source is None:
@@ -87,10 +98,19 @@ async def open_configured_service(
         )
 
 
-async def _market(
+def exchange_of(settings: Settings) -> Callable[[], ExchangeOptions]:
+    """The exchange of ccxt, made when it is first asked for and then the same for all."""
+    return functools.cache(partial(_exchange, settings))
+
+
+async def open_market(
     settings: Settings, exchange: Callable[[], ExchangeOptions], opened: AsyncExitStack
 ) -> TickerFeed | None:
-    """The market that is set; None where the paper exchange has its simulated one."""
+    """Open the market that is set; None where the paper exchange has its simulated one.
+
+    Raises:
+        ConfigurationError: It cannot be used.
+    """
     market, ccxt = settings.market, settings.ccxt
     match market.feed:
         case "binance":
@@ -125,12 +145,18 @@ def _live(feed: _Feed, limits: ExchangeLimits, market: Market) -> ExchangeFeed:
     return feed(market.url, limits=limits, rest_url=market.rest_url)
 
 
-async def _accounts(
+def open_accounts(
     settings: Settings, exchange: Callable[[], ExchangeOptions], opened: AsyncExitStack
 ) -> Source | None:
-    """Where the settings say that accounts come from; None for the paper exchange."""
+    """Open where the settings say that accounts come from; None for the paper exchange.
+
+    Raises:
+        ConfigurationError: That cannot be used.
+    """
     if settings.database.url is not None:
-        return await _checked(_database(settings.database.url, settings.database), opened)
+        database = _database(settings.database.url, settings.database)
+        opened.callback(database.close)
+        return database
     if settings.http.url is not None:
         return _http(settings, opened)
     if settings.function.fetch is not None:
@@ -159,12 +185,6 @@ def _options(database: Database) -> dict[str, Any]:
     return {name: getattr(database, name) for name in names}
 
 
-async def _checked(source: SqlSource, opened: AsyncExitStack) -> SqlSource:
-    opened.callback(source.close)
-    await source.check()
-    return source
-
-
 def _http(settings: Settings, opened: AsyncExitStack) -> Source:
     # It needs a library that is not installed with this one.
     from trading_push.sources.http.source import http_source
@@ -191,8 +211,15 @@ async def _paper_exchange(
     exchange = await opened.enter_async_context(
         open_paper_exchange(path, market=market or SimulatedMarket(seed), seed=seed)
     )
-    source = PaperSource(path, database.queries, **_options(database))
-    return await _checked(source, opened), exchange
+    source = paper_accounts(path, database)
+    opened.callback(source.close)
+    await source.check()
+    return source, exchange
+
+
+def paper_accounts(path: Path, database: Database) -> PaperSource:
+    """Read the accounts of a paper exchange's file, which has to be there."""
+    return PaperSource(path, database.queries, **_options(database))
 
 
 def _functions(fetch: str, settings: Function) -> Source:

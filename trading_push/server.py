@@ -29,7 +29,7 @@ from trading_push.service import PushService
 from trading_push.settings.schema import Log, Settings
 from trading_push.transport.descriptors import fitting_connections
 
-__all__ = ["attached_log", "run_server", "serve", "tune", "with_descriptors"]
+__all__ = ["attached_log", "listen", "run_server", "serve", "tune", "with_descriptors"]
 
 BACKLOG = 4096
 _AFTER_DRAIN_S = 0.5
@@ -62,7 +62,7 @@ async def run_server(
     """
     with (
         attached_log(settings.log),
-        _listen(settings.server.host, settings.server.port) as listener,
+        listen(settings.server.host, settings.server.port) as listener,
     ):
         address = listener.getsockname()
         settings = with_descriptors(settings)
@@ -188,7 +188,8 @@ def with_descriptors(settings: Settings) -> Settings:
     return attrs.evolve(settings, limits=attrs.evolve(settings.limits, connections=fitting))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address to listen on; raises ConfigurationError that says what to do."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

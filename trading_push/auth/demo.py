@@ -14,7 +14,10 @@ from trading_push.settings.schema import Settings
 from trading_push.settings.secret_file import read_secret_file
 from trading_push.settings.validators import SECRET_BYTES
 
-__all__ = ["data_dir", "demo_secret", "has_key", "secret_of"]
+__all__ = ["DEMO_FILE", "data_dir", "demo_secret", "has_key", "secret_of"]
+
+DEMO_FILE = "jwt-secret"
+"""The file of the demo's secret, in the user's data directory."""
 
 
 def secret_of(settings: Settings) -> tuple[str | None, bool]:
@@ -68,7 +71,7 @@ def demo_secret(directory: Path) -> str:
     Raises:
         ConfigurationError: It cannot be made or read, or other users can read it.
     """
-    path = directory / "jwt-secret"
+    path = directory / DEMO_FILE
     try:
         if not path.exists():
             _make_secret(path)

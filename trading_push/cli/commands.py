@@ -21,6 +21,7 @@ __all__ = ["main"]
 # `_MODULES`. A module is imported only when its command is called: `watch` and `token` must not
 # load the server.
 _COMMANDS: Final = {
+    "check": "Check all that a server needs, without serving.",
     "init": "Write a sample configuration.",
     "kick": "Close connections of a running server.",
     "online": "Print who is connected to a running server.",

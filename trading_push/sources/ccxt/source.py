@@ -98,6 +98,11 @@ class CcxtSource:
         for user, given in credentials.items():
             self._check_credentials(user, given)
 
+    async def check(self) -> None:
+        """Load the exchange's markets; raises SourceError where it cannot be asked."""
+        async with self._loading:
+            await self._call(self._public, "load_markets")
+
     @asynccontextmanager
     async def session(self, user_id: str) -> AsyncIterator[None]:
         """Hold the user's own exchange object open, with its connections and its rate limiter.
@@ -116,8 +121,7 @@ class CcxtSource:
             self._close_exchange(user_id)
 
     async def _open_exchange(self, user_id: str) -> None:
-        async with self._loading:
-            await self._call(self._public, "load_markets")
+        await self.check()
         keys = self._credentials[user_id]
         exchange = await trio.to_thread.run_sync(self._make, user_id, keys)
         self._close_exchange(user_id)

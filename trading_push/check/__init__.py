@@ -1,0 +1,1 @@
+"""Check all that a server needs, without serving: `trading-push check`."""
