@@ -175,15 +175,16 @@ def test_the_page_in_a_browser(shop, tmp_path):
 def test_a_shop_s_own_test_is_run_as_printed(tmp_path):
     (tmp_path / "shop.py").write_text(block("shop"))
     (tmp_path / "test_shop.py").write_text(block("shop_test"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, **environment()},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert "1 passed" in done.stdout, done.stdout
+    for _ in range(2):  # the second time with what the first has left
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+            cwd=tmp_path,
+            env={**os.environ, **environment()},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert "1 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.soak
