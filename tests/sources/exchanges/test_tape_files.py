@@ -103,6 +103,19 @@ async def test_of_a_gzip_that_was_cut_nothing_whole_is_lost(
     assert tape.bad_lines == 1
 
 
+@pytest.mark.parametrize("count", [200, 3000, 30_000])
+async def test_of_a_gzip_that_is_damaged_what_is_before_the_damage_is_played(
+    tmp_path: Path, autojump_clock: MockClock, count: int
+) -> None:
+    packer = zlib.compressobj(wbits=31)
+    packed = packer.compress(text(rows(*range(1, count + 1), step_ms=10)))
+    path = tmp_path / "BTCUSDT.csv.gz"
+    path.write_bytes(packed + packer.flush(zlib.Z_FULL_FLUSH) + b"\x07no such block" * 100)
+    tape, sink = await play(path)
+    assert count - 4096 // 30 <= int(sink.prices[-1][1]) <= count
+    assert tape.bad_lines == 1
+
+
 async def test_gzip_members_one_after_another_and_rubbish_behind_them(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:

@@ -42,6 +42,8 @@ CHUNK_BYTES: Final = 1 << 18
 """About how much is read, and parsed, at a time."""
 SNIFF_BYTES: Final = 1 << 16
 """How much of a file is looked at to tell what it is."""
+_UNPACKED_BYTES: Final = 4096
+"""So much of a packed file is read at a time: it is lost where the file is damaged."""
 SLACK_NS: Final = 60 * 1_000_000_000
 """By how much the time of a line may lie before that of an earlier one: recorders are not exact."""
 SORTED_LINES: Final = 300_000
@@ -74,7 +76,7 @@ class _Unpacked(io.RawIOBase):
         most: How much it is read at a time: what a file gives up with its error is lost.
     """
 
-    def __init__(self, file: IO[bytes], most: int = CHUNK_BYTES) -> None:
+    def __init__(self, file: IO[bytes], most: int) -> None:
         self._file = file
         self._most = most
         self.error: Exception | None = None
@@ -267,11 +269,11 @@ class _Packed:
     def open(self) -> _Unpacked:
         """Open it from its beginning."""
         if self.is_gzip:
-            return _Unpacked(gzip.GzipFile(self.path))  # type: ignore[arg-type]
+            return _Unpacked(gzip.GzipFile(self.path), _UNPACKED_BYTES)  # type: ignore[arg-type]
         if self.member is None:
-            return _Unpacked(self.path.open("rb"))
+            return _Unpacked(self.path.open("rb"), CHUNK_BYTES)
         with zipfile.ZipFile(self.path) as archive:  # what is open of it stays open
-            return _Unpacked(archive.open(self.member), most=4096)  # which checks the sum first
+            return _Unpacked(archive.open(self.member), _UNPACKED_BYTES)
 
     def symbol(self) -> str:
         """Read the symbol in its name; raises ConfigurationError."""
