@@ -326,10 +326,14 @@ async def test_ops_of_requests_and_replies():
     assert tags <= {*table.values(), "error", "notice"}
 
 
+CANDLES = ["candles.SYMBOL"]
+
+
 async def test_built_in_channels_and_their_payloads():
     table = {code(row[0]): row for row in rows("docs/protocol.md", "| channel | kind | `data` |")}
-    assert list(table) == [*BUILTIN_CHANNELS, "fills", "ticker.SYMBOL", "ticker.*"]
+    assert list(table) == [*BUILTIN_CHANNELS, "fills", "ticker.SYMBOL", "ticker.*", *CANDLES]
     assert table.pop("ticker.*")[1] == "keyed"  # a list of the row above
+    assert table.pop(*CANDLES)[1] == "keyed"  # see tests/upstream/test_candles.py
     assert {field.name for field in attrs.fields(Intervals)} == set(BUILTIN_CHANNELS)
     made = {
         "balance": [models.Balance],
@@ -354,7 +358,7 @@ async def test_built_in_channels_and_their_payloads():
                 await service.publish(channel, number, user=user)
         await trio.testing.wait_all_tasks_blocked()
     there = {each for each in vars(models).values() if isinstance(each, type) and attrs.has(each)}
-    assert there == {each for classes in made.values() for each in classes}
+    assert there == {each for classes in made.values() for each in classes} | {models.Candle}
     kinds = {name: "events" if name == "fills" else "state" for name in table}
     assert {name: row[1] for name, row in table.items()} == kinds
 

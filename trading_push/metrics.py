@@ -95,7 +95,7 @@ def families(context: Context, upstream: Upstream) -> Iterator[Metric]:
     """
     registry, broker, tally = context.registry, context.broker, context.registry.tally
     ledger = registry.ledger
-    channels = [*(each.name for each in context.channels), "ticker", ALL_TICKERS.channel]
+    channels = [*(each.name for each in context.channels), "ticker", ALL_TICKERS.channel, "candles"]
     states = broker.states()
     pollers = upstream.pollers
 

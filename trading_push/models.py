@@ -17,6 +17,7 @@ import attrs
 
 __all__ = [
     "Balance",
+    "Candle",
     "Fill",
     "Order",
     "Pnl",
@@ -130,6 +131,21 @@ class Fill:
     fee: Decimal
     fee_asset: str
     at: int
+
+
+@attrs.frozen
+class Candle:
+    """The prices of one symbol over some time that begins at `at`, in ms since the epoch.
+
+    `volume` is what was traded in it, in units of the symbol; None where the source cannot tell.
+    """
+
+    at: int
+    open: Decimal
+    high: Decimal
+    low: Decimal
+    close: Decimal
+    volume: Decimal | None = None
 
 
 @attrs.frozen(slots=False)

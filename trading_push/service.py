@@ -33,7 +33,7 @@ from trading_push.sources.base import Source, TickerFeed
 from trading_push.sources.offered import channels_for
 from trading_push.statistics import Latest, Statistics, collect
 from trading_push.supervision import keep_running
-from trading_push.topics import Channel, Channels, Kind, Topic, symbol_of, ticker_topic
+from trading_push.topics import Channel, Channels, Kind, Topic, symbol_of
 from trading_push.transport.proxies import networks
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import SessionFactory
@@ -75,7 +75,7 @@ class PushService:
             publish=self._publish_now,
             fetch_context=fetch_context,
             user_session=user_session,
-            watchers=lambda symbol: self._registry.users_of(ticker_topic(symbol).channel),
+            watchers=self._registry.users_of_symbol,
         )
         # How often each part of the service has failed since the start.
         self._failures: Counter[str] = Counter()
@@ -153,8 +153,8 @@ class PushService:
         ]
         self._registry.check_running()  # before anything is numbered and kept
         self._broker.publish(batch)
-        for topic, _ in batch:
-            self._upstream.published(topic)
+        for topic, data in batch:
+            self._upstream.published(topic, data)
 
     def _deliver(self, batch: Sequence[Message]) -> None:
         self._registry.deliver(batch)

@@ -12,7 +12,7 @@ from trading_push.broker.base import Broker, State, Status
 from trading_push.connections.context import Context
 from trading_push.connections.members import Ledger
 from trading_push.endpoints.hypercorn.server import guard
-from trading_push.topics import Topic, symbol_of
+from trading_push.topics import Topic, market_symbol, symbol_of
 from trading_push.upstream.lifecycle import Upstream
 
 __all__ = ["Latest", "Statistics", "collect"]
@@ -23,10 +23,10 @@ class Statistics:
     """What a service sees at one moment.
 
     Args:
-        subscribers_by_data_type: Subscribed users by channel, tickers left out.
-        subscribers_by_symbol: Subscribed users by symbol.
+        subscribers_by_data_type: Subscribed users by channel, those of single symbols left out.
+        subscribers_by_symbol: Users who are subscribed to a ticker, by symbol.
         topics: How many topics with a value are live, stale or down, by channel; all symbols are
-            `ticker`.
+            `ticker`, and their candles `candles`.
         streams: How many generators of streams run.
         ledger: What began and what ended since the start.
         failing_fetches: For how many watched users and data types the source fails.
@@ -94,7 +94,7 @@ def collect(context: Context, upstream: Upstream, failures: Mapping[str, int]) -
         users_online=registry.users_online(),
         connections=registry.connections,
         subscribers_by_data_type={
-            name: count for name, count in counts.items() if symbol_of(name) is None
+            name: count for name, count in counts.items() if market_symbol(name) is None
         },
         subscribers_by_symbol={
             symbol: count for name, count in counts.items() if (symbol := symbol_of(name))

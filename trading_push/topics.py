@@ -21,18 +21,24 @@ __all__ = [
     "ALL_TICKERS",
     "ASCII_UPPER",
     "BUILTIN_CHANNELS",
+    "CANDLES_PREFIX",
     "SYMBOL_RULE",
     "Channel",
     "Channels",
     "Topic",
+    "candles_topic",
     "canonical_symbol",
     "family_of",
     "market_name",
+    "market_symbol",
+    "room_of",
     "symbol_of",
     "ticker_topic",
 ]
 
 TICKER_PREFIX = "ticker."
+CANDLES_PREFIX = "candles."
+_MARKET_PREFIXES: Final = (TICKER_PREFIX, CANDLES_PREFIX)
 SYMBOL_RULE = (
     "a symbol has 1 to 64 characters: letters and digits of any script, . _ : / - & ^ = $ @ + and "
     "spaces inside"
@@ -80,10 +86,10 @@ class Channel:
     interval_s: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.name == "ticker":
+        if not _NAME.fullmatch(self.name) or self.name in ("ticker", "candles"):
             raise ConfigurationError(
                 f"{self.name!r} cannot name a channel: use a-z, then a-z, 0-9, _ or -, "
-                "32 characters at most, and not 'ticker'"
+                "32 characters at most, and not 'ticker' or 'candles'"
             )
         if self.kind not in ("state", "events"):
             raise ConfigurationError(f"{self.name} is of kind {self.kind!r}: give state or events")
@@ -135,16 +141,28 @@ def symbol_of(channel: str) -> str | None:
     return None
 
 
+def market_symbol(channel: str) -> str | None:
+    """The symbol that a channel of the market is about; None for all tickers, and elsewhere."""
+    if channel.startswith(CANDLES_PREFIX):
+        return channel[len(CANDLES_PREFIX) :]
+    return symbol_of(channel)
+
+
 @lru_cache(4096)
 def family_of(channel: str) -> str:
-    """What counts call a channel: its name, but `ticker` for the ticker of any symbol."""
-    if channel.startswith(TICKER_PREFIX) and channel != ALL_TICKERS.channel:
-        return "ticker"
-    return channel
+    """What counts call a channel: its name, but `ticker` and `candles` for those of any symbol."""
+    if channel.startswith(CANDLES_PREFIX):
+        return "candles"
+    return channel if symbol_of(channel) is None else "ticker"
 
 
 def market_name(channel: str) -> str | None:
-    """What the log calls a channel of the market: the symbol, or `*` for all tickers."""
+    """What the log calls a channel of the market.
+
+    The symbol for a ticker, `*` for all of them, `candles.SYMBOL` for candles.
+    """
+    if channel.startswith(CANDLES_PREFIX):
+        return channel
     return channel[len(TICKER_PREFIX) :] if channel.startswith(TICKER_PREFIX) else None
 
 
@@ -154,9 +172,18 @@ def ticker_topic(symbol: str) -> Topic:
     return Topic(TICKER_PREFIX + symbol)
 
 
+@lru_cache(4096)
+def candles_topic(symbol: str) -> Topic:
+    """The topic of a symbol's candles, a table with a row for each; the same object for all."""
+    return Topic(CANDLES_PREFIX + symbol)
+
+
 def room_of(channel: str, user: str) -> str:
     """The log's name for the membership of `user` in `channel`."""
-    return f"{channel.replace(TICKER_PREFIX, 'ticker_', 1)}_{user}"
+    for prefix in (TICKER_PREFIX, CANDLES_PREFIX):
+        if channel.startswith(prefix):
+            channel = f"{prefix[:-1]}_{channel[len(prefix) :]}"
+    return f"{channel}_{user}"
 
 
 class Channels:
@@ -187,28 +214,30 @@ class Channels:
         return iter(self._by_name.values())
 
     def get(self, name: str) -> Channel | None:
-        """The channel of that name; None for a ticker and for what is not known."""
+        """The channel of that name; None for one of the market and for what is not known."""
         return self._by_name.get(name)
 
     def kind_of(self, topic: Topic) -> Kind:
         """Whether a topic holds a state or a sequence of events."""
         channel = self._by_name.get(topic.channel)
         if channel is None:
-            return "keyed" if topic == ALL_TICKERS else "state"
+            is_table = topic == ALL_TICKERS or topic.channel.startswith(CANDLES_PREFIX)
+            return "keyed" if is_table else "state"
         return channel.kind
 
     def rank_of(self, name: str) -> int:
-        """Where a channel that is no ticker stands in the log's order."""
+        """Where a channel that is not the market's stands in the log's order."""
         return self._rank.get(name, len(self._rank))
 
-    def ticker(self, name: str) -> Topic | None:
-        """The topic of a ticker channel in any spelling, or of all; None for another channel."""
-        if not name.startswith(TICKER_PREFIX):
-            return None
+    def market(self, name: str) -> Topic | None:
+        """The topic of a channel of the market in any spelling; None for another channel."""
         if name == ALL_TICKERS.channel:
             return ALL_TICKERS
-        symbol = canonical_symbol(name[len(TICKER_PREFIX) :])
-        return None if symbol is None else ticker_topic(symbol)
+        for prefix, topic in ((TICKER_PREFIX, ticker_topic), (CANDLES_PREFIX, candles_topic)):
+            if name.startswith(prefix):
+                symbol = canonical_symbol(name[len(prefix) :])
+                return None if symbol is None else topic(symbol)
+        return None
 
     def topic(self, name: str, user: str | None) -> Topic:
         """The topic that an application names.
@@ -220,15 +249,15 @@ class Channels:
         Raises:
             ValueError: There is no such channel, or a user is missing or too much.
         """
-        ticker = self.ticker(name)
-        if ticker is ALL_TICKERS:
-            raise ValueError(f"{name!r} is made of the tickers: publish to ticker.SYMBOL")
-        if ticker is not None:
+        market = self.market(name)
+        if market is not None:
+            if market is ALL_TICKERS or symbol_of(market.channel) is None:
+                raise ValueError(f"{name!r} is made of the tickers: publish to ticker.SYMBOL")
             if user is not None:
                 raise ValueError("a ticker is everyone's: leave out the user")
-            return ticker
+            return market
         channel = self._by_name.get(name)
-        if channel is None and name.startswith(TICKER_PREFIX):
+        if channel is None and name.startswith(_MARKET_PREFIXES):
             raise ValueError(f"{name[:80]!r} cannot be subscribed: {SYMBOL_RULE}")
         if channel is None:
             raise ValueError(f"there is no channel {name!r}: add it to channels=")
@@ -246,15 +275,16 @@ class Channels:
         topic = self._by_channel_name(name, user)
         if topic is None and name.endswith("_" + user):
             room = name[: -len(user) - 1]
-            if room.startswith("ticker_"):
-                room = TICKER_PREFIX + room[len("ticker_") :]
+            for prefix in _MARKET_PREFIXES:
+                if room.startswith(f"{prefix[:-1]}_"):
+                    room = prefix + room[len(prefix) :]
             topic = self._by_channel_name(room, user)
         if topic is None:
             if any(c.per_user and name.startswith(c.name + "_") for c in self):
                 raise RequestError(
                     ErrorCode.FORBIDDEN, "that is another user's room: name the channel only"
                 )
-            if name.startswith(TICKER_PREFIX):
+            if name.startswith(_MARKET_PREFIXES):
                 raise RequestError(ErrorCode.UNKNOWN_CHANNEL, SYMBOL_RULE)
             raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no channel of that name")
         return topic
@@ -262,6 +292,6 @@ class Channels:
     def _by_channel_name(self, name: str, user: str) -> Topic | None:
         channel = self._by_name.get(name)
         if channel is None:
-            return self.ticker(name)
+            return self.market(name)
         # The channel's own name: the peer's is another string for each connection.
         return Topic(channel.name, user if channel.per_user else None)

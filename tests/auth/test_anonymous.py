@@ -50,11 +50,11 @@ async def test_what_is_served_without_a_user(autojump_clock):
 
 @pytest.mark.parametrize(
     ("channels", "served"),
-    [("", set()), ("ticker", {"ticker.A"}), ("ticker.*", {"ticker.*"}), ("candles", set())],
+    [("", set()), ("ticker", {"ticker.A"}), ("ticker.*", {"ticker.*"}), ("candles", {"candles.A"})],
 )
 async def test_each_is_named_by_itself(channels, served, autojump_clock):
     async with opened(channels) as service, peer(service) as stranger:
-        for channel in ("ticker.A", "ticker.*"):
+        for channel in ("ticker.A", "ticker.*", "candles.A"):
             reply = await stranger.request("subscribe", args=[channel])
             assert reply["ok"] is (channel in served), channel
         if not channels:

@@ -68,7 +68,17 @@ EXPECTED = {
     "ledger_open": {"what"},
     "log_lines_dropped_total": set(),
 }
-CHANNELS = {"balance", "positions", "pnl", "orders", "fills", "news", "ticker", "ticker.*"}
+CHANNELS = {
+    "balance",
+    "positions",
+    "pnl",
+    "orders",
+    "fills",
+    "news",
+    "ticker",
+    "ticker.*",
+    "candles",
+}
 WEBSOCKET = {
     "Upgrade": "websocket",
     "Connection": "Upgrade",

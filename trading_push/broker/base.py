@@ -131,7 +131,7 @@ class Broker(Protocol):
     def states(self) -> dict[str, dict[State, int]]:
         """Count the topics that had a value or a status, by channel and state.
 
-        All symbols are counted as `ticker`.
+        The tickers of all symbols are counted as `ticker`, their candles as `candles`.
         """
         ...
 

@@ -26,7 +26,7 @@ from trading_push.connections.tally import Tally
 from trading_push.errors import ServiceClosed
 from trading_push.logs.lines import Line, line
 from trading_push.supervision import exits_are_errors
-from trading_push.topics import Channels, Topic, family_of
+from trading_push.topics import Channels, Topic, candles_topic, family_of, ticker_topic
 
 __all__ = ["Registry"]
 
@@ -84,9 +84,10 @@ class Registry:
         """The number of subscribed users by channel, where there are any."""
         return {channel: len(users) for channel, users in self._watchers.items()}
 
-    def users_of(self, channel: str) -> Collection[str]:
-        """The users who subscribe to a channel."""
-        return self._watchers.get(channel, {}).keys()
+    def users_of_symbol(self, symbol: str) -> Collection[str]:
+        """The users who subscribe to the ticker or the candles of a symbol."""
+        both = (ticker_topic(symbol), candles_topic(symbol))
+        return {user for topic in both for user in self._watchers.get(topic.channel, ())}
 
     def _watchers_of(self, channel: str) -> int:
         return len(self._watchers.get(channel, ()))

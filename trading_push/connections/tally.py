@@ -22,7 +22,7 @@ _TO_SOCKET_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02
 class Tally:
     """The counters of a service's connections; owned by the registry.
 
-    A *family* is a channel's name; all symbols are one, `ticker`.
+    A *family* is a channel's name; all symbols are one, `ticker`, and their candles `candles`.
 
     Args:
         opened: Connections that have begun, by endpoint.

@@ -16,7 +16,7 @@ __all__ = ["channels", "failed", "items", "result_of", "symbols"]
 
 
 def channels(request_id: Id, known: Channels) -> messages.ChannelsReply:
-    """What the server offers, the tickers of single symbols left out."""
+    """What the server offers, the channels of single symbols left out."""
     offered = [
         messages.OfferedChannel(
             each.name, each.kind, UNSET if each.interval_s is None else each.interval_s

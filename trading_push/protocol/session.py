@@ -33,7 +33,7 @@ from trading_push.protocol.actions import (
 from trading_push.protocol.messages import Id, ItemResult
 from trading_push.protocol.rate_limit import MessageRate
 from trading_push.settings.schema import Limits
-from trading_push.topics import Channels, Topic, symbol_of
+from trading_push.topics import Channels, Topic, family_of, market_symbol
 
 __all__ = ["Market", "Session"]
 
@@ -77,7 +77,8 @@ class Session:
         market: Which symbols there are.
         rate: The budget of messages.
         clock: The time in seconds since the epoch.
-        anonymous: The market channels that are served without a user: `ticker`, `ticker.*`.
+        anonymous: The market channels that are served without a user: `ticker`, `ticker.*`,
+            `candles`.
         token_in_url: The client has sent a token in the URL, where it is not read.
         requests: What is answered is counted there, by `op` and by `ok` or the error's code.
 
@@ -318,11 +319,9 @@ class Session:
         """
         if user is not None:
             return self._channels.resolve(name, user)
-        topic = self._channels.ticker(name)
-        if topic is not None:
-            kind = "ticker" if symbol_of(topic.channel) is not None else topic.channel
-            if kind in self._anonymous:
-                return topic
+        topic = self._channels.market(name)
+        if topic is not None and family_of(topic.channel) in self._anonymous:
+            return topic
         raise self._not_authenticated()
 
     def rates(self) -> tuple[tuple[Topic, float | None], ...]:
@@ -342,7 +341,7 @@ class Session:
             try:
                 item = messages.decode_item(raw)
                 topic = self._resolve(item.channel, user)
-                symbol = symbol_of(topic.channel)
+                symbol = market_symbol(topic.channel)
                 if symbol is not None and not self._market.knows(symbol):
                     raise RequestError(ErrorCode.UNKNOWN_CHANNEL, "there is no such symbol")
                 asked = None if item.max_hz is None else float(item.max_hz)

@@ -13,12 +13,13 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
-from trading_push.models import Ticker
+from trading_push.models import Candle, Ticker
 
 __all__ = [
     "NO_VALUE",
     "BatchSource",
     "ChangeSink",
+    "HistoryFeed",
     "ListedFeed",
     "MarketSink",
     "NewEvents",
@@ -190,7 +191,11 @@ class MarketSink(Protocol):
 
 
 class TickerFeed(Protocol):
-    """Gives the tickers of a market."""
+    """Gives the tickers of a market.
+
+    One whose tickers count their volume from a fixed moment on, and not over a window that moves,
+    may say so by an attribute `counts_volume`; the candles have a volume then.
+    """
 
     def knows(self, symbol: str) -> bool:
         """Whether a symbol (upper case) may exist; if not, the client is told `unknown_channel`."""
@@ -215,6 +220,21 @@ class WatchedFeed(TickerFeed, Protocol):
 
     def unwatch(self, symbol: str) -> None:
         """End with a symbol, `polling.watch_linger_s` after its last watcher left; synchronous."""
+        ...
+
+
+@runtime_checkable
+class HistoryFeed(TickerFeed, Protocol):
+    """A feed that can tell what was before it began."""
+
+    def candles(self, symbol: str, until_ms: int, most: int) -> Mapping[str, Sequence[Candle]]:
+        """Return bars by their length, `1s` and `1m`, the oldest first; synchronous, never blocks.
+
+        Args:
+            symbol: One that it knows.
+            until_ms: No bar begins later, in ms since the epoch.
+            most: How many of each there may be.
+        """
         ...
 
 

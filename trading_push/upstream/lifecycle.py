@@ -23,10 +23,27 @@ from trading_push import logs
 from trading_push.broker.base import Broker, State, Status
 from trading_push.errors import PayloadError, innermost
 from trading_push.settings.schema import Settings
-from trading_push.sources.base import SessionSource, Source, TickerFeed, WatchingSource
-from trading_push.topics import ALL_TICKERS, Channels, Topic, symbol_of
+from trading_push.sources.base import (
+    HistoryFeed,
+    SessionSource,
+    Source,
+    TickerFeed,
+    WatchedFeed,
+    WatchingSource,
+)
+from trading_push.topics import (
+    ALL_TICKERS,
+    CANDLES_PREFIX,
+    Channels,
+    Topic,
+    candles_topic,
+    market_symbol,
+    symbol_of,
+    ticker_topic,
+)
 from trading_push.upstream.all_tickers import AllTickers
 from trading_push.upstream.batcher import Batcher
+from trading_push.upstream.candles import Candles
 from trading_push.upstream.fetching import FetchContext
 from trading_push.upstream.interest import Interest, SessionFactory
 from trading_push.upstream.market_feed import MarketFeed, OpenMarket
@@ -122,6 +139,15 @@ class Upstream:
             settings.market.all_max_hz, broker, lambda: self.interest.holds(ALL_TICKERS)
         )
         """What `ticker.*` is made of."""
+        self.candles = Candles(
+            broker,
+            feed if isinstance(feed, HistoryFeed) else None,
+            counts_volume=bool(getattr(feed, "counts_volume", False)),
+            gives_all=not isinstance(feed, WatchedFeed),
+        )
+        """What `candles.SYMBOL` are made of."""
+        if self.feed is not None:
+            self.feed.candles = self.candles
 
     @property
     def failing_fetches(self) -> int:
@@ -151,6 +177,9 @@ class Upstream:
         if topic == ALL_TICKERS:
             self.all_tickers.catch_up()
             return False
+        if topic.channel.startswith(CANDLES_PREFIX):
+            self.candles.catch_up(topic.channel[len(CANDLES_PREFIX) :])
+            return False
         poller = self.pollers.get(topic.channel)
         return poller is not None and topic.user is not None and poller.awaits(topic.user)
 
@@ -160,10 +189,11 @@ class Upstream:
         if watched and topic.user is not None and self.interest.session_failed(topic.user):
             self._mark_failed([topic])
 
-    def published(self, topic: Topic) -> None:
+    def published(self, topic: Topic, data: bytes) -> None:
         """Somebody has published to a topic: forget it in time if the source can give it again."""
         if (symbol := symbol_of(topic.channel)) is not None:
             self.market.published(symbol)
+            self.candles.published(symbol, data)
         if topic.channel in self.pollers and not self.interest.holds(topic):
             self._idle_since[topic] = trio.current_time()
 
@@ -174,6 +204,7 @@ class Upstream:
         if self.feed is not None:
             yield "market feed", self.feed.run
         yield "channel of all tickers", self.all_tickers.run
+        yield "candles", self.candles.run
         yield "sweep of idle topics", self._forget_idle_topics
 
     def end(self) -> None:
@@ -186,9 +217,11 @@ class Upstream:
         self._idle_since.pop(topic, None)
         if topic == ALL_TICKERS:
             self.all_tickers.begin()
-        symbol = symbol_of(topic.channel)
+        symbol = market_symbol(topic.channel)
         if symbol is not None:
-            if self.feed is not None:
+            if symbol_of(topic.channel) is None:
+                self.candles.begin(symbol)
+            if self.feed is not None and not self._is_watched_otherwise(topic, symbol):
                 self.feed.watch(symbol)
         elif topic.user is not None and (poller := self.pollers.get(topic.channel)) is not None:
             poller.watch(topic.user)
@@ -198,10 +231,16 @@ class Upstream:
     def _end(self, topic: Topic) -> None:
         if topic == ALL_TICKERS:
             self.all_tickers.end()
-        symbol = symbol_of(topic.channel)
+        symbol = market_symbol(topic.channel)
         if symbol is not None:
-            if self.feed is not None and self.feed.unwatch(symbol):
-                self._idle_since[topic] = trio.current_time()
+            now = trio.current_time()
+            if symbol_of(topic.channel) is None:
+                self.candles.end(symbol)
+                self._idle_since[topic] = now
+            if self.feed is None or self._is_watched_otherwise(topic, symbol):
+                return
+            if self.feed.unwatch(symbol):
+                self._idle_since[ticker_topic(symbol)] = now
         elif topic.user is not None and (poller := self.pollers.get(topic.channel)) is not None:
             poller.unwatch(topic.user)
             if self.interest.holds(topic):  # it is its user's session that has failed
@@ -211,6 +250,11 @@ class Upstream:
                 self._broker.mark([topic], Status("stale", "not_watched"))
         elif not self.interest.holds(topic):
             self._session_is_over(topic)
+
+    def _is_watched_otherwise(self, topic: Topic, symbol: str) -> bool:
+        """Whether a symbol is watched by another topic than this one."""
+        both = (ticker_topic(symbol), candles_topic(symbol))
+        return any(self.interest.holds(each) for each in both if each != topic)
 
     def _failed(self, user: str | None, error: Exception, delay: float) -> None:
         inner = innermost(error)
@@ -252,6 +296,9 @@ class Upstream:
             for topic, since in list(self._idle_since.items()):
                 if now - since > self._linger_s:
                     del self._idle_since[topic]
+                    self.candles.forget(topic)
+                    if topic.channel.startswith(CANDLES_PREFIX):
+                        continue
                     self._broker.forget(topic)
                     self.all_tickers.forget(topic)
                     poller = self.pollers.get(topic.channel)

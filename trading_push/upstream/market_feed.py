@@ -22,6 +22,7 @@ from trading_push.protocol.payloads import encode_data
 from trading_push.sources.base import ListedFeed, TickerFeed, WatchedFeed
 from trading_push.supervision import exits_are_errors, keep_running
 from trading_push.topics import SYMBOL_RULE, Topic, canonical_symbol, ticker_topic
+from trading_push.upstream.candles import Candles
 from trading_push.upstream.symbol_quota import SymbolQuota
 
 __all__ = ["MarketFeed", "OpenMarket"]
@@ -84,6 +85,8 @@ class MarketFeed:
         """How often the feed has raised since the start."""
         self.is_up = True
         """Whether it gives tickers, as far as is known."""
+        self.candles: Candles | None = None
+        """Told each price that comes; none before it is set."""
         self._feed = feed
         # The feed again, where it wants to be told what is watched; and what is.
         self._watched_feed = feed if isinstance(feed, WatchedFeed) else None
@@ -184,6 +187,8 @@ class MarketFeed:
             if self._watched_feed is not None and symbol not in self._watched:
                 continue  # it was under way when the symbol was unwatched
             self._latest[symbol] = ticker
+            if self.candles is not None:
+                self.candles.trade(symbol, ticker.last, ticker.volume)
             self._seen[symbol] = None
             self._changed[symbol] = None
             self._heard.pop(symbol, None)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, localcontext
 
 import attrs
 import trio
 
-from trading_push.models import Ticker, now_ms
+from trading_push.models import Candle, Ticker, now_ms
 from trading_push.sources.base import MarketSink
 from trading_push.sources.exchanges.amounts import DECIMALS
 
@@ -96,6 +96,54 @@ class _Symbol:
             source_ts=at_ms,
         )
 
+    def before(self, rng: random.Random, until_ms: int, most: int) -> dict[str, list[Candle]]:
+        """Make up what has led to the present price: the same walk, backwards."""
+        away, close = self.away, self.last
+        seconds: list[Candle] = []
+        moves = max(1, round(MOVES / STEP_S))
+        at = until_ms - until_ms % 1000
+        with localcontext(DECIMALS):
+
+            def bar(begin: int, trades: int, sigma: float) -> Candle:
+                nonlocal away, close
+                prices = [close]
+                for _ in range(trades):
+                    away = max(-FURTHEST, min(FURTHEST, away * (1 - PULL) + rng.gauss(0, sigma)))
+                    prices.append(max(1, round(self.mean * math.exp(away))) * self.tick)
+                lots = rng.gammavariate(MOVES / STEP_S * max(1, trades / moves), self.typical_lots)
+                close = prices[-1]
+                return Candle(
+                    begin, close, max(prices), min(prices), prices[0], round(lots) * self.lot
+                )
+
+            # The last minutes are the sum of their seconds; the first of them is to be whole.
+            while len(seconds) < most or at % 60_000:
+                at -= 1000
+                seconds.append(bar(at, moves, SIGMA))
+            minutes = _joined(seconds)
+            while len(minutes) < most:
+                at -= 60_000
+                minutes.append(bar(at, 15, SIGMA * math.sqrt(60 / 15 * MOVES / STEP_S)))
+        return {"1s": seconds[:most][::-1], "1m": minutes[:most][::-1]}
+
+
+def _joined(seconds: Sequence[Candle]) -> list[Candle]:
+    """Join bars of seconds, the newest first, into those of their minutes."""
+    minutes: list[Candle] = []
+    for bar in seconds:
+        at = bar.at - bar.at % 60_000
+        if minutes and minutes[-1].at == at:
+            last = minutes[-1]
+            volume = None
+            if last.volume is not None and bar.volume is not None:
+                volume = last.volume + bar.volume
+            minutes[-1] = Candle(
+                at, bar.open, max(last.high, bar.high), min(last.low, bar.low), last.close, volume
+            )
+        else:
+            minutes.append(attrs.evolve(bar, at=at))
+    return minutes
+
 
 # Symbol: first price, tick, lot, the size of a typical trade in lots.
 _SYMBOLS = {
@@ -108,13 +156,17 @@ _SYMBOLS = {
 
 
 class SimulatedMarket:
-    """A market of five symbols that moves several times a second; a `TickerFeed`.
+    """A market of five symbols that moves several times a second; a `TickerFeed` with a history.
 
     Args:
         seed: The same seed gives the same market.
     """
 
+    counts_volume = True
+    """Its tickers count their volume from where the market began."""
+
     def __init__(self, seed: int = 1) -> None:
+        self._seed = seed
         self._rng = random.Random(seed)
         self._symbols = {
             name: _Symbol(name, Decimal(tick), Decimal(lot), typical, 0.0)
@@ -132,6 +184,11 @@ class SimulatedMarket:
     def knows(self, symbol: str) -> bool:
         """Whether `symbol` is one of the market's."""
         return symbol in self._symbols
+
+    def candles(self, symbol: str, until_ms: int, most: int) -> Mapping[str, Sequence[Candle]]:
+        """Make up a history that ends in the symbol's present price; by the seed, as all of it."""
+        rng = random.Random(f"{self._seed} {symbol}")
+        return self._symbols[symbol].before(rng, until_ms, most)
 
     def tickers(self, at_ms: int) -> list[Ticker]:
         """Return every symbol as it stands, at the time `at_ms`."""

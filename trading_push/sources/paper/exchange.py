@@ -14,8 +14,8 @@ import trio
 
 from trading_push import logs
 from trading_push.errors import SourceError
-from trading_push.models import Ticker, now_ms
-from trading_push.sources.base import MarketSink, TickerFeed, WatchedFeed
+from trading_push.models import Candle, Ticker, now_ms
+from trading_push.sources.base import HistoryFeed, MarketSink, TickerFeed, WatchedFeed
 from trading_push.sources.exchanges.amounts import DECIMALS
 from trading_push.sources.paper.books import Books, last_prices, read_tickers
 from trading_push.sources.paper.engine import MatchingEngine
@@ -123,6 +123,17 @@ class PaperExchange:
         if self.read_only and self._tickers:
             return symbol in self._tickers
         return self._market.knows(symbol)
+
+    @property
+    def counts_volume(self) -> bool:
+        """Whether the market's tickers count their volume from a fixed moment."""
+        return bool(getattr(self._market, "counts_volume", False))
+
+    def candles(self, symbol: str, until_ms: int, most: int) -> Mapping[str, Sequence[Candle]]:
+        """Return what the market has had before, where it is run here and can tell."""
+        if self.read_only or not isinstance(self._market, HistoryFeed):
+            return {}
+        return self._market.candles(symbol, until_ms, most)
 
     async def run(self, sink: MarketSink) -> None:
         """Run the market and the demo users' trading, or follow the file where another one trades.
