@@ -18,6 +18,7 @@ from trading_push.web.health import Health
 from trading_push.web.metrics import Metrics
 from trading_push.web.not_found import NotFound
 from trading_push.web.publish import PublishEndpoint
+from trading_push.web.static_files import StaticFile
 
 __all__ = ["Served", "routes"]
 
@@ -59,6 +60,8 @@ def routes(
     access = Access(tokens.principal, tokens.revoked, limits.authentication_timeout_s)
     admin = Admin(context, service, access)
     health = Health(context, upstream)
+    # A module may be imported by pages of another origin only if the answer says so.
+    client = StaticFile("trading-push.js", {"Access-Control-Allow-Origin": "*"})
 
     async def publish(request: Request) -> Response:
         if not context.connections.accepting:
@@ -79,6 +82,7 @@ def routes(
         routes=[
             *measured,
             Route("/publish", publish, methods=["POST"]),
+            Route("/trading-push.js", client.answer),
             Route("/healthz", health.healthz),
             Route("/readyz", health.readyz),
             Route("/online", admin.online),
