@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">= 2025.11.12"
-nox.options.sessions = ["tests", "asks", "lint", "types"]
+nox.options.sessions = ["tests", "browser", "asks", "lint", "types"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 # CI would make it an error; the one that runs nox is there in any case.
@@ -52,6 +53,28 @@ def tests(session: nox.Session) -> None:
 def _from_root(argument: str) -> str:
     path = ROOT / argument.partition("::")[0]
     return str(ROOT / argument) if argument.startswith("tests") and path.exists() else argument
+
+
+# What the tests of JavaScript take from npm.
+NPM = ("ws@8", "@types/ws@8", "typescript@>=5.4")
+
+
+@nox.session(python=PYTHONS[-1])
+def browser(session: nox.Session) -> None:
+    """The JavaScript client in Node and Chromium, and its types; arguments go to pytest."""
+    if shutil.which("npm") is None:
+        session.skip("npm is not installed")
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(".", *nox.project.dependency_groups(project, "test"))
+    modules = Path(session.create_tmp()).resolve()
+    session.run(
+        "npm", "install", "--no-audit", "--no-fund", f"--prefix={modules}", *NPM, external=True
+    )
+    session.chdir("tests")
+    files = session.posargs or ["web"]
+    env = {"TESTS_NODE_MODULES": str(modules / "node_modules")}
+    side_by_side = ("--numprocesses=2", "--dist=loadfile")
+    session.run("pytest", "-m", "browser", *side_by_side, *map(_from_root, files), env=env)
 
 
 @nox.session

@@ -19,10 +19,19 @@ class Peer:
         self.websocket = websocket
 
     async def receive(self, op: str) -> dict[str, Any]:
-        """The next request, which must be an `op`."""
-        request: dict[str, Any] = json.loads(await self.websocket.get_message())
-        assert request["op"] == op, request
-        return request
+        """The next request, which must be an `op`.
+
+        A ping, or a question for what there is, may come before it, and is answered.
+        """
+        while True:
+            request: dict[str, Any] = json.loads(await self.websocket.get_message())
+            if request["op"] == op:
+                return request
+            assert request["op"] in ("ping", "channels"), request
+            if request["op"] == "ping":
+                await self.send(op="pong", id=request.get("id"), ts=1)
+            else:
+                await self.send(op="channels", id=request["id"], ok=True, channels=[])
 
     async def send(self, **message: object) -> None:
         await self.websocket.send_message(json.dumps(message))
@@ -99,7 +108,8 @@ async def server(
         if (status := reject(number)) is not None:
             await request.reject(status)
             return
-        websocket = await request.accept()
+        offered = request.proposed_subprotocols  # browsers insist on the echo
+        websocket = await request.accept(subprotocol=next(iter(offered), None))
         with suppress(trio_websocket.ConnectionClosed):
             await script(Peer(websocket), number)
 

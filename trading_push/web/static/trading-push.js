@@ -116,6 +116,8 @@ const ADVICE_MOST_MS = 60_000;
 const REPLY_MS = 10_000;
 /** How long the server has to answer when the page has just come back to life. */
 const CHECK_MS = 5_000;
+/** How long the close may take that follows an error. */
+const CLOSE_MS = 1_000;
 /** A timer that fires later than this by so much was slept through. */
 const LATE_MS = 1_000;
 /** How many events wait for a slow consumer. */
@@ -183,8 +185,8 @@ export class Client extends EventTarget {
   #kinds = /** @type {Map<string, Kind>} */ (new Map());
   /** @type {Line | null} */
   #line = null;
-  /** The token that the server has called expired; the same one again ends the client. */
-  #expired = "";
+  /** What the server has called expired; the same one again ends the client. */
+  #expired = /** @type {string | null} */ (null);
   /** How many connections in a row were of no use. */
   #failures = 0;
   #hasSucceeded = false;
@@ -886,7 +888,10 @@ class Line {
       if (!this.#isOver) this.#read(data);
     };
     socket.onerror = (event) => {
-      this.#failure = typeof event?.message === "string" ? event.message : "";
+      const why = typeof event?.message === "string" ? event.message : "";
+      this.#failure = why;
+      // Node's own WebSocket tells no close after a handshake that was refused.
+      setTimeout(() => this.fail(why), this.isOpen ? CLOSE_MS : 0);
     };
     socket.onclose = ({ code, reason, wasClean }) => {
       const isOurs = this.#failure !== undefined && !wasClean && code < 4000;
