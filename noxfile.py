@@ -56,7 +56,7 @@ def _from_root(argument: str) -> str:
 
 
 # What the tests of JavaScript take from npm.
-NPM = ("ws@8", "@types/ws@8", "typescript@>=5.4")
+NPM = ("ws@8", "@types/ws@8", "typescript@>=5.4", "playwright-core@1")
 
 
 @nox.session(python=PYTHONS[-1])

@@ -20,6 +20,7 @@ import hypercorn.trio
 import trio
 
 from trading_push import logs
+from trading_push.auth.demo import DemoTokens
 from trading_push.auth.principal import Authenticate
 from trading_push.endpoints.hypercorn.link import install
 from trading_push.errors import ConfigurationError
@@ -40,6 +41,7 @@ async def run_server(
     *,
     authenticate: Authenticate,
     on_ready: Callable[[str, str], None],
+    demo: DemoTokens | None = None,
     reload: Callable[[], tuple[Settings, Authenticate]] | None = None,
 ) -> None:
     """Serve the configured service until SIGINT or SIGTERM; see `serve`.
@@ -53,6 +55,7 @@ async def run_server(
         settings: Where to listen, and everything else.
         authenticate: The check of tokens.
         on_ready: Called with the HTTP and the WebSocket URL when the server answers.
+        demo: Makes tokens for the page, in the embedded default; see `auth.demo.DemoTokens`.
         reload: Called at SIGHUP, for the settings and the check of tokens as they are by now; may
             raise ConfigurationError. None leaves the signal alone.
 
@@ -70,6 +73,7 @@ async def run_server(
             open_configured_service(settings, authenticate) as service,
             trio.open_nursery() as nursery,
         ):
+            service.context.demo = demo
             if reload is not None:
                 await nursery.start(_reload_at_sighup, service, settings, reload)
             await serve(

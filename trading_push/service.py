@@ -104,7 +104,7 @@ class PushService:
             self._upstream.state,
             lambda: guard.workers,
             partial(render, self.context, self._upstream),
-            settings.web.metrics,
+            settings,
         )
         self.asgi_app = AsgiEndpoint(self.context, http)
         """The ASGI application: WebSocket at the configured path, and the routes of HTTP."""

@@ -101,5 +101,5 @@ async def test_its_head_and_its_neighbours(port):
     assert int(headers["content-length"]) == len(CLIENT)
     assert (await ask(port, "POST"))[0] == 405
     # Only what has a route is given out.
-    for path in ("/package.json", "/static/trading-push.js", "/trading-push.js/", "/../routes.py"):
+    for path in ("/package.json", "/static/package.json", "/trading-push.js/", "/../routes.py"):
         assert (await ask(port, path=path))[0] in (307, 404)

@@ -1,23 +1,56 @@
-"""The secret of the demo, and the directory that it is kept in."""
+"""The secret of the demo, the tokens made with it, and the directory that it is kept in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
+import attrs
 import platformdirs
 
+from trading_push.auth.tokens import issue_token
 from trading_push.errors import ConfigurationError
 from trading_push.settings.schema import Settings
 from trading_push.settings.secret_file import read_secret_file
 from trading_push.settings.validators import SECRET_BYTES
 
-__all__ = ["DEMO_FILE", "data_dir", "demo_secret", "has_key", "secret_of"]
+__all__ = [
+    "DEMO_FILE",
+    "DEMO_USERS",
+    "DemoTokens",
+    "data_dir",
+    "demo_secret",
+    "has_key",
+    "secret_of",
+]
 
 DEMO_FILE = "jwt-secret"
 """The file of the demo's secret, in the user's data directory."""
+DEMO_USERS: Final = ("1", "2", "3", "4", "5")
+"""The users of the paper exchange."""
+
+
+@attrs.frozen
+class DemoTokens:
+    """Makes tokens of the demo's users, in the embedded default.
+
+    That is a paper exchange, the demo's own secret, and a server that listens on loopback only.
+
+    Args:
+        secret: The demo's.
+        claims: What the server wants in a token besides.
+    """
+
+    secret: str = attrs.field(repr=False)
+    claims: Mapping[str, Any]
+
+    def issue(self, user: str, ttl_s: float) -> str:
+        """Make a token of a user."""
+        return issue_token(self.secret, user, ttl_s, self.claims)
 
 
 def secret_of(settings: Settings) -> tuple[str | None, bool]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
+import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,7 +21,6 @@ from trading_push.settings.schema import Settings
 
 __all__ = ["serve"]
 
-DEMO_USERS: Final = ("1", "2", "3", "4", "5")
 DEMO_TTL_S: Final = 24 * 3600
 """How long the tokens of the demo are valid that are printed at the start."""
 
@@ -65,7 +66,8 @@ def _setting_options(command: _Command) -> _Command:
     metavar="TYPE=SECONDS",
     help="The time between two polls of a data type, as in balance=2; one for each type.",
 )
-def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
+@click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
+def serve(config: Path | None, intervals: Sequence[str], opens: bool, **values: Any) -> None:
     """Run the push server, with a paper exchange if nothing else is configured.
 
     Log lines go to standard error. Ctrl-C and SIGTERM end it with exit status 0; SIGHUP loads
@@ -74,10 +76,10 @@ def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
     # `serve --help` does without the server, and without what it needs.
     import trio
 
-    from trading_push.auth.demo import has_key, secret_of
-    from trading_push.auth.tokens import JwtAuthenticator
+    from trading_push.auth.demo import DemoTokens, has_key, secret_of
+    from trading_push.auth.tokens import JwtAuthenticator, required_claims
     from trading_push.server import run_server
-    from trading_push.settings.consistency import check_demo
+    from trading_push.settings.consistency import check_demo, has_paper_exchange
     from trading_push.settings.loading import load_settings
 
     flags = {path: values[flag.replace("-", "_")] for flag, (path, _) in _FLAGS.items()}
@@ -86,6 +88,9 @@ def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
     secret, is_demo = secret_of(settings)
     if is_demo:
         check_demo(settings)
+    demo = None
+    if secret is not None and is_demo and has_paper_exchange(settings):
+        demo = DemoTokens(secret, required_claims(settings.auth))
     authenticate = JwtAuthenticator(settings.auth, secret)
 
     def reload() -> tuple[Settings, JwtAuthenticator]:
@@ -99,11 +104,14 @@ def serve(config: Path | None, intervals: Sequence[str], **values: Any) -> None:
 
     def on_ready(url_http: str, url_ws: str) -> None:
         _say(_greeting(settings, config, url_http, url_ws, secret, is_demo))
+        if opens:
+            # It may take seconds, or not come back before the browser is closed.
+            threading.Thread(target=webbrowser.open, args=(url_http,), daemon=True).start()
 
     try:
         trio.run(
             lambda: run_server(
-                settings, authenticate=authenticate, on_ready=on_ready, reload=reload
+                settings, authenticate=authenticate, on_ready=on_ready, demo=demo, reload=reload
             )
         )
     except KeyboardInterrupt:
@@ -132,6 +140,7 @@ def _greeting(
     is_demo: bool,
 ) -> list[str]:
     """What is printed when the server answers: where it is, and how to get a token."""
+    from trading_push.auth.demo import DEMO_USERS
     from trading_push.auth.tokens import issue_token, required_claims
 
     called = program()

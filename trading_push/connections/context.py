@@ -10,6 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from trading_push.auth.check import TokenCheck
+from trading_push.auth.demo import DemoTokens, has_key
 from trading_push.auth.principal import Authenticate
 from trading_push.broker.base import Broker
 from trading_push.connections.heartbeat import Heartbeat
@@ -53,6 +54,7 @@ class Context:
         cookie_session_s: How long a session without a token and without an expiry lasts.
         strangers: Bounds the lines that anyone can cause.
         notices: Tells of requests for paths that nobody serves, and of tokens in URLs.
+        demo: Makes tokens for the page, in the embedded default; None elsewhere.
     """
 
     path: str
@@ -86,6 +88,8 @@ class Context:
         default=attrs.Factory(lambda self: Notices(self.strangers), takes_self=True)
     )
 
+    demo: DemoTokens | None = None
+
     def take_over(self, settings: Settings, authenticate: Authenticate) -> None:
         """Have all that connections ask from now on answered by other settings. Synchronous."""
         self.origins = frozenset(settings.server.origins.split())
@@ -96,3 +100,5 @@ class Context:
         self.limits = self.seats.limits = settings.limits
         self.seats.anonymous = bool(self.anonymous)
         self.tokens.use(authenticate, self.leeway_s)
+        if has_key(settings):
+            self.demo = None

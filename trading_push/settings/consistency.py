@@ -10,7 +10,7 @@ import attrs
 from trading_push.errors import ConfigurationError
 from trading_push.settings.schema import Auth, Intervals, Settings
 
-__all__ = ["DATA_TYPES", "check", "check_auth", "check_demo", "is_loopback"]
+__all__ = ["DATA_TYPES", "check", "check_auth", "check_demo", "has_paper_exchange", "is_loopback"]
 
 DATA_TYPES: Final = tuple(field.name for field in attrs.fields(Intervals))
 """The data types that accounts have."""
@@ -31,21 +31,31 @@ def check(settings: Settings) -> None:
         )
 
 
+def has_paper_exchange(settings: Settings) -> bool:
+    """Whether accounts are those of the paper exchange, because no other place is set."""
+    return not set(_places(settings)) - {"database.path"}
+
+
+def _places(settings: Settings) -> list[str]:
+    """The settings of where accounts are read from that are set."""
+    places = {
+        "database.url": settings.database.url,
+        "database.path": settings.database.path,
+        "http.url": settings.http.url,
+        "function.fetch": settings.function.fetch,
+        "ccxt.credentials_file": settings.ccxt.credentials_file,
+        "ccxt.credentials": settings.ccxt.credentials,
+    }
+    return [name for name, value in places.items() if value is not None]
+
+
 def _check_accounts(settings: Settings) -> None:
     """Accounts are read from one place, which has all that it needs."""
     database, http = settings.database, settings.http
-    function, ccxt = settings.function, settings.ccxt
+    function = settings.function
 
     # One place.
-    places = {
-        "database.url": database.url,
-        "database.path": database.path,
-        "http.url": http.url,
-        "function.fetch": function.fetch,
-        "ccxt.credentials_file": ccxt.credentials_file,
-        "ccxt.credentials": ccxt.credentials,
-    }
-    given = [name for name, value in places.items() if value is not None]
+    given = _places(settings)
     if len(given) > 1:
         raise ConfigurationError(
             f"{given[0]} and {given[1]} are both set: keep the one to read accounts from"

@@ -314,6 +314,7 @@ class Web:
         "in between; `token` asks everyone for a token with the claim `metrics` or `admin`; `off` "
         "serves it to nobody.",
     )
+    pages: bool = setting(True, switch, "Whether the page at `/` is served, with its files.")
 
 
 @attrs.frozen

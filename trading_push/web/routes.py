@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -12,11 +12,13 @@ from starlette.routing import Route
 
 from trading_push.connections.context import Context
 from trading_push.errors import ErrorCode
+from trading_push.settings.schema import Settings
 from trading_push.web.access import Access, Refused
 from trading_push.web.admin import Admin, Operations
 from trading_push.web.health import Health
 from trading_push.web.metrics import Metrics
 from trading_push.web.not_found import NotFound
+from trading_push.web.pages import Pages
 from trading_push.web.publish import PublishEndpoint
 from trading_push.web.static_files import StaticFile
 
@@ -37,7 +39,7 @@ def routes(
     upstream: Callable[[], Mapping[str, bool]],
     processes: Callable[[], int],
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]],
-    who_reads_metrics: Literal["local", "token", "off"],
+    settings: Settings,
 ) -> Starlette:
     """Make the ASGI application of all routes; for scopes of type `http`.
 
@@ -47,7 +49,7 @@ def routes(
         upstream: Whether the source answers, and the feed runs, by name.
         processes: How many processes serve, this one among them.
         metrics: Writes the metrics; see `web.metrics.Metrics`.
-        who_reads_metrics: The setting `web.metrics`.
+        settings: What is served, and to whom.
     """
     limits, tokens = context.limits, context.tokens
     publisher = PublishEndpoint(
@@ -74,13 +76,15 @@ def routes(
             return Refused(501, ErrorCode.INTERNAL, message).response()
         return await publisher.answer(request)
 
-    measured = []
-    if who_reads_metrics != "off":
-        answer = Metrics(context, access, metrics, who_reads_metrics).answer
-        measured.append(Route("/metrics", answer))
+    optional = []
+    if settings.web.metrics != "off":
+        answer = Metrics(context, access, metrics, settings.web.metrics).answer
+        optional.append(Route("/metrics", answer))
+    if settings.web.pages:
+        optional += Pages(context, settings.market.stale_after_s).routes()
     return Starlette(
         routes=[
-            *measured,
+            *optional,
             Route("/publish", publish, methods=["POST"]),
             Route("/trading-push.js", client.answer),
             Route("/healthz", health.healthz),

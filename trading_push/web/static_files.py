@@ -13,7 +13,7 @@ import attrs
 from starlette.requests import Request
 from starlette.responses import Response
 
-__all__ = ["StaticFile"]
+__all__ = ["Content", "StaticFile", "respond"]
 
 _TYPES: Final = {
     "css": "text/css; charset=utf-8",
@@ -30,20 +30,25 @@ _TYPES: Final = {
 
 
 @attrs.frozen
-class _Content:
-    """The bytes of one file; each encoding has an ETag of its own (RFC 9110, 8.8.3.3)."""
+class Content:
+    """The bytes of one answer; each encoding has an ETag of its own (RFC 9110, 8.8.3.3)."""
 
     plain: bytes
     plain_etag: str
     gzipped: bytes
     gzipped_etag: str
 
+    @classmethod
+    def of(cls, plain: bytes) -> Content:
+        """Make it of the bytes as they are."""
+        digest = hashlib.sha256(plain).hexdigest()[:32]
+        gzipped = gzip.compress(plain, 9, mtime=0)
+        return cls(plain, f'"{digest}"', gzipped, f'"{digest}-gzip"')
+
 
 @cache
-def _read(name: str) -> _Content:
-    plain = resources.files("trading_push.web").joinpath("static", name).read_bytes()
-    digest = hashlib.sha256(plain).hexdigest()[:32]
-    return _Content(plain, f'"{digest}"', gzip.compress(plain, 9, mtime=0), f'"{digest}-gzip"')
+def _read(name: str) -> Content:
+    return Content.of(resources.files("trading_push.web").joinpath("static", name).read_bytes())
 
 
 @attrs.frozen
@@ -63,22 +68,29 @@ class StaticFile:
 
         Its path does not change with its content, so a client asks each time whether it has.
         """
-        content = _read(self.name)
-        is_gzipped = _takes_gzip(request.headers.get("accept-encoding", ""))
-        etag = content.gzipped_etag if is_gzipped else content.plain_etag
-        headers = {
-            "ETag": etag,
-            "Cache-Control": "no-cache",
-            "Vary": "Accept-Encoding",
-            "X-Content-Type-Options": "nosniff",
-            **self.headers,
-        }
-        if _has(request.headers.get("if-none-match", ""), etag):
-            return Response(status_code=304, headers=headers)
-        if is_gzipped:
-            headers["Content-Encoding"] = "gzip"
-        headers["Content-Type"] = _TYPES[self.name.rpartition(".")[2]]
-        return Response(content.gzipped if is_gzipped else content.plain, headers=headers)
+        kind = _TYPES[self.name.rpartition(".")[2]]
+        return respond(request, _read(self.name), kind, self.headers)
+
+
+def respond(
+    request: Request, content: Content, media_type: str, headers: Mapping[str, str]
+) -> Response:
+    """Answer with some content, compressed if that is taken, or 304 if the client has it."""
+    is_gzipped = _takes_gzip(request.headers.get("accept-encoding", ""))
+    etag = content.gzipped_etag if is_gzipped else content.plain_etag
+    headers = {
+        "ETag": etag,
+        "Cache-Control": "no-cache",
+        "Vary": "Accept-Encoding",
+        "X-Content-Type-Options": "nosniff",
+        **headers,
+    }
+    if _has(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=304, headers=headers)
+    if is_gzipped:
+        headers["Content-Encoding"] = "gzip"
+    headers["Content-Type"] = media_type
+    return Response(content.gzipped if is_gzipped else content.plain, headers=headers)
 
 
 def _has(if_none_match: str, etag: str) -> bool:

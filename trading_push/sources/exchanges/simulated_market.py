@@ -104,13 +104,13 @@ class _Symbol:
         at = until_ms - until_ms % 1000
         with localcontext(DECIMALS):
 
-            def bar(begin: int, trades: int, sigma: float) -> Candle:
+            def bar(begin: int, length_s: int, trades: int, sigma: float) -> Candle:
                 nonlocal away, close
                 prices = [close]
                 for _ in range(trades):
                     away = max(-FURTHEST, min(FURTHEST, away * (1 - PULL) + rng.gauss(0, sigma)))
                     prices.append(max(1, round(self.mean * math.exp(away))) * self.tick)
-                lots = rng.gammavariate(MOVES / STEP_S * max(1, trades / moves), self.typical_lots)
+                lots = rng.gammavariate(length_s * MOVES / STEP_S, self.typical_lots)
                 close = prices[-1]
                 return Candle(
                     begin, close, max(prices), min(prices), prices[0], round(lots) * self.lot
@@ -119,11 +119,11 @@ class _Symbol:
             # The last minutes are the sum of their seconds; the first of them is to be whole.
             while len(seconds) < most or at % 60_000:
                 at -= 1000
-                seconds.append(bar(at, moves, SIGMA))
+                seconds.append(bar(at, 1, moves, SIGMA))
             minutes = _joined(seconds)
             while len(minutes) < most:
                 at -= 60_000
-                minutes.append(bar(at, 15, SIGMA * math.sqrt(60 / 15 * MOVES / STEP_S)))
+                minutes.append(bar(at, 60, 15, SIGMA * math.sqrt(60 / 15 * MOVES / STEP_S)))
         return {"1s": seconds[:most][::-1], "1m": minutes[:most][::-1]}
 
 
