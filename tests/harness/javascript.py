@@ -50,7 +50,7 @@ for (;;) {
 _PAGE: Final = '<!doctype html><script type="module" src="/code/{number}"></script>'
 _HEAD: Final = """\
 import {{ connect, Refused, Unreachable }} from {client};
-import {{ doze, hasten, pause, say, tell, tellStates, until }} from {prelude};
+import {{ doze, eager, hasten, pause, say, tell, tellStates, until }} from {prelude};
 const given = {given};
 const {{ url }} = given;
 {own}

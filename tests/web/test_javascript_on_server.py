@@ -47,7 +47,7 @@ def url(endpoint: Any) -> str:
 
 async def test_values_come_and_go_on_after_a_cut(served):
     code = """
-    hasten(5);
+    eager(5);
     const client = tell(connect({ url, token: given.token, WebSocket }), ["state", "gap"]);
     client.subscribe("positions", ({ type, seq, data }) => say(type, seq, data));
     """
@@ -120,7 +120,7 @@ async def test_one_connection_outlives_its_tokens(served):
 
 async def test_events_resume_where_they_were(served):
     code = """
-    hasten(5);
+    eager(5);
     const client = connect({ url, token: given.token, WebSocket });
     client.subscribe("alerts", async (push) => {
       if (push.data) say(push.data);

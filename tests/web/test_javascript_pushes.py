@@ -199,6 +199,28 @@ async def test_a_slow_consumer_of_events_keeps_the_order_and_then_sees_the_gap(j
     ]
 
 
+async def test_who_has_left_gets_nothing_of_what_waits(js):
+    async def script(peer: Peer, number: int) -> None:
+        await send_states(peer)
+
+    code = f"""{OPEN}
+    let isDone = false;
+    client.addEventListener("notice", () => (isDone = true));
+    const stop = client.subscribe("balance", async ({{ seq }}) => {{
+      say(seq);
+      await until(() => isDone);
+      stop();
+      await pause(20);
+    }});
+    await until(() => isDone);
+    await pause(100);
+    say("end");
+    """
+    async with server(script) as url, js.run(code, url=url) as program:
+        await program.until_said("end")
+    assert program.said == [1, "end"]
+
+
 async def test_a_slow_consumer_of_a_table_gets_the_union(js):
     async def script(peer: Peer, number: int) -> None:
         await peer.open()
@@ -389,7 +411,7 @@ async def test_a_refused_channel_is_told_and_ends_no_other(js):
         await peer.until_closed()
 
     code = f"""{OPEN}
-    hasten(20);
+    eager(20);
     client.addEventListener("refused", ({{ detail: {{ channel, retryable }} }}) =>
       say("refused", channel, retryable));
     const loop = async () => {{
@@ -484,13 +506,16 @@ async def test_what_is_given_wrongly_is_said_at_once(js):
     {OPEN}
     said(() => client.subscribe("balance"));
     said(() => client.subscribe("", () => {{}}));
+    said(() => client.pushes());
+    said(() => client.pushes("balance", ""));
+    say(client.latest("balance") ?? null);
     for (const maxHz of [0, -1, 1001, NaN]) {{
       said(() => client.subscribe("balance", () => {{}}, {{ maxHz }}));
     }}
     client.close();
     """
     async with js.run(code, url="ws://127.0.0.1:1/ws") as program:
-        said = await program.says(12)
+        said = await program.says(15)
     assert said[:4] == ["url is no WebSocket URL: give one like wss://push.example.com/ws"] * 4
     assert said[4:8] == [
         "token is to be a string, or a function that gives one",
@@ -498,7 +523,12 @@ async def test_what_is_given_wrongly_is_said_at_once(js):
         "give subscribe() a function that takes the pushes",
         "name the channel to subscribe",
     ]
-    assert said[8:] == ["maxHz is to be above 0, and at most 1000"] * 4
+    assert said[8:11] == [
+        "name the channels to iterate over",
+        "name the channel to subscribe",
+        None,
+    ]
+    assert said[11:] == ["maxHz is to be above 0, and at most 1000"] * 4
 
 
 async def test_a_consumer_that_throws_ends_nothing(js):

@@ -50,6 +50,7 @@
  * @property {((event: any) => void) | null} onclose
  * @property {(data: string) => void} send
  * @property {(code?: number) => void} close
+ * @property {() => void} [terminate]
  */
 
 /**
@@ -298,10 +299,16 @@ export class Client extends EventTarget {
    * @returns {AsyncIterableIterator<Push>}
    */
   pushes(...channels) {
+    if (!channels.length) throw new TypeError("name the channels to iterate over");
     const pushes = new Pushes((gap) => this.#tell("gap", gap));
-    for (const each of channels) {
-      const { channel, ...options } = typeof each === "string" ? { channel: each } : each;
-      pushes.stops.push(this.#add(channel, pushes, options));
+    try {
+      for (const each of channels) {
+        const { channel, ...options } = typeof each === "string" ? { channel: each } : each;
+        pushes.stops.push(this.#add(channel, pushes, options));
+      }
+    } catch (error) {
+      pushes.end(null);
+      throw error;
     }
     return pushes;
   }
@@ -654,6 +661,7 @@ export class Client extends EventTarget {
       const there = this.#find(name);
       if (there?.consumers.get(consumer) !== seat) return;
       there.consumers.delete(consumer);
+      consumer.leave();
       this.#flushSoon();
     };
   }
@@ -833,7 +841,10 @@ export class Client extends EventTarget {
  * @property {(line: Line, end: End) => void} lost The connection is over; told once.
  */
 
-/** @typedef {{ due: number, sentAt: number, isPing: boolean, done: Done }} Request */
+/**
+ * A request that waits for its reply; `isExtended`: its deadline was slept through.
+ * @typedef {{ due: number, sentAt: number, isPing: boolean, isExtended: boolean, done: Done }} Request
+ */
 /** @typedef {(reply: Message) => void} Done */
 
 /** One WebSocket: requests that have deadlines, and pings that break the silence. */
@@ -859,6 +870,8 @@ class Line {
   #nextId = 1;
   #heardAt = performance.now();
   #openBy = performance.now() + REPLY_MS;
+  /** Whether the deadline of the handshake was slept through. */
+  #wasLate = false;
   #timer = /** @type {ReturnType<typeof setTimeout> | undefined} */ (undefined);
   /** When the timer is to fire. */
   #dueAt = 0;
@@ -910,7 +923,7 @@ class Line {
     const id = this.#nextId++;
     const sentAt = performance.now();
     const isPing = fields.op === "ping";
-    this.#requests.set(id, { due: sentAt + withinMs, sentAt, isPing, done });
+    this.#requests.set(id, { due: sentAt + withinMs, sentAt, isPing, isExtended: false, done });
     this.#socket.send(JSON.stringify({ ...fields, id }));
     this.#watch();
     return id;
@@ -949,6 +962,7 @@ class Line {
   fail(why) {
     if (this.#isOver) return;
     this.#hangUp();
+    this.#socket.terminate?.(); // of `ws`, which would wait for the peer's answer
     this.#finish({ code: 0, reason: "", why, isOurs: true });
   }
 
@@ -1009,28 +1023,31 @@ class Line {
 
   #look() {
     const now = performance.now();
-    if (now - this.#dueAt > LATE_MS) {
-      // It was slept through, and what has come meanwhile may still wait to be read.
-      if (!this.isOpen) this.#openBy = now + CHECK_MS;
-      for (const each of this.#requests.values()) each.due = now + CHECK_MS;
-      if (this.isOpen) this.check(CHECK_MS);
-      this.#watch();
-      return;
-    }
+    // Slept through: what has come meanwhile may still wait to be read. Believed once for each
+    // deadline, because in a hidden tab every timer is late.
+    const isLate = now - this.#dueAt > LATE_MS;
     if (now >= this.#openBy) {
-      this.fail("the server does not answer");
-      return;
+      if (!isLate || this.#wasLate) {
+        this.fail("the server does not answer");
+        return;
+      }
+      this.#wasLate = true;
+      this.#openBy = now + CHECK_MS;
     }
     for (const [id, each] of this.#requests) {
       if (now < each.due) continue;
-      if (!each.isPing || this.#heardAt <= each.sentAt) {
+      if (each.isPing && this.#heardAt > each.sentAt) {
+        this.#requests.delete(id); // it is busy with other things, and alive
+      } else if (isLate && !each.isExtended) {
+        each.isExtended = true;
+        each.due = now + CHECK_MS;
+      } else {
         this.fail(each.isPing ? "the server fell silent" : "the server does not answer");
         return;
       }
-      this.#requests.delete(id); // it is busy with other things, and alive
     }
     const isSilent = this.isOpen && now - this.#heardAt >= this.heartbeatMs;
-    if (isSilent) this.check(this.heartbeatMs);
+    if (isSilent) this.check(isLate ? CHECK_MS : this.heartbeatMs);
     this.#watch();
   }
 }
@@ -1041,6 +1058,7 @@ class Line {
  * Who takes the pushes of a subscription.
  * @typedef {object} Consumer
  * @property {(push: Push, kind: Kind) => void} offer
+ * @property {() => void} leave The caller wants no more of a channel.
  * @property {(error: Error) => void} refuse The server does not have the channel.
  * @property {(error: Error | null) => void} end The client is over.
  */
@@ -1234,6 +1252,10 @@ class Calls {
     else this.#call(push);
   }
 
+  leave() {
+    while (this.#backlog.take());
+  }
+
   refuse() {}
   end() {}
 
@@ -1310,6 +1332,8 @@ class Pushes {
     if (waiter) waiter.resolve({ value: push, done: false });
     else this.#backlog.put(push, kind);
   }
+
+  leave() {}
 
   /** @param {Error} error */
   refuse(error) {
@@ -1457,8 +1481,8 @@ function isMessage(message) {
   const { op, channel, seq, prev, error } = message;
   return (
     [op, channel].every((each) => each === undefined || typeof each === "string") &&
-    [seq, prev].every((each) => each === undefined || Number.isSafeInteger(each)) &&
-    (error === undefined || (typeof error === "object" && error !== null)) &&
+    [seq, prev].every((each) => each == null || Number.isSafeInteger(each)) &&
+    (error == null || typeof error === "object") &&
     (op !== undefined || channel !== undefined)
   );
 }
