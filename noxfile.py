@@ -132,7 +132,7 @@ def types(session: nox.Session) -> None:
     """Mypy on the source, on a program that uses the installed package, and on examples."""
     project = nox.project.load_toml("pyproject.toml")
     session.install(*nox.project.dependency_groups(project, "test"))
-    session.install(".[postgres,http,proxy,flask]", "mypy == 2.*")
+    session.install(".[postgres,http,proxy,flask,aio]", "mypy == 2.*")
     session.run("mypy", "--strict")
     session.chdir(session.create_tmp())  # where only an installed py.typed gives it types
     session.run("mypy", "--config-file=", "--strict", "-c", "import trading_push")

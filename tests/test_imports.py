@@ -135,6 +135,37 @@ def test_the_client_alone_loads_no_server():
     assert len(loaded) <= 350
 
 
+CLIENTS = {
+    "trading_push.client.client": {"trio", "trio_websocket"},
+    "trading_push.client.aio": {"asyncio", "websockets.asyncio.client"},
+    "trading_push.client.sync": {"websockets.sync.client"},
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_loads_no_server_and_no_library_of_another_client(client):
+    loaded = loaded_by(f"import {client}")
+    assert CLIENTS[client] <= loaded
+    others = set().union(*CLIENTS.values()) - CLIENTS[client]
+    assert not others & loaded
+    assert not SERVER & {name.split(".")[0] for name in loaded}
+    assert not [name for name in loaded if name.startswith("trading_push.se")]
+
+
+def test_a_client_without_its_library_says_what_to_install():
+    for name in ("aio", "sync"):
+        program = (
+            "import sys\n"
+            "sys.modules['websockets.exceptions'] = None\n"
+            f"try:\n    import trading_push.client.{name}\n"
+            "except ImportError as error:\n    sys.exit(str(error))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.stderr == (
+            "this client needs the library websockets: pip install 'trading_push[aio]'\n"
+        )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,4 +1,4 @@
-"""Clients in Python: one that subscribes, on trio, and one that publishes."""
+"""Clients in Python: on trio here, in `aio` and in `sync`; and one that publishes."""
 
 from typing import TYPE_CHECKING
 

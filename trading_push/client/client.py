@@ -13,8 +13,8 @@ What ends it for good is raised, on entering or from the loop::
     Refused               the server said not to come back, or has no such channel
     Unreachable           the first tries got no answer
 
-Anything else that ends a connection is answered with another one, after a back-off. `ending` has
-the rules.
+Anything else that ends a connection is answered with another one, after a back-off. `core` decides,
+and `ending` has the rules.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
 
 import trio
 
 from trading_push.client import ending
-from trading_push.client.connection import ClientConnection, Subscription, Token, Tokens
-from trading_push.client.ending import ConnectionLost, Unreachable
+from trading_push.client.connection import ClientConnection
+from trading_push.client.core import ClientCore
 from trading_push.client.messages import Push
+from trading_push.client.tokens import Token
 from trading_push.transport.outbound import Address
 
 __all__ = ["Client", "open_client"]
-
-BUFFERED_PUSHES: Final = 64
 
 
 class Client:
@@ -43,52 +41,24 @@ class Client:
     def __init__(
         self, url: str, token: Token, channels: Sequence[str], offered: bool, attempts: int
     ) -> None:
-        self._address = Address.of(
-            url, f"{url[:200]!r} is no WebSocket URL: give one like ws://127.0.0.1:8000/ws"
+        self._address = Address.of(url, ending.not_a_url(url))
+        self._token = token
+        self._core = ClientCore(
+            url,
+            channels,
+            offered=offered,
+            attempts=attempts,
+            can_renew=not isinstance(token, str),
+            back_off=ending.back_off,
         )
-        self._url = url
-        self._tokens = Tokens(token)
-        # Whether to subscribe to all that the server offers, too.
-        self._offered = offered
-        # How many tries the first connection has.
-        self._attempts = attempts
-        # Where each channel stands, by its name; kept from connection to connection.
-        self._subscriptions = {name: Subscription() for name in channels}
-        self._next_id = 1
-        # From the connection to whoever iterates; its end is the end of the client.
-        self._pushes_in, self._pushes = trio.open_memory_channel[Push](BUFFERED_PUSHES)
+        # Whoever waits for the next push.
+        self._waiting = trio.lowlevel.ParkingLot()
         # Set when the first connection has come about, or the client is over.
         self._entered = trio.Event()
-        # What ended the client for good.
-        self._error: Exception | None = None
-        # Set once, when the block is left.
-        self._left = False
         # Around whatever is to be cancelled when the block is left; replaced again and again.
         self._scope = trio.CancelScope()
         # The connection that there is now, or was last.
         self._connection: ClientConnection | None = None
-        self.user: str | None = None
-        """Who the server says we are."""
-        self.is_connected = False
-        """Whether the channels are subscribed just now."""
-        self.trouble: str | None = None
-        """Why the last connection ended; None while one is of use."""
-
-    def __aiter__(self) -> Client:
-        return self
-
-    async def __anext__(self) -> Push:
-        """Return the next push. Cancellation loses none.
-
-        Raises:
-            TradingPushError: What ended the client for good.
-        """
-        try:
-            return await self._pushes.receive()
-        except trio.EndOfChannel:
-            if self._error is not None:
-                raise self._error from None
-            raise StopAsyncIteration from None
 
     @property
     def heard_at(self) -> float:
@@ -100,70 +70,77 @@ class Client:
 
     def is_of_events(self, channel: str) -> bool:
         """Whether each push of a channel is an event of its own, as far as the server has said."""
-        subscription = self._subscriptions.get(channel)
-        return subscription is not None and subscription.is_of_events
+        return self._core.is_of_events(channel)
+
+    @property
+    def user(self) -> str | None:
+        """Who the server says we are."""
+        return self._core.user
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the channels are subscribed just now."""
+        return self._core.is_connected
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last connection ended; None while one is of use."""
+        return self._core.trouble
+
+    def __aiter__(self) -> Client:
+        return self
+
+    async def __anext__(self) -> Push:
+        """Return the next push. Cancellation loses none.
+
+        Raises:
+            TradingPushError: What ended the client for good.
+        """
+        await trio.lowlevel.checkpoint()
+        while True:
+            push = self._core.take()
+            if push is not None:
+                return push
+            if self._core.is_over:
+                if self._core.error is not None:
+                    raise self._core.error from None
+                raise StopAsyncIteration
+            await self._waiting.park()
 
     def _leave(self) -> None:
-        self._left = True
+        self._core.leave()
         self._scope.cancel()
+        self._waiting.unpark_all()
 
     def _scope_until_left(self) -> trio.CancelScope:
         """Make a scope that is cancelled when the client is left."""
         self._scope = trio.CancelScope()
-        if self._left:
+        if self._core.is_over:
             self._scope.cancel()
         return self._scope
 
     async def _run(self) -> None:
         """Keep connected until left, or until it is over for good."""
-        try:
-            await self._keep_connected()
-        except Exception as error:
-            self._error = error  # for whoever reads the pushes
-        self.is_connected = False
-        self._entered.set()
-        self._pushes_in.close()
-
-    async def _keep_connected(self) -> None:
-        failures = 0
-        while not self._left:
-            # One connection, to its end.
-            after_s: float | None = None
-            connection = ClientConnection(
-                self._address,
-                self._tokens,
-                self._subscriptions,
-                self._next_id,
-                self._pushes_in,
-                offered=self._offered,
-                authenticated=self._authenticated,
-                ready=self._ready,
-            )
+        core = self._core
+        while not core.is_over:
+            core.connecting()
+            connection = ClientConnection(self._address, self._token, core, self._progressed)
             self._connection = connection
-            scope = self._scope_until_left()
             try:
-                await connection.run(scope, has_succeeded=self._entered.is_set())
-            except ConnectionLost as lost:
-                self.trouble, after_s = str(lost), lost.after_s
-            self._next_id = connection.next_id
-            self.is_connected = False
-            # How it went says how long to wait for the next.
-            ready_at = connection.ready_at
-            if ready_at is not None and trio.current_time() - ready_at >= ending.LASTING_S:
-                failures = 0
-            failures += 1
-            if not self._entered.is_set() and failures >= self._attempts:
-                raise Unreachable(f"cannot reach {self._url}: {self.trouble}")
-            with self._scope_until_left():
-                await trio.sleep(ending.back_off(failures) if after_s is None else after_s)
-
-    def _authenticated(self, user: str | None) -> None:
-        self.user = user
-
-    def _ready(self, is_complete: bool) -> None:
-        self.is_connected = is_complete
-        self.trouble = None
+                await connection.run(self._scope_until_left())
+            except Exception as error:
+                core.lost(error, trio.current_time())
+            if not core.is_over:
+                with self._scope_until_left():
+                    await trio.sleep_until(core.retry_at)
         self._entered.set()
+        self._waiting.unpark_all()
+
+    def _progressed(self) -> None:
+        """Wake who waits for what the core has by now."""
+        if self._core.has_succeeded:
+            self._entered.set()
+        self._waiting.unpark_all()
 
 
 @asynccontextmanager
@@ -202,8 +179,8 @@ async def open_client(
             nursery.start_soon(client._run)
             try:
                 await client._entered.wait()
-                if client._error is not None:
-                    raise client._error
+                if client._core.error is not None and not client._core.has_succeeded:
+                    raise client._core.error
                 yield client
             except trio.Cancelled:
                 raise
@@ -211,7 +188,6 @@ async def open_client(
                 raised = error  # and not out of the nursery, which would cancel a polite close
             finally:
                 client._leave()
-                client._pushes.close()  # a push that is not taken any more holds nothing up
     except BaseExceptionGroup:
         # What the body raised comes out alone. Where it was cancelled, the group says by what.
         if raised is None:

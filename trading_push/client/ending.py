@@ -8,6 +8,9 @@ Three rules say who is believed:
    once.
 3. A close code that no frame brought was made up by our own library: 1006, the 1002 that wsproto
    makes of a 1014, the 1009 of a message over our own limit. It never ends the client.
+
+What a library raises is turned into these words where that library is used: `connection` for trio,
+`websockets_link` for the others.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ from __future__ import annotations
 import random
 from typing import Final
 
-import trio
-import trio_websocket
-from wsproto.connection import ConnectionState
-
-from trading_push import supervision
 from trading_push.errors import AuthenticationError, CloseCode, TradingPushError, may_reconnect
-from trading_push.transport.outbound import CONNECTION_ERRORS, first_of
 
-__all__ = ["FINAL", "ConnectionLost", "Refused", "Unreachable", "back_off", "end_of"]
+__all__ = [
+    "FINAL",
+    "ConnectionLost",
+    "Refused",
+    "Unreachable",
+    "back_off",
+    "closed",
+    "no_token",
+    "not_a_url",
+    "rejected",
+]
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MOST_S: Final = 15.0
@@ -50,16 +57,7 @@ class Unreachable(TradingPushError):
 
 
 class ConnectionLost(Exception):
-    """The connection is over, and another one is due.
-
-    Args:
-        why: The reason, in words for a person.
-        after_s: How long the server asked to wait, in seconds; None for the back-off.
-    """
-
-    def __init__(self, why: str, after_s: float | None = None) -> None:
-        super().__init__(why)
-        self.after_s = after_s
+    """The connection is over, and another one is due; the text says why, for a person."""
 
 
 FINAL: Final = (AuthenticationError, Refused)
@@ -71,79 +69,50 @@ def back_off(failures: int) -> float:
 
     The randomness keeps the clients of a server that restarts from coming back all at once.
     """
-    longest = supervision.back_off(failures, BACKOFF_FIRST_S, BACKOFF_MOST_S)
+    # The exponent is bounded because a float would overflow after a thousand failures.
+    longest = min(BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 30), BACKOFF_MOST_S)
     return longest * random.uniform(0.5, 1)
 
 
-def end_of(
-    group: BaseExceptionGroup[BaseException],
-    socket: trio_websocket.WebSocketConnection | None,
-    *,
-    advice_s: float | None,
-    has_succeeded: bool,
-) -> BaseException:
-    """Reduce what ended a connection to the one exception that says why.
+def not_a_url(url: str) -> str:
+    """Say what to do about a URL that is not one of a WebSocket."""
+    return f"{url[:200]!r} is no WebSocket URL: give one like ws://127.0.0.1:8000/ws"
 
-    The connection's nursery may hold several: what we made of the end, and what trio-websocket's
-    reader did. A bug, and a cancellation, stay the group that they are.
+
+def no_token(error: Exception) -> Exception:
+    """Judge what the application's function raised in place of a token."""
+    if isinstance(error, FINAL):
+        return error
+    why = f"{type(error).__name__}: {error}"
+    return ConnectionLost(f"the function that gives the token failed: {why}")
+
+
+def closed(code: int, reason: str, *, by_server: bool) -> Exception:
+    """Judge a close.
 
     Args:
-        group: What the connection raised.
-        socket: The connection; None where its handshake was not done.
-        advice_s: How long the server's last notice asked to wait; None where there was none.
-        has_succeeded: Whether the client has been connected before.
+        code: The close code.
+        reason: The text beside it.
+        by_server: Whether the server's own close frame brought them.
     """
-    final = group.subgroup(FINAL)
-    if final is not None:
-        return first_of(final)
-    unknown = group.split((ConnectionLost, *CONNECTION_ERRORS))[1]
-    if unknown is not None:
-        return unknown
-    error = first_of(group.subgroup(ConnectionLost) or group)
-    match error:
-        case ConnectionLost():
-            return error
-        case trio_websocket.ConnectionClosed():
-            by_server = socket is not None and _has_sent_close(socket)
-            return _closed(error.reason, by_server, advice_s)
-        case trio_websocket.ConnectionRejected():
-            return _rejected(error.status_code, has_succeeded)
-        case trio.TooSlowError():
-            return ConnectionLost("the server does not answer")
-        case OSError():
-            return ConnectionLost(error.strerror or str(error))
-        case trio.BrokenResourceError() if isinstance(error.__cause__, OSError):  # of TLS
-            return ConnectionLost(error.__cause__.strerror or str(error.__cause__))
-        case _:
-            return ConnectionLost("the connection was lost")
-
-
-def _has_sent_close(socket: trio_websocket.WebSocketConnection) -> bool:
-    """Whether the peer has sent a close frame.
-
-    trio-websocket gives a reason for any end, made up if need be. Only a close frame brings wsproto
-    into these states: after what it cannot parse, or what trio-websocket finds too long, it stays
-    open or closing.
-    """
-    return socket._wsproto.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED)
-
-
-def _closed(
-    reason: trio_websocket.CloseReason | None, by_server: bool, advice_s: float | None
-) -> Exception:
-    code = CloseCode.ABNORMAL if reason is None else reason.code
-    words = "" if reason is None or not reason.reason else f" {reason.reason!r}"
+    words = f" {reason!r}" if reason else ""
     if not by_server:
-        return ConnectionLost(f"the connection broke: {int(code)}{words}", advice_s)
+        return ConnectionLost(f"the connection broke: {int(code)}{words}")
     why = f"the server closed the connection: {int(code)}{words}"
     if may_reconnect(code):
-        return ConnectionLost(why, advice_s)
+        return ConnectionLost(why)
     if code == CloseCode.BAD_TOKEN:
         return AuthenticationError(why)
     return Refused(why, code)
 
 
-def _rejected(status: int, has_succeeded: bool) -> Exception:
+def rejected(status: int, *, has_succeeded: bool) -> Exception:
+    """Judge a handshake that was answered with another HTTP status than 101.
+
+    Args:
+        status: The status.
+        has_succeeded: Whether the client has been connected before.
+    """
     why = f"the server, or a proxy in front of it, refused the handshake: HTTP {status}"
     if has_succeeded or status not in _NOTHING_HERE:
         return ConnectionLost(why)

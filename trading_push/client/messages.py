@@ -20,6 +20,8 @@ __all__ = ["ErrorBody", "Message", "Push", "encode", "parse", "push_of"]
 class Push:
     """One push of the server, as it stood on the wire.
 
+    Where the application is slow, the client merges values of a state as the server would.
+
     Args:
         channel: The channel's name as the server spells it.
         type: `snapshot` or `update` for a value, or `status` with `state` and `reason`.
@@ -32,7 +34,9 @@ class Push:
         data: The payload; decimals are strings.
         state: Whether the channel is `live`, `stale` or `down`; of a status only.
         reason: Why, as a word for programs; of a status only.
-        json: The whole message.
+        gap: Whether something was missing before this value, for which the channel was subscribed
+            anew: it has come by now, or `type` is `snapshot`.
+        json: The whole message; the newest one's where the client has merged several.
     """
 
     channel: str
@@ -46,6 +50,7 @@ class Push:
     data: Any = None
     state: str | None = None
     reason: str | None = None
+    gap: bool = False
     json: str = attrs.field(default="", repr=False)
 
 
@@ -114,7 +119,7 @@ def parse(text: str | bytes) -> Message:
         raise ConnectionLost("the server sent what this protocol does not have") from None
 
 
-def push_of(message: Message, text: str | bytes) -> Push:
+def push_of(message: Message, text: str | bytes, *, gap: bool = False) -> Push:
     """Make a push of a message that has a `channel` and a `type`."""
     assert message.channel is not None
     assert message.type is not None
@@ -130,5 +135,6 @@ def push_of(message: Message, text: str | bytes) -> Push:
         data=message.data,
         state=message.state,
         reason=message.reason,
+        gap=gap,
         json=text if isinstance(text, str) else text.decode(),
     )

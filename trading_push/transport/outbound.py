@@ -6,7 +6,6 @@ The client and the feeds of exchanges both stand on this.
 from __future__ import annotations
 
 import ssl
-import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -16,9 +15,9 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
-from trading_push.errors import ConfigurationError
 from trading_push.transport.outbound_proxies import OutboundProxies, Proxy
 from trading_push.transport.tunnel import check_proxy, open_tunnel
+from trading_push.transport.websocket_url import parse
 
 __all__ = ["CLOSE_TIMEOUT_S", "CONNECTION_ERRORS", "Address", "OutboundWebSocket", "first_of"]
 
@@ -67,16 +66,8 @@ class Address:
         Raises:
             ConfigurationError: It is not the URL of a WebSocket.
         """
-        try:
-            parts = urllib.parse.urlsplit(url)
-            port = parts.port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or not url.isprintable():
-            raise ConfigurationError(advice)
-        resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        tls = parts.scheme == "wss"
-        return cls(parts.hostname, port or (443 if tls else 80), resource, tls)
+        parts = parse(url, advice)
+        return cls(parts.host, parts.port, parts.resource, parts.tls)
 
     @property
     def host_header(self) -> str:
