@@ -80,7 +80,8 @@ def test_a_refused_handshake_is_closed_at_once(embedded):
 def test_other_paths_and_plain_requests_are_answered(embedded):
     for request, status in (
         (handshake(path=b"/other"), b"404"),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"404"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"200"),
+        (b"GET /none HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"404"),
         (handshake(b"Authorization: Bearer rubbish"), b"401"),
     ):
         with socket.create_connection(("127.0.0.1", embedded.port), timeout=30) as sock:

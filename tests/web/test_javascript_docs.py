@@ -74,9 +74,9 @@ class Site:
 
 @pytest.mark.browser
 async def test_the_page_as_printed(tmp_path):
-    program = browser.found()
+    program = browser.find_browser()
     if program is None:
-        pytest.skip(f"no browser is installed: {', '.join(browser.NAMES)}")
+        pytest.skip(f"no browser is installed: {', '.join(browser.BROWSERS)}")
     port = free_port()
     page = block("javascript_page").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     async with open_push_service(settings=Settings(jwt_secret=SECRET)) as service:
@@ -84,7 +84,7 @@ async def test_the_page_as_printed(tmp_path):
         async with hypercorn_serving(site, bind=[f"127.0.0.1:{port}"]):
             # By another name than that of the module: an import from another origin.
             url = f"http://localhost:{port}/"
-            with process(program, *browser.FLAGS, f"--user-data-dir={tmp_path}", url):
+            with process(program, *browser.BROWSER_FLAGS, f"--user-data-dir={tmp_path}", url):
                 await until(lambda: "open" in site.told)
                 await service.publish("positions", [{"symbol": "BTCUSDT"}], user="4")
                 await service.publish("ticker.BTCUSDT", Ticker("BTCUSDT", "61500.10"))
