@@ -89,6 +89,30 @@ async def test_a_list_that_cannot_be_read_is_survived_and_asked_for_again(
             assert feed.symbols() == ("ETHUSDT",)
 
 
+@every
+async def test_a_symbol_that_a_list_lacked_and_the_next_one_has_comes_back(
+    dialect: Dialect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(symbol_list, "EVERY_S", 0.05)
+    async with exchange(dialect) as there:
+        there.listed = ["BTCUSDT", "ETHUSDT", "币安人生USDT"]
+        feed = feed_of(there, listed=True)
+        async with shown(feed, "BTCUSDT", "币安人生USDT", "NEWUSDT", "GONEUSDT") as here:
+            # Whatever its characters are, a symbol of the list can be watched.
+            await until(lambda: there.has("BTCUSDT", "币安人生USDT"))
+            await until(lambda: here.status("NEWUSDT") == Status("down", "refused"))
+            there.listed = ["ETHUSDT"]
+            await until(lambda: not there.sessions)
+            here.market.unwatch("GONEUSDT")
+            here.market.unwatch("币安人生USDT")
+            there.listed = ["BTCUSDT", "ETHUSDT", "币安人生USDT", "NEWUSDT", "GONEUSDT"]
+            await until(lambda: there.has("BTCUSDT", "NEWUSDT"))
+            assert not there.has("币安人生USDT")
+            assert not there.has("GONEUSDT")
+            await there.say(news(dialect, "100"))
+            await until(lambda: here.is_live("BTCUSDT"))
+
+
 BODIES = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}",  # and no more
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",

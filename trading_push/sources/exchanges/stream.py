@@ -13,8 +13,8 @@
 5. Before the exchange ends a connection of its own accord another one takes over, a moment after
    all of its subscriptions have been acknowledged. While there are two, each frame is merged once:
    an older one never overwrites a newer.
-6. What the exchange does not have, by its list of symbols, is never asked for. Without a list,
-   what nobody has asked for yet goes before what was refused.
+6. What the exchange does not have, by its list of symbols, is not asked for until a list has it.
+   Without a list, what nobody has asked for yet goes before what was refused.
 7. A connection that answers, and brings nothing of its symbols for `mute_s`, is replaced like one
    whose time is over, and so is one that the exchange says it will end.
 8. What cannot be read is counted, and logged once a minute at most.
@@ -64,7 +64,7 @@ class ExchangeFeed(ExchangeDialect):
         if rest_url is not None:
             self._rest = RestService(rest_url)
             load = partial(self.load_symbols, self._rest)
-            self._list = SymbolList(self.name, load, self._refuse_unknown)
+            self._list = SymbolList(self.name, load, self._heed_list)
         self._tickers = TickerCoalescer()
         self._frames = FrameCounter(self.name)
         self._context = FeedContext(
@@ -78,6 +78,8 @@ class ExchangeFeed(ExchangeDialect):
         self._shards: list[Shard] = []
         # The shard of each symbol that is watched.
         self._shard_of: dict[str, Shard] = {}
+        # What is watched and not in the list: it may be in the next one.
+        self._unlisted: set[str] = set()
         # Where the shards run; None while the feed does not.
         self._nursery: trio.Nursery | None = None
 
@@ -93,9 +95,8 @@ class ExchangeFeed(ExchangeDialect):
 
     def knows(self, symbol: str) -> bool:
         """Whether the exchange has `symbol`: by its list, before that by the characters."""
-        if self.symbol_pattern.fullmatch(symbol) is None:
-            return False
-        return self._list is None or self._list.may_have(symbol)
+        listed = None if self._list is None else self._list.has(symbol)
+        return self.symbol_pattern.fullmatch(symbol) is not None if listed is None else listed
 
     def symbols(self) -> Sequence[str] | None:
         """Return all symbols of the exchange, sorted; None where they are not known (yet)."""
@@ -106,6 +107,7 @@ class ExchangeFeed(ExchangeDialect):
         if symbol in self._shard_of:
             return
         if not self.knows(symbol):  # the list has come since it was subscribed
+            self._unlisted.add(symbol)
             self._tickers.mark_stale("refused", [symbol])
             return
         for shard in self._shards:
@@ -121,6 +123,7 @@ class ExchangeFeed(ExchangeDialect):
 
     def unwatch(self, symbol: str) -> None:
         """Unsubscribe a symbol; nothing more is given of it."""
+        self._unlisted.discard(symbol)
         shard = self._shard_of.pop(symbol, None)
         if shard is not None:
             shard.unwatch(symbol)
@@ -151,8 +154,8 @@ class ExchangeFeed(ExchangeDialect):
         """Return what became of the frames until now; synchronous."""
         return attrs.evolve(self._frames.counts)
 
-    def _refuse_unknown(self) -> None:
-        """Take leave of what the exchange turns out not to have."""
+    def _heed_list(self) -> None:
+        """Take leave of what the exchange turns out not to have, and take up what it has again."""
         unknown = sorted(symbol for symbol in self._shard_of if not self.knows(symbol))
         if unknown:
             words = ", ".join(unknown)
@@ -162,6 +165,11 @@ class ExchangeFeed(ExchangeDialect):
             self._tickers.mark_stale("refused", unknown)
             for symbol in unknown:
                 self.unwatch(symbol)
+        listed = sorted(filter(self.knows, self._unlisted))
+        self._unlisted.difference_update(listed)
+        self._unlisted.update(unknown)
+        for symbol in listed:
+            self.watch(symbol)
 
     def _refuse(self, symbol: str, error: str) -> None:
         """Log a symbol that the exchange does not have, and treat it as unwatched."""

@@ -46,9 +46,9 @@ class SymbolList:
         self._symbols: Set[str] | None = None
         self._sorted: Sequence[str] = ()
 
-    def may_have(self, symbol: str) -> bool:
-        """Whether the exchange has a symbol, or its list has not come yet."""
-        return self._symbols is None or symbol in self._symbols
+    def has(self, symbol: str) -> bool | None:
+        """Whether the exchange has a symbol; None until the first list has come."""
+        return None if self._symbols is None else symbol in self._symbols
 
     def sorted(self) -> Sequence[str] | None:
         """Return all symbols; None until the first list has come."""
