@@ -357,6 +357,41 @@ async def test_calls_that_hang_are_logged(caplog):
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("hangs", ["entered", "left"])
+async def test_a_context_that_hangs_gives_its_slot_back(caplog, plain, hangs):
+    contexts: list[str] = []
+
+    @asynccontextmanager
+    async def context():
+        contexts.append(hangs)
+        is_bad = len(contexts) <= 2
+        async with trio.open_nursery():
+            if is_bad and hangs == "entered":
+                await trio.sleep_forever()
+            yield
+            if is_bad and hangs == "left":
+                await trio.sleep_forever()
+
+    class Source:
+        async def fetch(self, user_id: str, data_type: str) -> int:
+            return 1
+
+    class PlainSource:
+        def fetch(self, user_id: str, data_type: str) -> int:
+            return 1
+
+    settings = Settings(
+        intervals=Intervals(pnl=0.2), polling=Polling(fetches=2, fetch_timeout_s=0.2)
+    )
+    source = PlainSource() if plain else Source()
+    async with serving(source, settings=settings, fetch_context=context) as (_, join):
+        peers = [await join(str(number), "pnl") for number in range(4)]
+        for peer in peers:
+            await until(lambda peer=peer: any("data" in push for push in peer.sent))
+    assert told_of(caplog)
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("exits", [SystemExit("no database"), SystemExit(3)])
 async def test_a_function_that_ends_the_process_has_failed(caplog, plain, exits):
     class Plain:

@@ -6,7 +6,8 @@
 2. An async function is called in the event loop, a plain one in a worker thread. What either of
    them returns is awaited, where it can be: a decorator may hide which of the two it is.
 3. Each call has a context of its own around it. A plain context around a plain function is entered
-   and left in the worker thread, all others in the event loop.
+   and left in the worker thread, all others in the event loop. Entering and leaving an async one
+   has the deadline of a call each.
 4. At the deadline an async function is cancelled. A thread cannot be: the caller is told that it is
    still running, and once more when it has ended.
 5. A function that ends the process (`sys.exit`) has failed, and the process goes on.
@@ -155,11 +156,11 @@ class Fetcher:
             with exits_are_errors():
                 context: Any = self._context()
                 if self._is_async:
-                    async with _entered(context):
+                    async with _entered(context, self._timeout_s):
                         with trio.fail_after(self._timeout_s):
                             answer = await _awaited(self._function(asked, self._data_type))
                 elif hasattr(context, "__aenter__"):
-                    async with context:
+                    async with _entered(context, self._timeout_s):
                         in_thread = True
                         answer = await self._call_in_thread(slot, ended, nullcontext(), asked)
                 else:
@@ -233,10 +234,23 @@ async def _awaited(answer: Any) -> Any:
 
 
 @asynccontextmanager
-async def _entered(context: Any) -> AsyncIterator[None]:
-    if hasattr(context, "__aenter__"):
-        async with context:
-            yield
-    else:
+async def _entered(context: Any, timeout_s: float) -> AsyncIterator[None]:
+    """Keep a context open; entering it, and leaving it, may each take `timeout_s`.
+
+    Raises:
+        trio.TooSlowError: It took longer.
+    """
+    if not hasattr(context, "__aenter__"):
         with context:
             yield
+        return
+    # Around all of it, because a context may hold a nursery open.
+    with trio.CancelScope(deadline=trio.current_time() + timeout_s) as scope:
+        async with context:
+            scope.deadline = math.inf
+            try:
+                yield
+            finally:
+                scope.deadline = trio.current_time() + timeout_s
+    if scope.cancelled_caught:
+        raise trio.TooSlowError
