@@ -274,6 +274,7 @@ def http_service(status: int = 200, hangs: threading.Event | None = None) -> Ite
         def do_GET(self) -> None:
             if hangs is not None:
                 hangs.wait(PATIENCE_S)
+                return  # whoever has asked is gone
             answer = 404 if status == 200 and self.path.startswith("/0/") else status
             self.send_response(answer)
             self.end_headers()
